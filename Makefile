@@ -1,0 +1,66 @@
+# One command each; every target sets itself up in .venv (a second call is quick).
+#
+#   make demo     distil a five-evaluation sampler and compare it with handcrafted ones (CPU)
+#   make test     every test that runs without a GPU
+#   make lint     ruff, mypy --strict, clang-format
+#   make bench    per-step latency of the engine against diffusers' schedulers
+#   make gpu      correctness and speed of the GPU kernels (needs an NVIDIA GPU)
+#   make docs     the documentation site, in site/
+#
+# Variables: PYTHON=python3.12, TORCH='torch==2.13.0', VENV=.venv, ARGS='more options'.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+export PYTHON TORCH
+
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc kernels -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.hpp' \
+            -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+INPUTS := pyproject.toml CMakeLists.txt scripts/bootstrap.sh $(NATIVE)
+
+# The dev environment holds everything the demo needs.
+DEV := $(VENV)/.stamp-dev
+DEMO := $(if $(wildcard $(DEV)),$(DEV),$(VENV)/.stamp-demo)
+
+.DEFAULT_GOAL := help
+.PHONY: help dev demo test lint format bench gpu docs clean
+
+help:
+	@sed -n '3,10s/^# \{0,3\}//p' Makefile
+
+$(VENV)/.stamp-%: $(INPUTS)
+	@scripts/bootstrap.sh $(VENV) $*
+	@touch $@
+
+dev: $(DEV)
+
+demo: $(DEMO)
+	$(BIN)/dlms demo $(ARGS)
+
+test: $(DEV)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict python/dlms_engine
+	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
+
+format: $(DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(NATIVE)
+
+bench: $(DEV)
+	$(BIN)/dlms bench step $(ARGS)
+
+gpu: $(DEV)
+	VENV=$(VENV) bash scripts/gpu_check.sh $(ARGS)
+
+docs: $(VENV)/.stamp-docs
+	$(BIN)/mkdocs build --strict $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,271 @@
+#include "sampling_loop.h"
+
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/c/shim.h>
+
+#include <cstring>
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace dlms {
+namespace {
+
+constexpr int64_t kPage = 4096;
+// Rows of fewer elements finish in a few microseconds: handing the interpreter to another thread
+// for that long can cost this one the 5 ms that Python then lets it run.
+constexpr int64_t kReleaseGil = 65536;
+
+int64_t page_up(int64_t bytes) {
+  return (bytes + kPage - 1) / kPage * kPage;
+}
+
+int64_t product(const std::vector<int64_t>& shape) {
+  int64_t total = 1;
+  for (const int64_t size : shape) total *= size;
+  return total;
+}
+
+// bytes: uint8 tensor; the part at `offset` as `shape` of `dtype`.
+py::object carve(const py::object& bytes, int64_t offset, const std::vector<int64_t>& shape,
+    Dtype dtype, const py::object& torch_dtype) {
+  const int64_t size = product(shape) * element_size(dtype);
+  return bytes.attr("narrow")(0, offset, size).attr("view")(torch_dtype).attr("view")(shape);
+}
+
+void run_blocks(const RowArgs& args, int64_t total) {
+  struct Context {
+    const RowArgs* args;
+    int64_t total;
+  } context = {&args, total};
+  const auto body = [](int64_t begin, int64_t end, void* raw) {
+    const auto& c = *static_cast<const Context*>(raw);
+    const int64_t stop = end * kBlock;
+    kernels().forward(*c.args, begin * kBlock, stop < c.total ? stop : c.total);
+  };
+  const int64_t blocks = (total + kBlock - 1) / kBlock;
+  // torch's own thread pool, through its stable C interface.
+  if (torch_parallel_for(0, blocks, kGrain / kBlock, body, &context) != 0)
+    throw std::runtime_error("torch_parallel_for failed in SamplingLoop");
+}
+
+} // namespace
+
+HistoryRing::HistoryRing(int64_t depth, const std::vector<int64_t>& shape, py::object dtype) {
+  if (depth < 1 || depth > kMaxDepth)
+    throw py::value_error(
+        "depth is " + std::to_string(depth) + ", expected 1 to " + std::to_string(kMaxDepth));
+  std::vector<int64_t> full = {depth};
+  full.insert(full.end(), shape.begin(), shape.end());
+  *this = HistoryRing(
+      py::module_::import("torch").attr("empty")(full, py::arg("dtype") = std::move(dtype)));
+}
+
+HistoryRing::HistoryRing(py::object tensor) : tensor_(std::move(tensor)) {
+  const TensorView view = view_of(tensor_, "ring");
+  data_ = view.data;
+  depth_ = view.shape[0];
+}
+
+py::object HistoryRing::past(int64_t k) const {
+  if (k < 0 || k >= depth_ || newest_ < 0)
+    throw py::index_error("m_{n-" + std::to_string(k) + "} of a ring of " + std::to_string(depth_) +
+                          (newest_ < 0 ? " slots that holds nothing yet" : " slots"));
+  return tensor_[py::int_((newest_ - k + depth_) % depth_)];
+}
+
+// Marks the loop as running, and as free again however the scope is left.
+class SamplingLoop::Busy {
+ public:
+  explicit Busy(SamplingLoop& loop) : loop_(loop) {
+    if (loop.busy_)
+      throw std::runtime_error(
+          "SamplingLoop is running already: use one loop per thread, and do not call it from its "
+          "own network or callback");
+    loop.busy_ = true;
+  }
+  ~Busy() {
+    loop_.busy_ = false;
+    loop_.output_ = py::object();
+  }
+  Busy(const Busy&) = delete;
+  Busy& operator=(const Busy&) = delete;
+
+ private:
+  SamplingLoop& loop_;
+};
+
+SamplingLoop::SamplingLoop(int64_t depth, const std::vector<int64_t>& shape, py::object state_dtype,
+    py::object network_dtype)
+    : shape_(shape) {
+  if (shape.empty()) throw py::value_error("shape is [], expected [B, ...]");
+  for (const int64_t size : shape)
+    if (size < 0)
+      throw py::value_error("shape is " + shape_text(shape.data(), static_cast<int>(shape.size())) +
+                            ", sizes must be >= 0");
+  if (depth < 1 || depth > kMaxDepth)
+    throw py::value_error(
+        "depth is " + std::to_string(depth) + ", expected 1 to " + std::to_string(kMaxDepth));
+  args_.state = dtype_from_python(state_dtype, "state_dtype");
+  args_.network = dtype_from_python(network_dtype, "network_dtype");
+  const bool wide = args_.state == Dtype::kFloat64;
+  if ((!wide && args_.state != Dtype::kFloat32) || wide != (args_.network == Dtype::kFloat64))
+    throw py::value_error(
+        std::string("state ") + dtype_name(args_.state) + " with network " +
+        dtype_name(args_.network) +
+        ": expected a float32 state with a float32, bfloat16 or float16 network, or float64 both");
+  args_.batch = shape[0];
+  args_.depth = depth;
+  args_.inner = shape[0] == 0 ? 0 : product(shape) / shape[0];
+
+  // One allocation, every part on a page of its own: parts that start at the same place within a
+  // page never wait for each other's stores (measured: up to 1.4 times faster than 64 bytes apart).
+  std::vector<int64_t> ring_shape = {depth};
+  ring_shape.insert(ring_shape.end(), shape.begin(), shape.end());
+  const int64_t state_bytes = page_up(product(shape) * element_size(args_.state));
+  const int64_t input_bytes = page_up(product(shape) * element_size(args_.network));
+  const int64_t ring_bytes = product(ring_shape) * element_size(args_.state);
+  const py::module_ torch = py::module_::import("torch");
+  const py::object bytes = torch.attr("empty")(
+      state_bytes + input_bytes + ring_bytes + kPage, py::arg("dtype") = torch.attr("uint8"));
+  const auto address = reinterpret_cast<uintptr_t>(view_of(bytes, "buffer").data);
+  const int64_t first = page_up(static_cast<int64_t>(address)) - static_cast<int64_t>(address);
+  state_ = carve(bytes, first, shape, args_.state, state_dtype);
+  network_input_ = carve(bytes, first + state_bytes, shape, args_.network, network_dtype);
+  ring_ = std::make_unique<HistoryRing>(
+      carve(bytes, first + state_bytes + input_bytes, ring_shape, args_.state, state_dtype));
+
+  void* state = view_of(state_, "state").data;
+  args_.x = state;
+  args_.x_next = state;
+  args_.network_input = view_of(network_input_, "network_input").data;
+  args_.ring = ring_->data();
+}
+
+void SamplingLoop::start(py::handle x, py::handle c_in) {
+  const int ndim = static_cast<int>(shape_.size());
+  const TensorView from = view_of(x, "x");
+  require(from, x, "x", shape_.data(), ndim, args_.state);
+  const TensorView factor = view_of(c_in, "c_in");
+  require(factor, c_in, "c_in", shape_.data(), factor.ndim == 0 ? 0 : 1, args_.state);
+  const int64_t total = args_.batch * args_.inner;
+  if (total == 0) return;
+  if (from.data != args_.x_next)
+    std::memcpy(args_.x_next, from.data, static_cast<size_t>(total * element_size(args_.state)));
+  RowArgs first = args_;
+  first.per_sample = factor.ndim != 0;
+  kernels().scale(first, factor.data, 0, total);
+  ring_->reset();
+}
+
+void SamplingLoop::check_row_shape(const TensorView& view, py::handle object, int leading) const {
+  const int64_t width = kB + args_.depth;
+  const int64_t* shape = view.shape + leading;
+  const bool one = view.ndim == leading + 1 && shape[0] == width;
+  const bool each = view.ndim == leading + 2 && shape[0] == args_.batch && shape[1] == width;
+  const bool memory = view.known_dtype && view.dtype == args_.state && view.on_cpu;
+  if ((one || each) && memory && view.contiguous) return;
+  const std::string rows = leading != 0 ? "rows, " : "";
+  throw py::value_error((leading != 0 ? "rows is " : "row is ") + describe(object) +
+                        (view.contiguous ? "" : " and not contiguous") +
+                        ", expected contiguous torch." + dtype_name(args_.state) + " [" + rows +
+                        std::to_string(width) + "] or [" + rows + std::to_string(args_.batch) +
+                        ", " + std::to_string(width) + "] on cpu");
+}
+
+void SamplingLoop::take_row(py::handle row) {
+  const TensorView view = view_of(row, "row");
+  check_row_shape(view, row, 0);
+  args_.row = view.data;
+  args_.per_sample = view.ndim == 2;
+}
+
+void SamplingLoop::take_output(py::handle f, py::handle f_cond) {
+  const int ndim = static_cast<int>(shape_.size());
+  const TensorView view = view_of(f, "the network's output");
+  require(view, f, "the network's output", shape_.data(), ndim, args_.network);
+  args_.f = view.data;
+  args_.f_cond = nullptr;
+  if (f_cond.is_none()) return;
+  const TensorView second = view_of(f_cond, "the network's conditional output");
+  require(second, f_cond, "the network's conditional output", shape_.data(), ndim, args_.network);
+  args_.f_cond = second.data;
+}
+
+void SamplingLoop::evaluate(py::handle network, int64_t n) {
+  index_ = py::int_(n);
+  PyObject* arguments[] = {nullptr, index_.ptr(), network_input_.ptr()};
+  output_ = py::reinterpret_steal<py::object>(PyObject_Vectorcall(
+      network.ptr(), arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  if (!output_) throw py::error_already_set();
+  if (!PyTuple_Check(output_.ptr())) return take_output(output_, py::none());
+  if (PyTuple_GET_SIZE(output_.ptr()) != 2)
+    throw py::value_error("the network returned a tuple of " +
+                          std::to_string(PyTuple_GET_SIZE(output_.ptr())) +
+                          ", expected F or (F_unconditional, F_conditional)");
+  take_output(PyTuple_GET_ITEM(output_.ptr(), 0), PyTuple_GET_ITEM(output_.ptr(), 1));
+}
+
+void SamplingLoop::run_row() {
+  const int64_t total = args_.batch * args_.inner;
+  if (total == 0) return;
+  const int64_t bad = first_bad_slot(args_);
+  if (bad >= 0)
+    throw py::value_error("the slot column of row " + std::to_string(bad) + " is not one of 0 .. " +
+                          std::to_string(args_.depth - 1));
+  if (total < kReleaseGil) {
+    kernels().forward(args_, 0, total);
+  } else {
+    const py::gil_scoped_release release;
+    run_blocks(args_, total);
+  }
+  const auto slot = args_.state == Dtype::kFloat64
+                        ? static_cast<const double*>(args_.row)[kSlot]
+                        : static_cast<double>(static_cast<const float*>(args_.row)[kSlot]);
+  ring_->wrote(static_cast<int64_t>(slot));
+}
+
+void SamplingLoop::step(py::handle f, py::handle f_cond, py::handle row) {
+  const Busy busy(*this);
+  take_output(f, f_cond);
+  take_row(row);
+  run_row();
+}
+
+void SamplingLoop::run(py::handle x, py::handle c_in, py::handle rows, py::handle network,
+    py::handle row_fn, py::handle callback) {
+  const Busy busy(*this);
+  const bool asked = !row_fn.is_none();
+  int64_t count = 0;
+  const char* table = nullptr;
+  int64_t row_bytes = 0;
+  bool per_sample = false;
+  if (asked) {
+    if (!py::isinstance<py::int_>(rows))
+      throw py::type_error("with row_fn, rows is the number of rows, an int");
+    count = py::cast<int64_t>(rows);
+  } else {
+    const TensorView view = view_of(rows, "rows");
+    check_row_shape(view, rows, 1);
+    count = view.shape[0];
+    table = static_cast<const char*>(view.data);
+    per_sample = view.ndim == 3;
+    row_bytes = (kB + args_.depth) * element_size(args_.state) * (per_sample ? args_.batch : 1);
+  }
+  start(x, c_in);
+  py::object row; // keeps a per-step row alive while it is read
+  for (int64_t n = 0; n < count; ++n) {
+    evaluate(network, n);
+    if (asked) {
+      row = row_fn(index_);
+      take_row(row);
+    } else {
+      args_.row = table + n * row_bytes;
+      args_.per_sample = per_sample;
+    }
+    run_row();
+    if (!callback.is_none()) callback(index_, state_);
+  }
+}
+
+} // namespace dlms

@@ -1,0 +1,78 @@
+// The sampling loop: the state, the next network input and the history ring in one allocation made
+// at construction, and a loop over rows that touches Python only to call the network.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "fused_row.h"
+#include "tensor_view.h"
+
+namespace dlms {
+
+// History of the last `depth` values of m in one tensor [depth, B, ...], rotated by index: a value
+// is written once and never moved.
+class HistoryRing {
+ public:
+  HistoryRing(int64_t depth, const std::vector<int64_t>& shape, pybind11::object dtype);
+  // Over memory that the loop has allocated.
+  explicit HistoryRing(pybind11::object tensor);
+
+  const pybind11::object& tensor() const { return tensor_; }
+  void* data() const { return data_; }
+  int64_t depth() const { return depth_; }
+  int64_t newest() const { return newest_; } // slot written last, -1 before the first
+  void wrote(int64_t slot) { newest_ = slot; }
+  void reset() { newest_ = -1; }
+  int64_t next_slot() const { return (newest_ + 1) % depth_; }
+  // m_{n-k} as a view of the ring; IndexError before anything was written.
+  pybind11::object past(int64_t k) const;
+
+ private:
+  pybind11::object tensor_;
+  void* data_ = nullptr;
+  int64_t depth_ = 0;
+  int64_t newest_ = -1;
+};
+
+class SamplingLoop {
+ public:
+  // shape: [B, ...] of the state. Allocates everything; later calls allocate nothing.
+  SamplingLoop(int64_t depth, const std::vector<int64_t>& shape, pybind11::object state_dtype,
+      pybind11::object network_dtype);
+
+  // Copies x into the state and writes the first network input, c_in * x.
+  // x: [B, ...]; c_in: [] or [B]; both in the state dtype.
+  void start(pybind11::handle x, pybind11::handle c_in);
+  // One row on the network's output. row: [R] or [B, R].
+  void step(pybind11::handle f, pybind11::handle f_cond, pybind11::handle row);
+  // start, then for every row n: f = network(n, network_input), step, callback(n, state).
+  // rows: [n, R] or [n, B, R]; with row_fn, rows is the number of rows and row_fn(n) is asked for
+  // row n after evaluation n.
+  void run(pybind11::handle x, pybind11::handle c_in, pybind11::handle rows,
+      pybind11::handle network, pybind11::handle row_fn, pybind11::handle callback);
+
+  const pybind11::object& state() const { return state_; }
+  const pybind11::object& network_input() const { return network_input_; }
+  HistoryRing& ring() { return *ring_; }
+
+ private:
+  class Busy;
+  void evaluate(pybind11::handle network, int64_t n);
+  void take_output(pybind11::handle f, pybind11::handle f_cond);
+  void take_row(pybind11::handle row);
+  void check_row_shape(const TensorView& view, pybind11::handle object, int leading) const;
+  void run_row();
+
+  std::vector<int64_t> shape_;
+  RowArgs args_;
+  pybind11::object state_, network_input_, index_;
+  pybind11::object output_; // keeps the network's output alive while its row runs
+  std::unique_ptr<HistoryRing> ring_;
+  bool busy_ = false;
+};
+
+} // namespace dlms

@@ -1,0 +1,131 @@
+#include "tensor_view.h"
+
+#include <ATen/dlpack.h>
+
+#include <sstream>
+
+namespace py = pybind11;
+
+namespace dlms {
+namespace {
+
+struct Torch {
+  PyTypeObject* tensor_type = nullptr;
+  const DLPackExchangeAPI* api = nullptr;
+
+  Torch() {
+    // Kept for the life of the process, like the torch module itself.
+    const py::object type = py::module_::import("torch").attr("Tensor");
+    tensor_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
+    if (!py::hasattr(type, "__dlpack_c_exchange_api__"))
+      throw py::import_error("dlms_engine._C needs torch >= 2.11: no __dlpack_c_exchange_api__");
+    const py::object capsule = type.attr("__dlpack_c_exchange_api__");
+    api = static_cast<const DLPackExchangeAPI*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api == nullptr) throw py::error_already_set();
+    if (api->header.version.major != DLPACK_MAJOR_VERSION)
+      throw py::import_error("dlms_engine._C was built for another DLPack major version");
+  }
+};
+
+const Torch& torch() {
+  static const Torch instance;
+  return instance;
+}
+
+bool dtype_of(const DLDataType& type, Dtype* out) {
+  if (type.lanes != 1) return false;
+  if (type.code == kDLBfloat && type.bits == 16) {
+    *out = Dtype::kBFloat16;
+    return true;
+  }
+  if (type.code != kDLFloat) return false;
+  *out = type.bits == 64 ? Dtype::kFloat64 : type.bits == 16 ? Dtype::kFloat16 : Dtype::kFloat32;
+  return type.bits == 64 || type.bits == 32 || type.bits == 16;
+}
+
+bool is_contiguous(const DLTensor& t) {
+  if (t.strides == nullptr) return true;
+  int64_t expected = 1;
+  for (int d = t.ndim - 1; d >= 0; --d) {
+    if (t.shape[d] == 0) return true;
+    if (t.shape[d] != 1 && t.strides[d] != expected) return false;
+    expected *= t.shape[d];
+  }
+  return true;
+}
+
+} // namespace
+
+bool TensorView::has_shape(const int64_t* expected, int n) const {
+  if (ndim != n) return false;
+  for (int d = 0; d < n; ++d)
+    if (shape[d] != expected[d]) return false;
+  return true;
+}
+
+TensorView view_of(py::handle object, const char* name) {
+  const Torch& t = torch();
+  if (!PyObject_TypeCheck(object.ptr(), t.tensor_type)) {
+    throw py::type_error(std::string(name) + " is a " + Py_TYPE(object.ptr())->tp_name +
+                         ", expected a torch.Tensor");
+  }
+  DLTensor raw;
+  if (t.api->dltensor_from_py_object_no_sync(object.ptr(), &raw) != 0)
+    throw py::error_already_set();
+  TensorView view;
+  view.data = static_cast<char*>(raw.data) + raw.byte_offset;
+  view.known_dtype = dtype_of(raw.dtype, &view.dtype);
+  view.on_cpu = raw.device.device_type == kDLCPU;
+  view.contiguous = is_contiguous(raw);
+  view.ndim = raw.ndim;
+  view.shape = raw.shape;
+  return view;
+}
+
+std::string describe(py::handle object) {
+  std::ostringstream out;
+  out << std::string(py::str(object.attr("dtype"))) << " "
+      << std::string(py::str(py::list(object.attr("shape")))) << " on "
+      << std::string(py::str(object.attr("device")));
+  return out.str();
+}
+
+void require(const TensorView& view, py::handle object, const std::string& name,
+    const int64_t* shape, int ndim, Dtype dtype) {
+  if (view.known_dtype && view.dtype == dtype && view.on_cpu && view.contiguous &&
+      view.has_shape(shape, ndim))
+    return;
+  throw py::value_error(name + " is " + describe(object) +
+                        (view.contiguous ? "" : " and not contiguous") +
+                        ", expected contiguous torch." + dtype_name(dtype) + " " +
+                        shape_text(shape, ndim) + " on cpu");
+}
+
+Dtype dtype_from_python(py::handle torch_dtype, const char* name) {
+  const py::module_ module = py::module_::import("torch");
+  for (const Dtype d : {Dtype::kFloat32, Dtype::kFloat64, Dtype::kBFloat16, Dtype::kFloat16}) {
+    if (torch_dtype.is(module.attr(dtype_name(d)))) return d;
+  }
+  throw py::value_error(std::string(name) + " is " + std::string(py::str(torch_dtype)) +
+                        ", expected torch.float32, float64, bfloat16 or float16");
+}
+
+const char* dtype_name(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat64: return "float64";
+    case Dtype::kBFloat16: return "bfloat16";
+    case Dtype::kFloat16: return "float16";
+    default: return "float32";
+  }
+}
+
+std::string shape_text(const int64_t* shape, int ndim) {
+  std::ostringstream out;
+  out << "[";
+  for (int d = 0; d < ndim; ++d) out << (d != 0 ? ", " : "") << shape[d];
+  out << "]";
+  return out.str();
+}
+
+} // namespace dlms

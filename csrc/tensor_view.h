@@ -1,0 +1,43 @@
+// A Python torch.Tensor read as raw memory, through the DLPack exchange table that torch >= 2.10
+// puts on its tensor type: a plain C struct of function pointers, so the module does not depend on
+// torch's C++ ABI, and a tensor costs some 30 ns to look into instead of several attribute
+// look-ups.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "fused_row.h"
+
+namespace dlms {
+
+struct TensorView {
+  void* data = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  bool known_dtype = false;
+  bool on_cpu = false;
+  bool contiguous = false;
+  int ndim = 0;
+  const int64_t* shape = nullptr; // valid while the tensor lives
+
+  bool has_shape(const int64_t* expected, int n) const;
+};
+
+// TypeError unless `object` is a torch.Tensor; BufferError for one that cannot be read as memory.
+// `name` is what messages call it.
+TensorView view_of(pybind11::handle object, const char* name);
+
+// "float32 [2, 3] on cpu", from Python, for messages.
+std::string describe(pybind11::handle object);
+
+// ValueError, naming both, unless `view` is contiguous CPU memory of that shape and dtype.
+void require(const TensorView& view, pybind11::handle object, const std::string& name,
+    const int64_t* shape, int ndim, Dtype dtype);
+
+Dtype dtype_from_python(pybind11::handle torch_dtype, const char* name);
+const char* dtype_name(Dtype dtype);
+std::string shape_text(const int64_t* shape, int ndim);
+
+} // namespace dlms

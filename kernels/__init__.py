@@ -1,0 +1,61 @@
+"""GPU implementations of the fused row: CUDA C++ (`cuda/`, compiled) and Triton (`triton/`, source).
+
+`register` tells `dlms_engine.ops` what can be had here; importing this package touches no GPU and
+imports no Triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+TRITON_RANK = 15
+"""Preference of "auto": below the compiled CUDA library (20), above eager (0)."""
+
+
+def triton_reason() -> str | None:
+    """Why the Triton backend cannot be had here, or None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'triton>=3.6')"
+    if not interpreted() and not torch.backends.cuda.is_built():
+        return "this torch is built without CUDA (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+    return None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def register() -> None:
+    """Register the Triton backend, and as `dlms::` kernels for CUDA if no CUDA library is loaded."""
+    from dlms_engine.ops import backends, schema  # here: ops calls this while it is imported
+
+    reason = triton_reason()
+    if reason is not None:
+        backends.mark_missing("triton", reason)
+        return
+    from dlms_engine.kernels.triton import launch, operators
+
+    backends.register_backend(
+        backends.Backend(
+            name="triton",
+            device_types=("cuda", "cpu") if interpreted() else ("cuda",),
+            # Never chosen by "auto" on the CPU: the interpreter is for tests.
+            rank=-1 if interpreted() else TRITON_RANK,
+            fused_row=operators.fused_row,
+            fused_row_=operators.fused_row_,
+            fused_row_backward=operators.fused_row_backward,
+        )
+    )
+    if torch.backends.cuda.is_built() and "cuda" not in backends.available():
+        schema.register_kernels(
+            "CUDA",
+            {
+                "fused_row": launch.fused_row,
+                "fused_row_": launch.fused_row_,
+                "fused_row_backward": launch.fused_row_backward,
+            },
+        )

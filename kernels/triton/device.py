@@ -1,0 +1,228 @@
+"""Triton kernels of the fused row; the order of operations is that of `ops/reference.py`.
+
+Columns of a row, as in `ops/layout.py`: 0 c_skip, 1 c_out, 2 a, 3 c_in, 4 guidance, 5 slot, 6+k b_k.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.language.extra import libdevice
+
+if knobs.runtime.interpret:
+
+    @triton.jit
+    def mul(a, b):  # type: ignore[no-untyped-def]
+        """a * b; the interpreter computes with NumPy, which does not contract."""
+        return a * b
+
+else:
+
+    @triton.jit
+    def mul(a, b):  # type: ignore[no-untyped-def]
+        """a * b, rounded before it is added to anything.
+
+        A plain product would become half of a fused multiply-add, with other bits than the eager
+        reference. (The launch option enable_fp_fusion=False says the same for a whole kernel, but
+        torch.compile does not pass it on.)
+        """
+        return libdevice.mul_rn(a, b)
+
+
+@triton.jit
+def to_network(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """v in the network's dtype, to nearest even (the interpreter truncates unless told)."""
+    if dtype.primitive_bitwidth < v.dtype.primitive_bitwidth:
+        return v.to(dtype, fp_downcast_rounding="rtne")
+    return v.to(dtype)
+
+
+@triton.jit
+def ring_slot(row, depth: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The row's slot modulo the depth: inside the ring whatever the row holds."""
+    slot = tl.load(row + 5).to(tl.int32) % depth
+    return (slot + depth) % depth
+
+
+@triton.jit
+def mixed_branches(f, f_cond, guidance, guided: tl.constexpr):  # type: ignore[no-untyped-def]
+    """f + guidance * (f_cond - f), or f."""
+    if guided:
+        return f + mul(guidance, f_cond - f)
+    return f
+
+
+@triton.jit
+def fused_row_kernel(  # type: ignore[no-untyped-def]
+    f_ptr,  # [samples, n] network dtype
+    f_cond_ptr,  # the same, or anything when not GUIDED
+    x_ptr,  # [samples, n] state dtype
+    ring_ptr,  # [DEPTH, total]
+    row_ptr,  # [samples or 1, 6 + DEPTH]
+    x_next_ptr,  # [samples, n]; may be x_ptr
+    m_ptr,  # [samples, n], or the ring when M_TO_RING
+    input_ptr,  # [samples, n] network dtype
+    n,  # elements that share a row: the whole batch (one "sample") for a static row
+    blocks,  # programs for each sample
+    total,  # elements of a ring slot
+    row_stride,  # numbers between the rows of two samples, 0 when all share one
+    DEPTH: tl.constexpr,
+    GUIDED: tl.constexpr,
+    M_TO_RING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Forward: one program is BLOCK elements of one sample."""
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // blocks
+    lane = (program - sample * blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < n
+    at = sample * n + lane
+    row = row_ptr + sample * row_stride
+
+    x = tl.load(x_ptr + at, mask=inside)
+    f = tl.load(f_ptr + at, mask=inside).to(x.dtype)
+    f_cond = f
+    if GUIDED:
+        f_cond = tl.load(f_cond_ptr + at, mask=inside).to(x.dtype)
+    slot = ring_slot(row, DEPTH)
+
+    output = mixed_branches(f, f_cond, tl.load(row + 4), GUIDED)
+    m = mul(tl.load(row), x) + mul(tl.load(row + 1), output)
+    x_next = mul(tl.load(row + 2), x)
+    b0 = tl.load(row + 6)
+    x_next = tl.where(b0 != 0, x_next + mul(b0, m), x_next)
+    for k in tl.static_range(1, DEPTH):
+        b = tl.load(row + 6 + k)
+        past_at = ((slot - k + DEPTH) % DEPTH).to(tl.int64) * total + at
+        # A weight of exactly zero: masked off, so the slot is not read. (Broadcast first: the
+        # interpreter loses the type of a scalar comparison when it is broadcast.)
+        wanted = inside & (tl.broadcast_to(b, [BLOCK]) != 0)
+        past = tl.load(ring_ptr + past_at, mask=wanted, other=0.0)
+        x_next = tl.where(b != 0, x_next + mul(b, past), x_next)
+
+    m_at = at
+    if M_TO_RING:
+        m_at = slot.to(tl.int64) * total + at
+    tl.store(m_ptr + m_at, m, mask=inside)
+    tl.store(x_next_ptr + at, x_next, mask=inside)
+    scaled = mul(tl.load(row + 3), x_next)
+    tl.store(input_ptr + at, to_network(scaled, input_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def dot(u, v):  # type: ignore[no-untyped-def]
+    """Sum of u * v in float64. The tree is fixed by the block's shape."""
+    return tl.sum(u.to(tl.float64) * v.to(tl.float64), axis=0)
+
+
+@triton.jit
+def fused_row_backward_kernel(  # type: ignore[no-untyped-def]
+    grad_x_next_ptr,  # [samples, n], as all below unless noted
+    grad_m_ptr,
+    grad_input_ptr,
+    f_ptr,
+    f_cond_ptr,
+    x_ptr,
+    ring_ptr,  # [DEPTH, total]
+    row_ptr,  # [samples or 1, 6 + DEPTH]
+    grad_f_ptr,
+    grad_f_cond_ptr,
+    grad_x_ptr,
+    grad_ring_ptr,  # [DEPTH, total]
+    partial_ptr,  # [samples, blocks, 6 + DEPTH] float64
+    n,
+    blocks,
+    total,
+    row_stride,
+    DEPTH: tl.constexpr,
+    GUIDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Backward: elementwise gradients and the block's part of each coefficient's sum.
+
+    A program never spans two samples, so a sample's sums depend on its own size alone.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // blocks
+    lane = (program - sample * blocks) * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < n
+    at = sample * n + lane
+    row = row_ptr + sample * row_stride
+    partial = partial_ptr + program * (6 + DEPTH)
+
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    f = tl.load(f_ptr + at, mask=inside, other=0.0).to(x.dtype)
+    f_cond = f
+    if GUIDED:
+        f_cond = tl.load(f_cond_ptr + at, mask=inside, other=0.0).to(x.dtype)
+    grad_input = tl.load(grad_input_ptr + at, mask=inside, other=0.0).to(x.dtype)
+    grad_next = tl.load(grad_x_next_ptr + at, mask=inside, other=0.0)
+    grad_m = tl.load(grad_m_ptr + at, mask=inside, other=0.0)
+    slot = ring_slot(row, DEPTH)
+    c_skip = tl.load(row)
+    c_out = tl.load(row + 1)
+    a = tl.load(row + 2)
+    guidance = tl.load(row + 4)
+    b0 = tl.load(row + 6)
+
+    output = mixed_branches(f, f_cond, guidance, GUIDED)
+    m = mul(c_skip, x) + mul(c_out, output)
+    x_next = mul(a, x)
+    x_next = tl.where(b0 != 0, x_next + mul(b0, m), x_next)
+    grad_next += mul(tl.load(row + 3), grad_input)
+    grad_m += mul(b0, grad_next)
+    grad_output = mul(c_out, grad_m)
+    tl.store(grad_x_ptr + at, mul(a, grad_next) + mul(c_skip, grad_m), mask=inside)
+    tl.store(partial, dot(grad_m, x))
+    tl.store(partial + 1, dot(grad_m, output))
+    tl.store(partial + 2, dot(grad_next, x))
+    grad_f = grad_output
+    if GUIDED:
+        scaled = mul(guidance, grad_output)
+        grad_f = grad_output - scaled
+        grad_f_cond = to_network(scaled, grad_f_cond_ptr.dtype.element_ty)
+        tl.store(grad_f_cond_ptr + at, grad_f_cond, mask=inside)
+        tl.store(partial + 4, dot(grad_output, f_cond - f))
+    else:
+        tl.store(partial + 4, 0.0)
+    tl.store(grad_f_ptr + at, to_network(grad_f, grad_f_ptr.dtype.element_ty), mask=inside)
+    tl.store(partial + 5, 0.0)
+    tl.store(partial + 6, dot(grad_next, m))
+
+    unread = tl.zeros([BLOCK], x.dtype)  # x_next reads m itself, not the slot it will go to
+    tl.store(grad_ring_ptr + slot.to(tl.int64) * total + at, unread, mask=inside)
+    for k in tl.static_range(1, DEPTH):
+        b = tl.load(row + 6 + k)
+        past_at = ((slot - k + DEPTH) % DEPTH).to(tl.int64) * total + at
+        past = tl.load(ring_ptr + past_at, mask=inside, other=0.0)
+        # The gradient to a zero weight reads its slot, or learning could never leave zero; what is
+        # not finite there counts as zero.
+        finite = (past - past) == 0
+        past = tl.where((tl.broadcast_to(b, [BLOCK]) != 0) | finite, past, 0.0)
+        x_next = tl.where(b != 0, x_next + mul(b, past), x_next)
+        tl.store(grad_ring_ptr + past_at, mul(b, grad_next), mask=inside)
+        tl.store(partial + 6 + k, dot(grad_next, past))
+    tl.store(partial + 3, dot(grad_input, x_next))
+
+
+@triton.jit
+def sum_middle_kernel(  # type: ignore[no-untyped-def]
+    in_ptr,  # [outer, count, width] float64
+    out_ptr,  # [outer, width]
+    count,
+    width,
+    BLOCK: tl.constexpr,
+):
+    """out[o, c] = sum over i of in[o, i, c]; one program is one (o, c), in an order fixed by count."""
+    program = tl.program_id(0).to(tl.int64)
+    outer = program // width
+    column = program - outer * width
+    sums = tl.zeros([BLOCK], tl.float64)
+    start = tl.zeros([], tl.int64)
+    while start < count:  # not range(): the interpreter's fails with NumPy >= 2.4
+        i = start + tl.arange(0, BLOCK)
+        at = (outer * count + i) * width + column
+        sums += tl.load(in_ptr + at, mask=i < count, other=0.0)
+        start += BLOCK
+    tl.store(out_ptr + program, tl.sum(sums, axis=0).to(out_ptr.dtype.element_ty))

@@ -1,0 +1,81 @@
+"""Sample pretrained diffusion and flow models well in 3 to 10 network evaluations.
+
+    import dlms_engine as dlms
+
+    denoiser = dlms.Denoiser(network, dlms.processes.EDM(), prediction="edm", features="mid_block")
+    solver = dlms.distill(denoiser, method="dlms", nfe=5, shape=(3, 32, 32))
+    images = dlms.Sampler(denoiser, solver).sample(seeds=range(64), shape=(3, 32, 32))
+
+Names are imported on first use, so that ``import dlms_engine`` loads neither torch nor the compiled
+extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from . import embedded, evaluation, grids, learners, ops, plots, processes, solvers
+    from .denoiser import Denoiser
+    from .learners import distill
+    from .ops import BackendUnavailable
+    from .sampler import Sampler, seeded_noise
+    from .solver_file import load_solver, save
+    from .table import SolverTable
+
+# public name -> the module it lives in; "" for a module of the same name.
+_HOME = {
+    "BackendUnavailable": "ops",
+    "Denoiser": "denoiser",
+    "Sampler": "sampler",
+    "SolverTable": "table",
+    "distill": "learners",
+    "embedded": "",
+    "evaluation": "",
+    "grids": "",
+    "learners": "",
+    "load_solver": "solver_file",
+    "ops": "",
+    "plots": "",
+    "processes": "",
+    "save": "solver_file",
+    "seeded_noise": "sampler",
+    "solvers": "",
+}
+
+__all__ = [
+    "BackendUnavailable",
+    "Denoiser",
+    "Sampler",
+    "SolverTable",
+    "__version__",
+    "distill",
+    "embedded",
+    "evaluation",
+    "grids",
+    "learners",
+    "load_solver",
+    "ops",
+    "plots",
+    "processes",
+    "save",
+    "seeded_noise",
+    "solvers",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module 'dlms_engine' has no attribute {name!r}; it has {__all__}")
+    module = importlib.import_module(f"{__name__}.{home or name}")
+    value = getattr(module, name) if home else module
+    globals()[name] = value  # the next use does not come back here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

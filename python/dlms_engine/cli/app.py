@@ -1,0 +1,42 @@
+"""The typer application: one module a command."""
+
+from __future__ import annotations
+
+import typer
+
+from .._version import __version__
+from . import bench, demo, distill, evaluate, inspect, sample
+
+app = typer.Typer(
+    name="dlms",
+    help="Sample diffusion and flow models well in 3 to 10 network evaluations.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="--debug, anywhere, shows the traceback of an error.",
+)
+app.command()(demo.demo)
+app.command()(distill.distill)
+app.command()(sample.sample)
+app.command()(evaluate.evaluate)
+app.command()(inspect.inspect)
+app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)(bench.bench)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dlms_engine {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    """Sample diffusion and flow models well in 3 to 10 network evaluations."""

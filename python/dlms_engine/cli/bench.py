@@ -1,0 +1,23 @@
+"""``dlms bench``: hands over to ``dlms_engine.bench``."""
+
+from __future__ import annotations
+
+import importlib
+from enum import Enum
+
+import typer
+
+
+class What(str, Enum):
+    """Benchmarks there are."""
+
+    step = "step"
+    loop = "loop"
+
+
+def bench(context: typer.Context, what: What) -> None:
+    """Time one solver step, or the whole sampling loop; more options: dlms bench step -- --help."""
+    module = importlib.import_module(f"dlms_engine.bench.{what.value}")
+    status = module.main(list(context.args))
+    if status:
+        raise typer.Exit(int(status))

@@ -1,0 +1,233 @@
+"""What the commands share: models, seeds, solver choices, settings and output."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..denoiser import Denoiser
+    from ..embedded import ReferenceStatistics
+    from ..policy import Policy
+    from ..processes import Process
+    from ..table import SolverTable
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
+ModelOption = Annotated[
+    str,
+    typer.Option(
+        help="'embedded', or module:function in the current folder or installed; the function "
+        "returns (denoiser, sample shape)."
+    ),
+]
+SolverOption = Annotated[Path | None, typer.Option(help="Solver file written by dlms distill.")]
+MethodOption = Annotated[
+    str | None, typer.Option(help="Handcrafted solver instead of a file, e.g. ipndm.")
+]
+NfeOption = Annotated[int, typer.Option(min=1, help="Network evaluations.")]
+GridOption = Annotated[
+    str, typer.Option(help="Time grid: polynomial, logsnr, time_uniform, time_quadratic.")
+]
+OrderOption = Annotated[int | None, typer.Option(min=1, help="Order, where the solver has one.")]
+AfsOption = Annotated[
+    str, typer.Option(help="Analytical first step: off, dockhorn or zero (saves one evaluation).")
+]
+BackendOption = Annotated[str, typer.Option(help="auto, eager, cpu, cuda or triton.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, may be given many times.")
+]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model the commands work on; ``features`` and ``reference`` serve the Frechet distance."""
+
+    denoiser: Denoiser
+    shape: tuple[int, ...]
+    features: nn.Module | None = None
+    reference: ReferenceStatistics | None = None
+
+
+def load_model(spec: str) -> Model:
+    """The embedded model, or what ``module:function`` returns.
+
+    Raises:
+        ValueError: no such function, or it returns something else.
+    """
+    if spec == "embedded":
+        return _embedded()
+    module_name, _, function_name = spec.partition(":")
+    if not function_name:
+        raise ValueError(f"model is {spec!r}, expected 'embedded' or module:function")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"model {spec!r} cannot be imported: {error}") from error
+    found = function()
+    if isinstance(found, Model):
+        return found
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise ValueError(f"model {spec!r} returned {type(found).__name__}, expected a pair")
+    return Model(found[0], tuple(found[1]))
+
+
+def _embedded() -> Model:
+    import torch
+
+    from .. import embedded
+    from ..denoiser import Denoiser
+    from ..processes import EDM
+
+    network = embedded.embedded_network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    denoiser = Denoiser(
+        network, EDM(), "edm", sigma_data=embedded.SIGMA_DATA, features="unet.mid_block"
+    )
+    features = embedded.embedded_features()
+    return Model(denoiser, embedded.IMAGE_SHAPE, features, embedded.embedded_reference())
+
+
+def parse_seeds(text: str) -> list[int]:
+    """``"0-3,7"`` -> [0, 1, 2, 3, 7].
+
+    Raises:
+        ValueError: not of that form, or a range that runs backwards.
+    """
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise ValueError(f"seeds is {text!r}, expected numbers and ranges such as 0-15,42")
+        stop = int(last) if dash else int(first)
+        if stop < int(first):
+            raise ValueError(f"seeds: {part.strip()!r} runs backwards")
+        seeds.extend(range(int(first), stop + 1))
+    return seeds
+
+
+def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """``["lr=1e-3", "afs=false"]`` -> values read as JSON where they are JSON, else as text.
+
+    Raises:
+        ValueError: no '=', or a key given twice.
+    """
+    settings: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        key = key.strip().replace("-", "_")
+        if not equals or not key:
+            raise ValueError(f"--set {pair!r}: expected key=value")
+        if key in settings:
+            raise ValueError(f"--set {key} is given twice")
+        try:
+            settings[key] = json.loads(value.lower() if value in ("True", "False") else value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
+
+
+def _grid_maker(process: Process, name: str) -> Callable[[Process, int], Tensor]:
+    """A grid by its function's name or by its label in the tables of ``dlms evaluate``."""
+    from .. import grids
+    from ..solvers.registry import standard_grids
+
+    known: dict[str, Callable[[Process, int], Tensor]] = {
+        **grids.GRIDS,
+        "time_quadratic": lambda p, steps: grids.time_uniform(p, steps, 2.0),
+        **standard_grids(process),
+    }
+    if name not in known:
+        raise ValueError(f"grid is {name!r}, expected one of {', '.join(sorted(known))}")
+    return known[name]
+
+
+def handcrafted_table(
+    process: Process,
+    method: str,
+    nfe: int,
+    *,
+    grid: str = "polynomial",
+    order: int | None = None,
+    afs: str = "off",
+    **options: Any,
+) -> SolverTable:
+    """The named solver with exactly ``nfe`` evaluations, on as many steps as that takes.
+
+    Raises:
+        ValueError: unknown name or option, or no number of steps gives that nfe.
+    """
+    from ..solvers import make_solver
+
+    if afs not in ("off", "dockhorn", "zero"):
+        raise ValueError(f"afs is {afs!r}, expected off, dockhorn or zero")
+    if order is not None:
+        options["order"] = order
+    options["afs"] = False if afs == "off" else afs
+    make_grid = _grid_maker(process, grid)
+    possible: set[int] = set()
+    for steps in range(2 if afs != "off" else 1, nfe + 3):
+        table = make_solver(method, process, make_grid(process, steps), **options)
+        if table.nfe == nfe:
+            return table
+        possible.add(table.nfe)
+    near = sorted(possible, key=lambda cost: abs(cost - nfe))[:2]
+    raise ValueError(f"{method} cannot make exactly {nfe} evaluations; near it: {sorted(near)}")
+
+
+def choose_solver(
+    process: Process, solver: Path | None, method: str | None, nfe: int, **options: Any
+) -> tuple[str, SolverTable | Policy]:
+    """(label, policy) of a solver file or of a handcrafted solver; iPNDM when neither is named.
+
+    Raises:
+        ValueError: both are named, or the file is not a solver.
+    """
+    if solver is not None and method is not None:
+        raise ValueError("give --solver FILE or --method NAME, not both")
+    if solver is None:
+        table = handcrafted_table(process, method or "ipndm", nfe, **options)
+        return label_of(table, options.get("grid", "polynomial")), table
+    from ..solver_file import load_solver
+
+    held = load_solver(solver)
+    policy = getattr(held, "policy", held)
+    return f"{getattr(held, 'method', 'table')}-{policy.nfe}", policy
+
+
+def label_of(table: SolverTable, grid: str) -> str:
+    """``ipndm4/polynomial/afs-dockhorn``: name, order, grid, analytical first step."""
+    parts = [f"{table.name}{table.options.get('order', '')}", grid]
+    if table.options.get("afs"):
+        parts.append(f"afs-{table.options['afs']}")
+    return "/".join(parts)
+
+
+def emit(facts: Mapping[str, Any], as_json: bool, lines: Sequence[str]) -> None:
+    """Prints the facts as JSON, or the lines."""
+    if as_json:
+        typer.echo(json.dumps(_jsonable(facts)))
+        return
+    for line in lines:
+        typer.echo(line)
+
+
+def _jsonable(value: Any) -> Any:
+    """Paths as text; numbers that JSON has no word for as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_jsonable(held) for held in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value

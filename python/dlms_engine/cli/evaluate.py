@@ -1,0 +1,190 @@
+"""``dlms evaluate``: one sampler's quality, or the whole record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .common import (
+    AfsOption,
+    GridOption,
+    JsonOption,
+    MethodOption,
+    Model,
+    ModelOption,
+    NfeOption,
+    OrderOption,
+    SetOption,
+    choose_solver,
+    emit,
+    load_model,
+    parse_seeds,
+    parse_settings,
+)
+
+if TYPE_CHECKING:
+    from ..evaluation.measure import Entry
+    from ..evaluation.record import RecordSettings
+
+CACHE = Path("~/.cache/dlms_engine/evaluate")
+
+
+def evaluate(
+    solver: Annotated[
+        list[Path] | None, typer.Option(help="Solver file; with --record, may be given many times.")
+    ] = None,
+    method: MethodOption = None,
+    nfe: NfeOption = 5,
+    grid: GridOption = "polynomial",
+    order: OrderOption = None,
+    afs: AfsOption = "off",
+    set_: SetOption = None,
+    samples: Annotated[
+        int | None, typer.Option(min=2, help="Samples; default 2000, with --record 10000.")
+    ] = None,
+    screen_samples: Annotated[
+        int, typer.Option(min=2, help="--record: samples every solver is screened on.")
+    ] = 2000,
+    exact_nfe: Annotated[int, typer.Option(min=1, help="Evaluations of the exact solution.")] = 200,
+    accurate_nfe: Annotated[
+        int, typer.Option(min=1, help="Evaluations of the accurate samples.")
+    ] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 250,
+    record: Annotated[
+        bool, typer.Option("--record", help="Compare every handcrafted solver, and the files.")
+    ] = False,
+    nfes: Annotated[str, typer.Option(help="--record: evaluations to compare.")] = "3-10",
+    folder: Annotated[
+        Path | None, typer.Option(help="Where results and cache go; a second run goes on there.")
+    ] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
+    model: ModelOption = "embedded",
+    as_json: JsonOption = False,
+) -> None:
+    """Endpoint RMSE and Frechet distance (embedded features) of a sampler."""
+    options = parse_settings(set_)
+    held = load_model(model)
+    if held.features is None or held.reference is None:
+        raise ValueError(f"model {model!r} has no feature network: evaluate needs one")
+    from ..evaluation.record import RecordSettings
+
+    if record:
+        if method is not None:
+            raise ValueError("--record compares every handcrafted solver: leave out --method")
+        settings = RecordSettings(
+            nfes=tuple(parse_seeds(nfes)),
+            samples=samples or 10_000,
+            batch=batch,
+            screen_samples=screen_samples,
+            exact_nfe=exact_nfe,
+            accurate_nfe=accurate_nfe,
+            compile=compile_,
+        )
+        _record(held, solver or [], settings, folder or Path("record-out"), as_json)
+        return
+    if len(solver or []) > 1:
+        raise ValueError("several --solver files are for --record")
+    label, policy = choose_solver(
+        held.denoiser.process,
+        solver[0] if solver else None,
+        method,
+        nfe,
+        grid=grid,
+        order=order,
+        afs=afs,
+        **options,
+    )
+    from ..evaluation.measure import Entry
+
+    count = samples or 2_000
+    settings = RecordSettings(
+        nfes=(int(policy.nfe),),
+        samples=count,
+        screen_samples=count,
+        batch=batch,
+        exact_nfe=exact_nfe,
+        accurate_nfe=accurate_nfe,
+        compile=compile_,
+    )
+    _single(held, Entry(label, policy), settings, (folder or CACHE).expanduser(), as_json)
+
+
+def _single(
+    model: Model, entry: Entry, settings: RecordSettings, folder: Path, as_json: bool
+) -> None:
+    from ..evaluation.frechet import LABEL
+    from ..evaluation.record import evaluate_one
+    from ..report import number
+
+    assert model.features is not None and model.reference is not None
+    found = evaluate_one(
+        model.denoiser,
+        model.features,
+        model.reference,
+        model.shape,
+        entry,
+        folder,
+        settings,
+        progress=not as_json,
+    )
+    lines = [
+        f"{entry.label}: {entry.nfe} network evaluations, {settings.samples:,} samples",
+        f"  endpoint RMSE to the exact solution: {number(found['rmse'])}",
+        f"  {LABEL}:",
+        f"    to accurate samples {number(found['to_accurate'])} "
+        f"(above its floor: {number(found['excess_accurate'])})",
+        f"    to the data         {number(found['to_data'])} "
+        f"(above its floor: {number(found['excess_data'])})",
+    ]
+    emit(
+        {"solver": entry.label, "nfe": entry.nfe, "samples": settings.samples, **found},
+        as_json,
+        lines,
+    )
+
+
+def _record(
+    model: Model, files: list[Path], settings: RecordSettings, folder: Path, as_json: bool
+) -> None:
+    from .. import report
+    from ..evaluation.measure import Entry
+    from ..evaluation.record import record
+    from ..solvers import handcrafted
+
+    process = model.denoiser.process
+    entries = {
+        nfe: [
+            Entry(label, table, facts=dict(table.options))
+            for label, table in handcrafted(process, nfe)
+        ]
+        for nfe in settings.nfes
+    }
+    assert model.features is not None and model.reference is not None
+    result: dict[str, Any] = record(
+        model.denoiser,
+        model.features,
+        model.reference,
+        model.shape,
+        entries,
+        [_learned(path) for path in files],
+        folder,
+        settings,
+        progress=not as_json,
+    )
+    text = report.markdown(result)
+    (folder / "record.md").write_text(text, encoding="utf-8")
+    pictures = report.draw(result, folder)
+    emit(result, as_json, [text, *(str(path) for path in pictures), str(folder / "record.json")])
+
+
+def _learned(path: Path) -> Entry:
+    from ..evaluation.measure import Entry
+    from ..solver_file import load_solver
+
+    held = load_solver(path)
+    policy = getattr(held, "policy", held)
+    method = str(getattr(held, "method", "table"))
+    facts = {"method": method, "file": path.name}
+    return Entry(f"{method} ({path.stem})", policy, learned=True, facts=facts)

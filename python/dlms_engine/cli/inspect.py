@@ -1,0 +1,84 @@
+"""``dlms inspect``."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import JsonOption, emit
+
+
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Solver file.", exists=True, dir_okay=False)],
+    as_json: JsonOption = False,
+) -> None:
+    """Print a solver file: what it is, its numbers and its checksum."""
+    from ..solver_file import load_solver
+    from ..table import SolverTable
+
+    held = load_solver(file)
+    policy = getattr(held, "policy", held)
+    facts: dict[str, Any] = {
+        "file": file,
+        "bytes": file.stat().st_size,
+        "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "method": getattr(held, "method", getattr(policy, "name", "?")),
+        "kind": getattr(held, "kind", "table"),
+        "nfe": policy.nfe,
+        "depth": policy.depth,
+        "prediction": policy.prediction,
+        "process": policy.process.config(),
+        "settings": getattr(held, "settings", {}),
+        "best": getattr(held, "best", {}),
+    }
+    table = _table(policy) if isinstance(policy, SolverTable) else _designer(policy)
+    facts |= table
+    emit(facts, as_json, [] if as_json else _lines(facts, table))
+
+
+def _table(policy: Any) -> dict[str, Any]:
+    return {
+        "grid": policy.grid.tolist(),
+        "initial_scale": policy.initial_scale.tolist(),
+        "rows": [
+            {"time": time, "a": a, "b": b}
+            for time, a, b in zip(
+                policy.times.tolist(), policy.a.tolist(), policy.b.tolist(), strict=True
+            )
+        ],
+    }
+
+
+def _designer(policy: Any) -> dict[str, Any]:
+    """A designer's rows depend on the sample: its size and where it starts from are shown."""
+    designer = getattr(policy, "designer", None)
+    if designer is None:
+        return {}
+    count = sum(parameter.numel() for parameter in designer.parameters())
+    return {
+        "parameters": count,
+        "initial_grid": designer.grid.tolist(),
+        "initial_weights": designer.init_weights.tolist(),
+    }
+
+
+def _lines(facts: dict[str, Any], table: dict[str, Any]) -> list[str]:
+    lines = [f"{facts['file']}"]
+    for key in ("method", "kind", "nfe", "depth", "prediction", "process", "bytes", "sha256"):
+        lines.append(f"  {key:12} {facts[key]}")
+    for key in ("settings", "best"):
+        lines.extend(f"  {key}.{name} = {value}" for name, value in facts[key].items())
+    for key in ("grid", "initial_grid"):
+        if key in table:
+            lines.append(f"  {key:12} " + "  ".join(f"{t:.5g}" for t in table[key]))
+    if "parameters" in table:
+        lines.append(f"  {'parameters':12} {table['parameters']:,} (rows are computed per sample)")
+    if "rows" in table:
+        lines.append("  row  network time            a  b (newest output first)")
+        for index, row in enumerate(table["rows"]):
+            weights = "  ".join(f"{weight:+.5f}" for weight in row["b"])
+            lines.append(f"  {index:3}  {row['time']:12.6g}  {row['a']:+11.6f}  {weights}")
+    return lines

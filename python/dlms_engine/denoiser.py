@@ -1,0 +1,275 @@
+"""A network made to answer E[x0 | x, t]: process, prediction type, guidance and feature tap."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .processes import Process
+
+Prediction = Literal["data", "noise", "velocity", "flow", "edm"]
+PREDICTIONS = ("data", "noise", "velocity", "flow", "edm")
+
+
+class Preconditioning(NamedTuple):
+    """float64 coefficients, each shaped like the times they were asked for.
+
+    quantity = c_skip * x + c_out * network(c_in * x, c_noise)
+    """
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+class Denoiser(nn.Module):
+    """Wraps ``network(x, c_noise, **cond)`` so that every solver sees the same thing.
+
+    Args:
+        network: any callable; ``x`` is ``[B, ...]``, ``c_noise`` is ``[B]``.
+        process: alpha, sigma and time range of the model.
+        prediction: what the network returns: ``"data"`` (E[x0 | x], called with t itself),
+            ``"noise"``, ``"velocity"`` (alpha * noise - sigma * data), ``"flow"`` (noise - data) or
+            ``"edm"`` (Karras et al. 2022, Table 1, c_noise = ln(sigma) / 4).
+        sigma_data: standard deviation of the data, EDM preconditioning only.
+        features: path of the module inside ``network`` whose output is the bottleneck
+            (``"mid_block"``, ``"unet.mid_block"``); None turns the tap off.
+        guidance_scale: classifier-free guidance, F = F_uncond + scale * (F_cond - F_uncond);
+            one network call on the doubled batch ``[uncond; cond]``.
+        unconditional: keyword tensors of the unconditional branch (needed with guidance).
+        time_input: maps t ``[B]`` to the network's time argument when the default is not right
+            (defaults: t for data, flow; the model's index for ``VPDiscrete``; ln(sigma)/4 for edm).
+        dynamic_thresholding: quantile in (0, 1] of |data prediction| per sample used to clip it
+            (Saharia et al. 2022); None (default) is off. It changes the ODE: pixel models only.
+
+    Raises:
+        ValueError: unknown prediction, feature path not found, guidance without ``unconditional``.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        process: Process,
+        prediction: Prediction = "edm",
+        *,
+        sigma_data: float = 0.5,
+        features: str | None = None,
+        guidance_scale: float | None = None,
+        unconditional: Mapping[str, Tensor] | None = None,
+        time_input: Callable[[Tensor], Tensor] | None = None,
+        dynamic_thresholding: float | None = None,
+    ) -> None:
+        super().__init__()
+        if prediction not in PREDICTIONS:
+            raise ValueError(f"prediction is {prediction!r}, expected one of {PREDICTIONS}")
+        if guidance_scale is not None and not unconditional:
+            raise ValueError(
+                f"guidance_scale is {guidance_scale} but unconditional is empty: pass the keyword "
+                "tensors of the unconditional branch, e.g. unconditional={'class_labels': null}"
+            )
+        if dynamic_thresholding is not None and not 0.0 < dynamic_thresholding <= 1.0:
+            raise ValueError(
+                f"dynamic_thresholding is {dynamic_thresholding}, expected a quantile in (0, 1]"
+            )
+        self.network = network
+        self.process = process
+        self.prediction: Prediction = prediction
+        self.sigma_data = float(sigma_data)
+        self.guidance_scale = guidance_scale
+        self.unconditional = dict(unconditional or {})
+        self.dynamic_thresholding = dynamic_thresholding
+        self._time_input = time_input
+        self._tap = threading.local()
+        self.features = features
+        self._hook = self._attach(features) if features is not None else None
+
+    # -- feature tap ------------------------------------------------------------------------
+
+    def _attach(self, path: str) -> torch.utils.hooks.RemovableHandle:
+        module = find_module(self.network, path)
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+            self._tap.value = value
+
+        return module.register_forward_hook(keep)
+
+    @property
+    def bottleneck(self) -> Tensor:
+        """Raw output of the tapped module in this thread's last call, conditional half only."""
+        value = getattr(self._tap, "value", None)
+        if value is None:
+            raise RuntimeError(
+                "no bottleneck: construct the Denoiser with features='mid_block' (a module path) "
+                "and call it first"
+            )
+        tensor = cast(Tensor, value)
+        return tensor.chunk(2)[1] if self.guidance_scale is not None else tensor
+
+    @property
+    def last_features(self) -> Tensor:
+        """Channel mean of the bottleneck, flattened: ``[B, H * W]`` (AMED section 3.2).
+
+        float32, or float64 from a float64 network.
+        """
+        raw = self.bottleneck
+        wide = raw if raw.dtype == torch.float64 else raw.float()
+        return (wide.mean(dim=1) if raw.ndim > 2 else wide).flatten(1)
+
+    # -- coefficients -----------------------------------------------------------------------
+
+    @property
+    def network_dtype(self) -> torch.dtype | None:
+        """dtype of the network's parameters, None for a network without any."""
+        if isinstance(self.network, nn.Module):
+            for parameter in self.network.parameters():
+                if parameter.is_floating_point():
+                    return parameter.dtype
+        return None
+
+    def _noise_level(self, t: Tensor) -> Tensor:
+        if self._time_input is not None:
+            return self._time_input(t)
+        if self.prediction == "edm":
+            return torch.log(self.process.sigma(t) / self.process.alpha(t)) / 4
+        timestep = getattr(self.process, "timestep", None)
+        if timestep is not None and self.prediction != "data":
+            return cast(Tensor, timestep(t))
+        return t
+
+    def preconditioning(
+        self, t: Tensor, prediction: Literal["data", "noise"] = "data"
+    ) -> Preconditioning:
+        """Coefficients at times ``t`` (any shape, float64) for the ring quantity asked for.
+
+        Written out per case, without the cancellation of going through the data prediction.
+        """
+        t = t.to(torch.float64)
+        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
+        c_in = one
+        if self.prediction == "edm":
+            var = (sigma / alpha) ** 2 + self.sigma_data**2
+            c_in = var.rsqrt() / alpha
+            if prediction == "data":
+                c_skip = self.sigma_data**2 / var / alpha
+                c_out = sigma / alpha * self.sigma_data * var.rsqrt()
+            else:
+                c_skip = sigma / (alpha**2 * var)
+                c_out = -self.sigma_data * var.rsqrt()
+        elif self.prediction == "data":
+            c_skip, c_out = (zero, one) if prediction == "data" else (1 / sigma, -alpha / sigma)
+        elif self.prediction == "noise":
+            c_skip, c_out = (1 / alpha, -sigma / alpha) if prediction == "data" else (zero, one)
+        elif self.prediction == "velocity":
+            norm = alpha**2 + sigma**2
+            c_skip, c_out = (alpha, -sigma) if prediction == "data" else (sigma, alpha)
+            c_skip, c_out = c_skip / norm, c_out / norm
+        else:
+            norm = alpha + sigma
+            c_skip, c_out = (one, -sigma) if prediction == "data" else (one, alpha)
+            c_skip, c_out = c_skip / norm, c_out / norm
+        return Preconditioning(c_skip, c_out, c_in, self._noise_level(t))
+
+    # -- calls ------------------------------------------------------------------------------
+
+    def network_output(
+        self, network_input: Tensor, c_noise: Tensor, **cond: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The raw network on ``network_input`` ``[B, ...]``, or ``(F_uncond, F_cond)``.
+
+        ``c_noise`` is a scalar or ``[B]``; it is handed over in float32 (float64 for float64
+        inputs), never in half precision, where times such as 750 are rounded.
+        """
+        wide = torch.float64 if network_input.dtype == torch.float64 else torch.float32
+        batch = network_input.shape[0]
+        noise = c_noise.to(device=network_input.device, dtype=wide).expand(batch)
+        if self.guidance_scale is None:
+            return unwrap(self.network(network_input, noise, **cond))
+        doubled = {key: self._double(key, value, batch) for key, value in cond.items()}
+        both = torch.cat([network_input, network_input])
+        out = unwrap(self.network(both, torch.cat([noise, noise]), **doubled))
+        uncond, conditional = out.chunk(2)
+        return uncond, conditional
+
+    def _double(self, key: str, value: Any, batch: int) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        other = self.unconditional.get(key, value)
+        other = other.to(device=value.device, dtype=value.dtype).expand(batch, *value.shape[1:])
+        return torch.cat([other, value.expand(batch, *value.shape[1:])])
+
+    def combine(self, output: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+        """Mixes the guidance branches: F_uncond + scale * (F_cond - F_uncond), in ``dtype``."""
+        if isinstance(output, Tensor):
+            return output.to(dtype)
+        uncond, conditional = (part.to(dtype) for part in output)
+        scale = 1.0 if self.guidance_scale is None else self.guidance_scale
+        return uncond + scale * (conditional - uncond)
+
+    def predict(
+        self, x: Tensor, t: Tensor | float, prediction: Literal["data", "noise"] = "data", **cond: Any
+    ) -> Tensor:
+        """Data or noise prediction ``[B, ...]`` at ``x`` ``[B, ...]`` and time ``t`` (scalar, [B])."""
+        times = torch.as_tensor(t, dtype=torch.float64, device=x.device)
+        pre = self.preconditioning(times, prediction)
+        dtype = self.network_dtype or x.dtype
+        scaled = (per_sample(pre.c_in, x) * x).to(dtype)
+        output = self.combine(self.network_output(scaled, pre.c_noise, **cond), x.dtype)
+        value = per_sample(pre.c_skip, x) * x + per_sample(pre.c_out, x) * output
+        if self.dynamic_thresholding is None:
+            return value
+        return self._threshold(x, times, value, prediction)
+
+    def _threshold(self, x: Tensor, t: Tensor, value: Tensor, prediction: str) -> Tensor:
+        alpha, sigma = per_sample(self.process.alpha(t), x), per_sample(self.process.sigma(t), x)
+        data = value if prediction == "data" else (x - sigma * value) / alpha
+        assert self.dynamic_thresholding is not None
+        bound = torch.quantile(data.flatten(1).abs(), self.dynamic_thresholding, dim=1).clamp(min=1)
+        bound = per_sample(bound, x)
+        data = data.clamp(-bound, bound) / bound
+        return data if prediction == "data" else (x - alpha * data) / sigma
+
+    def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+        """E[x0 | x_t = x], same shape and dtype as ``x``."""
+        return self.predict(x, t, "data", **cond)
+
+
+def per_sample(value: Tensor, like: Tensor) -> Tensor:
+    """Casts a scalar or ``[B]`` coefficient to ``like``'s dtype, broadcastable over ``[B, ...]``."""
+    value = value.to(device=like.device, dtype=like.dtype)
+    return value if value.ndim == 0 else value.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def unwrap(output: Any) -> Tensor:
+    """The tensor in what a network returned: itself, ``.sample`` or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple):
+        return cast(Tensor, output[0])
+    sample = getattr(output, "sample", None)
+    if isinstance(sample, Tensor):
+        return sample
+    raise TypeError(f"network returned {type(output).__name__}, expected a tensor or .sample")
+
+
+def find_module(network: Any, path: str) -> nn.Module:
+    """The module at ``path``, or the only one whose path ends in ``.path``."""
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"features={path!r} needs an nn.Module network, got {type(network).__name__}")
+    named = dict(network.named_modules())
+    if path in named:
+        return named[path]
+    ends = [name for name in named if name.endswith("." + path)]
+    if len(ends) != 1:
+        near = [name for name in named if name.count(".") <= 1 and name][:12]
+        raise ValueError(
+            f"features={path!r} names {len(ends)} modules of the network, expected one; "
+            f"top modules: {near}"
+        )
+    return named[ends[0]]

@@ -1,0 +1,167 @@
+"""The noise model a diffusers scheduler config describes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from ...denoiser import Denoiser, Prediction, Preconditioning
+from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
+from ...processes import as_float64 as f64
+
+Kind = Literal["vp", "flow", "edm"]
+
+PREDICTIONS: dict[str, Prediction] = {
+    "epsilon": "noise",
+    "sample": "data",
+    "v_prediction": "velocity",
+    "flow_prediction": "flow",
+}
+"""``prediction_type`` of a config -> the engine's name."""
+
+
+def kind_of(config: Mapping[str, Any]) -> Kind:
+    """Flow if it predicts flow, EDM if it names ``sigma_data``, else variance preserving."""
+    if config.get("prediction_type") == "flow_prediction":
+        return "flow"
+    return "edm" if config.get("sigma_data") is not None else "vp"
+
+
+def make_betas(config: Mapping[str, Any]) -> Tensor:
+    """``[num_train_timesteps]`` float32 betas of a config.
+
+    float32 and in this order of operations because the networks were trained with these roundings.
+
+    Raises:
+        ValueError: unknown ``beta_schedule``.
+    """
+    count, schedule = int(config["num_train_timesteps"]), config["beta_schedule"]
+    start, end = config["beta_start"], config["beta_end"]
+    if config.get("trained_betas") is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+    elif schedule == "linear":
+        betas = torch.linspace(start, end, count, dtype=torch.float32)
+    elif schedule == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float32) ** 2
+    elif schedule == "squaredcos_cap_v2":
+        betas = _cosine_betas(count)
+    elif schedule == "sigmoid":
+        betas = torch.sigmoid(torch.linspace(-6, 6, count)) * (end - start) + start
+    else:
+        raise ValueError(
+            f"beta_schedule is {schedule!r}, expected 'linear', 'scaled_linear', "
+            "'squaredcos_cap_v2' or 'sigmoid'; other schedules can be given as trained_betas"
+        )
+    return _zero_snr(betas) if config.get("rescale_betas_zero_snr") else betas
+
+
+def _cosine_betas(count: int, highest: float = 0.999) -> Tensor:
+    """Nichol & Dhariwal 2021, eq. 17, capped."""
+
+    def alpha_bar(t: float) -> float:
+        return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+    steps = range(count)
+    betas = [min(1 - alpha_bar((i + 1) / count) / alpha_bar(i / count), highest) for i in steps]
+    return torch.tensor(betas, dtype=torch.float32)
+
+
+def _zero_snr(betas: Tensor) -> Tensor:
+    """Moves the last sqrt(alpha_bar) to zero (Lin et al. 2024, Algorithm 1)."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    bar = root**2
+    return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
+
+
+def make_alphas_cumprod(config: Mapping[str, Any], betas: Tensor) -> Tensor:
+    """float32 alpha_bar; with zero terminal SNR the last one is 2**-24, so that sigma is finite."""
+    alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
+    if config.get("rescale_betas_zero_snr"):
+        alphas_cumprod[-1] = 2**-24
+    return alphas_cumprod
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseModel:
+    """A process together with what its network predicts and is told.
+
+    Attributes:
+        levels: training timesteps, the unit of the network's time (VP and flow).
+        denoiser: holds the preconditioning only; it is never called.
+    """
+
+    kind: Kind
+    process: Process
+    levels: int
+    denoiser: Denoiser
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], alphas_cumprod: Tensor | None) -> NoiseModel:
+        """The model of a scheduler ``config``; ``alphas_cumprod`` is needed for VP only.
+
+        Raises:
+            ValueError: unknown ``prediction_type``.
+        """
+        name = config["prediction_type"]
+        if name not in PREDICTIONS:
+            raise ValueError(f"prediction_type is {name!r}, expected one of {sorted(PREDICTIONS)}")
+        kind = kind_of(config)
+        process: Process
+        prediction: Prediction = PREDICTIONS[name]
+        sigma_data = 0.5
+        if kind == "flow":
+            process = RectifiedFlow()
+        elif kind == "edm":
+            if name != "epsilon":
+                raise ValueError(f"prediction_type is {name!r}, expected 'epsilon' with sigma_data")
+            process = EDM(config.get("sigma_min") or 0.002, config.get("sigma_max") or 80.0)
+            prediction, sigma_data = "edm", float(config["sigma_data"])
+        else:
+            assert alphas_cumprod is not None
+            process = VPDiscrete(alphas_cumprod=alphas_cumprod.tolist())
+        denoiser = Denoiser(_never, process, prediction, sigma_data=sigma_data)
+        return cls(kind, process, int(config["num_train_timesteps"]), denoiser)
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """float64: what the network is told at process time ``t``."""
+        if isinstance(self.process, VPDiscrete):
+            return self.process.timestep(t)
+        return f64(t).log() / 4 if self.kind == "edm" else f64(t) * self.levels
+
+    def time(self, timestep: Tensor) -> Tensor:
+        """Inverse of ``timestep``."""
+        timestep = f64(timestep)
+        if isinstance(self.process, VPDiscrete):
+            return (timestep + 1) / self.process.levels
+        return (4 * timestep).exp() if self.kind == "edm" else timestep / self.levels
+
+    def preconditioning(self, t: Tensor, prediction: Literal["data", "noise"]) -> Preconditioning:
+        """c_skip, c_out, c_in at process times ``t``; ``c_noise`` is not meant to be used."""
+        return self.denoiser.preconditioning(t, prediction)
+
+    def check(self, process: Process) -> None:
+        """Raises ValueError unless ``process`` is this model's."""
+        same = type(process) is type(self.process)
+        if same and isinstance(process, VPDiscrete):
+            mine = cast(VPDiscrete, self.process)
+            t = torch.linspace(0, 1, 65, dtype=torch.float64)
+            same = process.levels == mine.levels and torch.allclose(
+                process.log_alpha(t), mine.log_alpha(t), rtol=1e-4, atol=1e-7
+            )
+        elif same and self.kind == "edm":
+            same = process.t_max <= self.process.t_max * (1 + 1e-9)
+        if not same:
+            raise ValueError(
+                f"the solver was made for {process!r}, this scheduler's config describes "
+                f"{self.process!r}: make or distil the solver for this pipeline"
+            )
+
+
+def _never(*_args: Any, **_kwargs: Any) -> Any:
+    raise AssertionError("a scheduler does not call the network")

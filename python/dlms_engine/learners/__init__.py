@@ -1,0 +1,131 @@
+"""Learners of solver tables and the one call that runs them."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Any
+
+from ..denoiser import Denoiser
+from .solver import DistilledSolver
+
+METHODS = {
+    "dlms": "dlms_engine.learners.run_dlms",
+    "amed": "dlms_engine.learners.run_amed",
+    "ld3": "dlms_engine.learners.run_ld3",
+    "dode": "dlms_engine.learners.run_dode",
+    "gits": "dlms_engine.learners.run_gits",
+    "free_table": "dlms_engine.learners.run_free_table",
+}
+"""method -> module with ``run(denoiser, shape, options) -> DistilledSolver``."""
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """What every method is given beside its own settings."""
+
+    nfe: int
+    trajectories: int | None
+    output: Path | None
+    resume: bool
+    progress: bool
+    seed: int
+    settings: dict[str, Any]
+    feature_network: Any = None
+    cond: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where the run's checkpoint lives: beside the output."""
+        return None if self.output is None else self.output.with_suffix(".checkpoint.safetensors")
+
+
+def distill(
+    denoiser: Denoiser,
+    method: str = "dlms",
+    *,
+    nfe: int = 5,
+    shape: tuple[int, ...],
+    trajectories: int | None = None,
+    output: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    seed: int = 0,
+    feature_network: Any = None,
+    cond: dict[str, Any] | None = None,
+    **settings: Any,
+) -> DistilledSolver:
+    """Distils a solver of ``nfe`` evaluations for ``denoiser``; the network stays frozen.
+
+    Args:
+        denoiser: the model.
+        method: one of ``METHODS``.
+        nfe: network evaluations of the result.
+        shape: shape of one sample, e.g. ``(3, 32, 32)``.
+        trajectories: start noises to train on; None is the method's own default.
+        output: where the solver file goes; its checkpoint lies beside it and ``resume`` continues it.
+        feature_network: module from finished samples to ``[B, F]`` for feature distances.
+        cond: keyword tensors for the network, one row for all samples.
+        settings: the method's own settings; unknown names are refused.
+
+    Returns:
+        a ``DistilledSolver``, also written to ``output``.
+
+    Raises:
+        ValueError: unknown method or setting, values out of range.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {sorted(METHODS)}")
+    if nfe < 1:
+        raise ValueError(f"nfe is {nfe}, expected at least 1")
+    path = None if output is None else Path(output)
+    options = RunOptions(
+        nfe, trajectories, path, resume, progress, seed, settings, feature_network, cond or {}
+    )
+    training = [p for p in denoiser.parameters() if p.requires_grad]
+    for parameter in training:
+        parameter.requires_grad_(False)
+    try:
+        solver: DistilledSolver = importlib.import_module(METHODS[method]).run(
+            denoiser, tuple(shape), options
+        )
+    finally:
+        for parameter in training:
+            parameter.requires_grad_(True)
+    if path is not None:
+        solver.save(path)
+        if options.checkpoint is not None:
+            options.checkpoint.unlink(missing_ok=True)
+    return solver
+
+
+def split_settings(
+    settings: dict[str, Any], *kinds: type[Any], nested: dict[str, type[Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Sorts ``settings`` into the dataclasses ``kinds`` by field name.
+
+    Names like ``teacher_order`` go to the nested dataclass under ``teacher``.
+
+    Raises:
+        ValueError: a name that no dataclass has; the known names are listed.
+    """
+    known = [{f.name for f in dataclasses.fields(kind)} for kind in kinds]
+    found: list[dict[str, Any]] = [{} for _ in kinds]
+    inner: dict[str, dict[str, Any]] = {name: {} for name in nested or {}}
+    for key, value in settings.items():
+        places = [i for i, names in enumerate(known) if key in names]
+        prefix = next((n for n in inner if key.startswith(n + "_")), None)
+        if places:
+            found[places[0]][key] = value
+        elif prefix and key[len(prefix) + 1 :] in {
+            f.name for f in dataclasses.fields((nested or {})[prefix])
+        }:
+            inner[prefix][key[len(prefix) + 1 :]] = value
+        else:
+            names = sorted(set().union(*known) | {f"{n}_..." for n in inner})
+            raise ValueError(f"unknown setting {key!r}; known settings: {', '.join(names)}")
+    for name, values in inner.items():
+        if values:
+            found[0][name] = (nested or {})[name](**values)
+    return found

@@ -1,0 +1,60 @@
+"""Where DLMS starts: handcrafted grids and multistep weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import grids
+from ..processes import Process
+from .teacher import multistep_weights
+
+if TYPE_CHECKING:
+    from .dlms import DlmsSettings
+
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+GRIDS = ("time_uniform", "time_quadratic", "polynomial", "logsnr")
+
+
+def initial_grid(process: Process, name: str, steps: int) -> Tensor:
+    """float64 ``[steps + 1]`` grid called ``name``."""
+    if name == "time_uniform":
+        return grids.time_uniform(process, steps, rho=1)
+    if name == "time_quadratic":
+        return grids.time_uniform(process, steps, rho=2)
+    if name == "polynomial":
+        return grids.polynomial(process, steps)
+    if name == "logsnr":
+        return grids.logsnr(process, steps)
+    raise ValueError(f"grid is {name!r}, expected one of {GRIDS}")
+
+
+def initial_weights(process: Process, grid: Tensor, settings: DlmsSettings) -> Tensor:
+    """float64 ``[steps, order]``: row n-1 holds step n's weights, newest first, sum 1."""
+    steps, order = settings.steps, settings.resolved_order
+    weights = torch.zeros(steps, order, dtype=torch.float64)
+    for n in range(1, steps + 1):
+        row = _row(process, grid, settings, n, min(n, order))
+        weights[n - 1, : len(row)] = torch.as_tensor(row, dtype=torch.float64)
+    return weights
+
+
+def _row(
+    process: Process, grid: Tensor, settings: DlmsSettings, n: int, available: int
+) -> tuple[float, ...] | Tensor:
+    if settings.init == "ddim":
+        return (1.0,)
+    if settings.init in ("ab", "ipndm"):
+        return ADAMS_BASHFORTH[min(available, 4) - 1]
+    # DPM-Solver++ with lower order at the end, as the handcrafted solver has it
+    order = min(available, 3, settings.steps - n + 1)
+    lambdas = process.lambda_(grid)
+    history = [lambdas[n - 1 - k] for k in range(order)]
+    return torch.stack(multistep_weights(lambdas[n] - lambdas[n - 1], history))

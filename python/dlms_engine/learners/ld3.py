@@ -1,0 +1,267 @@
+"""LD3: learning to discretize (Tong et al. 2024, arXiv:2405.15506): settings and objective.
+
+A global grid and decoupled network times are fitted so that the student's end state matches the
+teacher's, from a start noise that may move inside a small ball (soft teacher forcing, section 3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import grids
+from ..denoiser import Denoiser
+from ..solvers import make_solver
+from ..solvers.common import Afs
+from ..table import SolverTable
+from .adjoint import solve, walk
+from .base_table import Base, BaseName
+from .grid_tools import GridSource, start_times
+from .ld3_grid import Coordinate, LearnedGrid
+from .sample_loss import SampleLoss, resolve_kind, sample_loss
+
+TYPICAL_LOSS = 0.25
+"""What LPIPS is for an undistilled few-step student; the published rates were chosen for it."""
+
+
+@dataclass(frozen=True)
+class Ld3Settings:
+    """Settings of LD3; the defaults are the published ones for pixel models.
+
+    Latent models in the paper: ``coordinate="time"``, ``order=2``, ``variant="bh2"``,
+    ``lr_times=0.001 / steps``, ``rounds_times=3``, ``batch=1``, ``teacher_grid="time_uniform"``.
+
+    Attributes:
+        nfe: network evaluations of the student.
+        student: "unipc", "dpm_solver_pp", "ipndm", "euler" (or any other of ``base_table.BASES``).
+        order: order of the student; None for 3 (euler, ddim: 1).
+        variant: UniPC's B(h).
+        afs: analytical first step (not in the paper).
+        init: initial grid: a name, times, or another learner's solver file; "uniform" is uniform in
+            ``coordinate``, "best" the handcrafted one with the least loss on the validation set.
+        coordinate: what steps and offsets are measured in, "lambda" or "time"; None for lambda
+            where it is finite.
+        decouple: learn network times (in the second phase).
+        window: largest offset of a network time as a share of the smallest gap of the grid.
+        gamma: the ball's radius is gamma * d / N^2 in unit-noise coordinates, d numbers a sample.
+        radius: the radius itself; 0 is the hard objective; None for the rule with ``gamma``.
+        rounds, rounds_times: rounds without and with network times.
+        train, validation: number of start noises.
+        batch: mini-batch of both.
+        lr, momentum: RMSprop on the step sizes.
+        lr_times, lr_noise: SGD on network times and on start noises; None for 0.1 / N and 12 / N.
+        lr_floor, lr_times_floor: decay stops there.
+        decay, patience: the rates fall by ``decay`` when validation failed to improve that often.
+        clip: largest gradient norm, for step sizes and network times separately.
+        stop_at_floor: decays with the network times' rate at its floor before stopping early.
+        teacher, teacher_nfe, teacher_order, teacher_grid: the teacher.
+        loss: "lpips" (needs ``lpips_weights``), "features", "bottleneck", "l2", "l1", "auto" (the
+            first of these that can be had) or a callable (student, target) -> ``[B]``.
+        lpips_weights: safetensors file for "lpips".
+        feature_sigma: noise level of "bottleneck".
+        loss_scale: factor on the loss; None for 1 with lpips, and otherwise for what makes the first
+            validation loss 0.25, the size of LPIPS, for which the rates of the plain SGDs are meant.
+        checkpoint_seconds: seconds between checkpoints.
+    """
+
+    nfe: int = 5
+    student: BaseName = "unipc"
+    order: int | None = None
+    variant: str = "bh1"
+    afs: Afs = False
+    init: GridSource = "uniform"
+    coordinate: Coordinate | None = None
+    decouple: bool = True
+    window: float = 0.5
+    gamma: float = 0.001
+    radius: float | None = None
+    rounds: int = 2
+    rounds_times: int = 5
+    train: int = 50
+    validation: int = 50
+    batch: int = 2
+    lr: float = 5e-3
+    momentum: float = 0.9
+    lr_times: float | None = None
+    lr_noise: float | None = None
+    lr_floor: float = 5e-5
+    lr_times_floor: float = 1e-6
+    decay: float = 0.8
+    patience: int = 5
+    clip: float = 1.0
+    stop_at_floor: int = 5
+    teacher: str = "unipc"
+    teacher_nfe: int = 20
+    teacher_order: int | None = 3
+    teacher_grid: GridSource = "logsnr"
+    loss: str | SampleLoss = "auto"
+    lpips_weights: str | None = None
+    feature_sigma: float = 0.1
+    loss_scale: float | None = None
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("nfe", "train", "validation", "batch", "teacher_nfe", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        for name in ("lr", "clip", "decay"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if self.radius is not None and self.radius < 0:
+            raise ValueError(f"radius is {self.radius}, expected None or a number >= 0")
+        if self.decay > 1:
+            raise ValueError(f"decay is {self.decay}, expected at most 1")
+        if self.rounds < 0 or self.rounds_times < 0 or self.total_rounds < 1:
+            raise ValueError(
+                f"rounds is {self.rounds}, rounds_times is {self.rounds_times}, expected at least "
+                "one round in all"
+            )
+        if self.base.steps(self.nfe) < 2:
+            raise ValueError("nfe is 1: a grid of one step has nothing to learn")
+
+    @property
+    def base(self) -> Base:
+        """The student's solver."""
+        first_order = self.student in ("euler", "ddim")
+        order = None if first_order else (3 if self.order is None else self.order)
+        return Base(self.student, order, self.variant, self.afs)  # type: ignore[arg-type]
+
+    @property
+    def steps(self) -> int:
+        return self.base.steps(self.nfe)
+
+    @property
+    def total_rounds(self) -> int:
+        return self.rounds + self.rounds_times
+
+    def ball(self, numbers: int) -> float:
+        """Radius in unit-noise coordinates for samples of ``numbers`` numbers."""
+        return self.gamma * numbers / self.steps**2 if self.radius is None else self.radius
+
+
+class Graded(NamedTuple):
+    """One backward pass: losses ``[B]`` and the gradient of their weighted sum in the noise."""
+
+    losses: Tensor
+    noise_grad: Tensor
+
+
+class Ld3:
+    """The objective: the student's table, its loss, its gradients."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        settings: Ld3Settings,
+        *,
+        feature_network: nn.Module | None = None,
+        **cond: Any,
+    ) -> None:
+        self.denoiser = denoiser
+        self.settings = settings
+        self.cond = cond
+        self.loss = sample_loss(
+            settings.loss,
+            denoiser,
+            feature_sigma=settings.feature_sigma,
+            feature_network=feature_network,
+            lpips_weights=settings.lpips_weights,
+        )
+        self.kind = (
+            resolve_kind(settings.loss, denoiser, feature_network, settings.lpips_weights)
+            if isinstance(settings.loss, str)
+            else getattr(settings.loss, "__qualname__", type(settings.loss).__name__)
+        )
+        process = denoiser.process
+        source = "time_uniform" if settings.init in ("uniform", "best") else settings.init
+        times = start_times(process, source, settings.steps)
+        self.module = LearnedGrid(
+            process,
+            times.grid,
+            network_times=times.network,
+            coordinate=settings.coordinate,
+            window=settings.window,
+        )
+        if isinstance(settings.init, str) and settings.init == "uniform":
+            nn.init.zeros_(self.module.logits)
+        self.sigma_start = float(process.sigma(times.grid[0]))
+
+    # -- student and teacher --------------------------------------------------------------------
+
+    def table(self) -> SolverTable:
+        """The student's table, differentiable in the parameters (the full graph, UniPC included)."""
+        times = self.module()
+        return self.settings.base.table(self.denoiser.process, times.grid, times.network)
+
+    @torch.no_grad()
+    def targets(self, noise: Tensor) -> Tensor:
+        """The teacher's end states for unit ``noise`` ``[B, ...]``."""
+        s, process = self.settings, self.denoiser.process
+        source = s.teacher_grid
+        if source == "logsnr" and self.module.coordinate == "time":
+            source = "time_uniform"
+        options = {} if s.teacher_order is None else {"order": s.teacher_order}
+        grid = start_times(process, source, s.teacher_nfe).grid
+        table = make_solver(s.teacher, process, grid, **options)
+        return self._end(table, noise)
+
+    def _end(self, table: SolverTable, noise: Tensor) -> Tensor:
+        x = self.sigma_start * noise
+        for _, _, x in walk(self.denoiser, table, x, **self.cond):  # noqa: B007 - the last one
+            pass
+        return x
+
+    # -- losses -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def measure(self, noise: Tensor, target: Tensor) -> Tensor:
+        """Losses ``[B]`` of the student from unit ``noise``, without gradients."""
+        return self.loss(self._end(self.table(), noise), target)
+
+    def grade(self, noise: Tensor, target: Tensor, weight: float) -> Graded:
+        """Accumulates the parameters' gradients of ``weight * sum(losses)``."""
+        noise = noise.detach().requires_grad_()
+        states = solve(self.denoiser, self.table(), self.sigma_start * noise, **self.cond)
+        losses = self.loss(states[-1], target)
+        (weight * losses.sum()).backward()  # type: ignore[no-untyped-call]
+        assert noise.grad is not None
+        return Graded(losses.detach(), noise.grad)
+
+    def choose_start(self, noise: Tensor, target: Tensor) -> str:
+        """Loads the handcrafted grid with the least mean loss; returns its name ("best")."""
+        found: list[tuple[float, str, Tensor]] = []
+        steps, process = self.settings.steps, self.denoiser.process
+        makers: dict[str, Callable[[], Tensor]] = {
+            "polynomial": lambda: grids.polynomial(process, steps),
+            "time_uniform": lambda: grids.time_uniform(process, steps),
+            "time_quadratic": lambda: grids.time_uniform(process, steps, 2.0),
+        }
+        if self.module.coordinate == "lambda":
+            makers["logsnr"] = lambda: grids.logsnr(process, steps)
+        for name, make in makers.items():
+            grid = make()
+            self._load_grid(grid)
+            loss = float(self.measure(noise, target).mean())
+            if math.isfinite(loss):
+                found.append((loss, name, grid))
+        _, name, grid = min(found, key=lambda item: item[0])
+        self._load_grid(grid)
+        return name
+
+    @torch.no_grad()
+    def _load_grid(self, grid: Tensor) -> None:
+        fresh = LearnedGrid(self.denoiser.process, grid, coordinate=self.module.coordinate)
+        self.module.logits.copy_(fresh.logits)
+
+
+def project(noise: Tensor, centre: Tensor, radius: float) -> Tensor:
+    """The point of the ball of ``radius`` around ``centre`` nearest to ``noise``, per sample."""
+    offset = (noise - centre).flatten(1)
+    norm = offset.norm(dim=1, keepdim=True)
+    shrink = (radius / norm.clamp_min(1e-30)).clamp_max(1.0)
+    return centre + (offset * shrink).reshape_as(centre)

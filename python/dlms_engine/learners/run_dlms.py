@@ -1,0 +1,39 @@
+"""``distill(method="dlms")``: settings in, solver out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ..denoiser import Denoiser
+from ..parallel import World
+from . import RunOptions, split_settings
+from .dlms import Dlms, DlmsSettings
+from .solver import DistilledSolver
+from .teacher import TeacherSettings
+from .trainer import Trainer, TrainerSettings
+
+
+def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+    """Runs Algorithm 1 of the paper with the shared trainer."""
+    own, shared = split_settings(
+        options.settings, DlmsSettings, TrainerSettings, nested={"teacher": TeacherSettings}
+    )
+    if options.trajectories is not None:
+        shared["trajectories"] = options.trajectories
+    settings = DlmsSettings(nfe=options.nfe, **own)
+    training = TrainerSettings(seed=options.seed, **shared)
+    learner = Dlms(
+        denoiser, settings, shape, feature_network=options.feature_network, seed=options.seed,
+        **options.cond,
+    )
+    fingerprint: dict[str, Any] = {
+        **learner.fingerprint(), **dataclasses.asdict(training), "shape": list(shape)
+    }
+    trainer = Trainer(
+        learner, training, shape, checkpoint=options.checkpoint, fingerprint=fingerprint,
+        world=World.current(),
+    )
+    state = trainer.run(resume=options.resume, progress=options.progress)
+    best = {"score": state.best_score, "set": state.best_set}
+    return DistilledSolver(learner.policy, "dlms", fingerprint, state.history, best)

@@ -1,0 +1,65 @@
+"""``distill(method="ld3")``: settings in, table out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..parallel import World
+from ..table import SolverTable
+from . import RunOptions, split_settings
+from .ld3 import Ld3, Ld3Settings
+from .ld3_loop import Ld3Loop
+from .solver import DistilledSolver
+
+
+def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+    """Learns a grid and network times; ``options.trajectories`` is the number of training noises."""
+    (own,) = split_settings(options.settings, Ld3Settings)
+    if options.trajectories is not None:
+        own["train"] = options.trajectories
+    settings = Ld3Settings(nfe=options.nfe, **own)
+    learner = Ld3(denoiser, settings, feature_network=options.feature_network, **options.cond)
+    fingerprint = {
+        "method": "ld3",
+        **plain(settings),
+        "loss": learner.kind,
+        "seed": options.seed,
+        "shape": list(shape),
+    }
+    loop = Ld3Loop(
+        learner,
+        shape,
+        seed=options.seed,
+        checkpoint=options.checkpoint,
+        fingerprint=fingerprint,
+        world=World.current(),
+    )
+    state = loop.run(resume=options.resume, progress=options.progress)
+    with torch.no_grad():
+        table = learner.table().detach()
+    best = {"score": state.best_score, "set": f"raw@{state.best_update}"}
+    return DistilledSolver(table, "ld3", fingerprint, state.history, best)
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """The fields of a settings dataclass as JSON values: tables and tensors as lists of times."""
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, SolverTable):
+            value = value.grid
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        elif dataclasses.is_dataclass(value):
+            value = plain(value)
+        elif callable(value):
+            value = getattr(value, "__qualname__", type(value).__name__)
+        elif not isinstance(value, (str, int, float, bool, list, tuple, type(None))):
+            value = str(value)
+        found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found

@@ -1,0 +1,298 @@
+"""The loop every gradient learner shares: optimiser, EMA sets, validation, checkpoints, resume."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..parallel import World
+from .checkpoint import load_checkpoint, save_checkpoint
+from .ema import EmaSets
+
+log = logging.getLogger("dlms_engine")
+
+
+class Learner(Protocol):
+    """An objective over solver parameters."""
+
+    module: nn.Module
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]: ...
+
+    def iteration(self, noise: Tensor) -> Iterator[dict[str, float]]:
+        """Accumulates gradients for one batch of start noise ``[B, ...]`` (unit variance).
+
+        Yields logged numbers each time the optimiser is to step.
+        """
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Fixed validation; ``"score"`` (lower is better) chooses among the parameter sets."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able snapshot worth logging, e.g. the learned grid."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """Settings of the shared loop.
+
+    Attributes:
+        trajectories: start noises in all.
+        batch: trajectories per optimiser step.
+        lr: Adam's learning rate, betas (0.9, 0.999).
+        warmup: updates over which the rate rises from 0.
+        decay: "constant" or "cosine" to zero at the end.
+        clip: largest gradient norm.
+        ema_kimg: half-lives of the averaged parameter sets, in thousands of trajectories.
+        validate_every: updates between validations; 0 validates at the end only.
+        checkpoint_seconds: seconds between checkpoints.
+        seed: of the start noise and of the initialisation.
+    """
+
+    trajectories: int = 20_000
+    batch: int = 32
+    lr: float = 5e-3
+    warmup: int = 0
+    decay: str = "constant"
+    clip: float = 1.0
+    ema_kimg: tuple[float, ...] = (1.0, 2.0, 3.0)
+    validate_every: int = 25
+    checkpoint_seconds: float = 60.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("trajectories", "batch", "lr", "clip"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        if self.decay not in ("constant", "cosine"):
+            raise ValueError(f"decay is {self.decay!r}, expected 'constant' or 'cosine'")
+
+    @property
+    def updates(self) -> int:
+        return math.ceil(self.trajectories / self.batch)
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside tensors."""
+
+    update: int = 0
+    best_score: float = math.inf
+    best_set: str = "init"
+    history: list[dict[str, Any]] = field(default_factory=list)
+    skipped: int = 0
+
+
+class Trainer:
+    """Trains ``learner.module``; the best of raw and averaged sets by validation is kept.
+
+    Noise is a pure function of (seed, update, index), so a run that was killed and resumed is
+    bit-identical to one that was not, wherever the kill fell.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        settings: TrainerSettings,
+        shape: tuple[int, ...],
+        *,
+        checkpoint: Path | None = None,
+        fingerprint: dict[str, Any] | None = None,
+        world: World | None = None,
+    ) -> None:
+        self.learner = learner
+        self.settings = settings
+        self.shape = shape
+        self.world = world or World()
+        self.state = Progress()
+        self._path = checkpoint
+        self._fingerprint = fingerprint or {}
+        groups = learner.parameter_groups(settings.lr)
+        self._rates = [float(g["lr"]) for g in groups]
+        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
+        self._ema = EmaSets(learner.module, settings.ema_kimg)
+        self._best = self._copy()
+
+    def run(self, *, resume: bool = False, progress: bool = True) -> Progress:
+        """Trains to the end and loads the best parameters into the module.
+
+        Raises:
+            KeyboardInterrupt: after a checkpoint was written, when one is configured.
+        """
+        if resume:
+            self._resume()
+        if self.state.update == 0:
+            self._validate()
+        total = self.settings.updates
+        saved = time.monotonic()
+        bar = tqdm(
+            total=total, initial=self.state.update, desc="distilling", unit="update",
+            disable=not (progress and self.world.rank == 0),
+        )
+        try:
+            while self.state.update < total:
+                logged = self._update()
+                bar.set_postfix({k: f"{v:.4g}" for k, v in list(logged.items())[:3]})
+                bar.update()
+                if time.monotonic() - saved > self.settings.checkpoint_seconds:
+                    self._save()
+                    saved = time.monotonic()
+        except KeyboardInterrupt:
+            self._save()
+            if self._path is not None:
+                log.warning("interrupted: %s is saved, resume continues it", self._path)
+            raise
+        finally:
+            bar.close()
+        self._save()
+        self._restore(self._best)
+        return self.state
+
+    # -- one update -----------------------------------------------------------------------------
+
+    def _update(self) -> dict[str, float]:
+        for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
+            group["lr"] = rate * self._rate(self.state.update)
+        noise = self._noise()
+        logged: dict[str, float] = {}
+        self.optimiser.zero_grad(set_to_none=True)
+        for numbers in self.learner.iteration(noise):
+            logged = numbers
+            self._step()
+            self.optimiser.zero_grad(set_to_none=True)
+        self._ema.update(self.learner.module, self.settings.batch)
+        self.state.update += 1
+        every = self.settings.validate_every
+        entry: dict[str, Any] = {"update": self.state.update, **logged}
+        if self.state.update == self.settings.updates or (
+            every and self.state.update % every == 0
+        ):
+            entry.update(self._validate())
+        self.state.history.append(entry)
+        return logged
+
+    def _step(self) -> None:
+        start, stop = self.world.slice(self.settings.batch)
+        parameters = [p for p in self.learner.module.parameters() if p.grad is not None]
+        for parameter in parameters:
+            assert parameter.grad is not None
+            share = (stop - start) / self.settings.batch
+            self.world.sum_(parameter.grad.mul_(share))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
+        if not bool(torch.isfinite(norm)):
+            self.state.skipped += 1
+            log.warning("update %d: gradient is not finite, skipped", self.state.update)
+            if self.state.skipped > 20 + self.settings.updates // 10:
+                raise FloatingPointError(
+                    f"{self.state.skipped} updates had gradients that are not finite: lower lr "
+                    f"(now {self.settings.lr}) or the time range"
+                )
+            return
+        self.optimiser.step()
+
+    def _rate(self, update: int) -> float:
+        rate = 1.0
+        if self.settings.warmup and update < self.settings.warmup:
+            rate = (update + 1) / self.settings.warmup
+        if self.settings.decay == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * update / self.settings.updates))
+        return rate
+
+    def _noise(self) -> Tensor:
+        """This rank's part of the batch of unit noise of this update."""
+        batch = self.settings.batch
+        start, stop = self.world.slice(batch)
+        first = self.state.update * batch
+        return unit_noise(self.settings.seed, range(first + start, first + stop), self.shape)
+
+    # -- validation and parameter sets -----------------------------------------------------------
+
+    def _copy(self) -> dict[str, Tensor]:
+        return {k: v.detach().clone() for k, v in self.learner.module.named_parameters()}
+
+    def _restore(self, parameters: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.learner.module.named_parameters():
+                parameter.copy_(parameters[name])
+
+    def _validate(self) -> dict[str, Any]:
+        raw = self._copy()
+        candidates = {"raw": raw}
+        if self.state.update:
+            candidates |= self._ema.sets()
+        found: dict[str, Any] = {}
+        for name, parameters in candidates.items():
+            self._restore(parameters)
+            numbers = self.learner.validate()
+            found[f"validation/{name}"] = numbers["score"]
+            if name == "raw":
+                found |= {k: v for k, v in numbers.items() if k != "score"}
+                found["describe"] = self.learner.describe()
+            if numbers["score"] < self.state.best_score:
+                self.state.best_score = numbers["score"]
+                self.state.best_set = f"{name}@{self.state.update}"
+                self._best = {k: v.clone() for k, v in parameters.items()}
+        self._restore(raw)
+        if not self.state.update:
+            self.state.history.append({"update": 0, **found})
+        return found
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self._path is None or self.world.rank != 0:
+            return
+        tensors = {f"raw/{k}": v for k, v in self._copy().items()}
+        tensors |= {f"best/{k}": v for k, v in self._best.items()}
+        tensors |= {f"ema/{k}": v for k, v in self._ema.tensors().items()}
+        names = [n for n, _ in self.learner.module.named_parameters()]
+        slots = {id(p): n for n, p in self.learner.module.named_parameters()}
+        assert len(names) == len(slots)
+        for parameter, held in self.optimiser.state.items():
+            for key, value in held.items():
+                tensors[f"adam/{slots[id(parameter)]}/{key}"] = torch.as_tensor(value)
+        save_checkpoint(self._path, tensors, self.state, self._fingerprint)
+
+    def _resume(self) -> None:
+        if self._path is None or not self._path.exists():
+            return
+        tensors, state = load_checkpoint(self._path, self._fingerprint)
+        self.state = Progress(**state)
+        parts = {k: _part(tensors, k + "/") for k in ("raw", "best", "ema", "adam")}
+        self._restore(parts["raw"])
+        self._best = parts["best"]
+        self._ema.load(parts["ema"])
+        for name, parameter in self.learner.module.named_parameters():
+            held = _part(parts["adam"], name + "/")
+            if held:
+                self.optimiser.state[parameter] = held
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def unit_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
+    """``[len(indices), *shape]`` float32 noise, each sample from its own generator.
+
+    Depends on (seed, index) alone, so any split over batches, ranks or restarts agrees. Training
+    seeds live above 2**32, away from the small seeds people sample with.
+    """
+    generator = torch.Generator()
+    draws = []
+    for index in indices:
+        generator.manual_seed(((seed + 1) << 32) + index)
+        draws.append(torch.randn(*shape, generator=generator))
+    return torch.stack(draws) if draws else torch.empty(0, *shape)

@@ -1,0 +1,113 @@
+"""A quality record as markdown and as plots."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import plots
+from .evaluation.frechet import LABEL
+from .evaluation.record import best, figure
+
+Row = Mapping[str, Any]
+
+
+def markdown(record: Mapping[str, Any]) -> str:
+    """The tables of a record, with the conditions they were measured under."""
+    settings, rows = record["settings"], record["rows"]
+    floors = record["floors"]["full"]
+    parts = [
+        f"Endpoint RMSE: {settings['screen_samples']:,} samples against the exact solution "
+        f"({settings['exact_nfe']} evaluations) from the same noise. {LABEL}: "
+        f"{settings['samples']:,} samples, minus the floor, i.e. what accurate samples "
+        f"({settings['accurate_nfe']} evaluations) of the same seeds have: "
+        f"{floors['accurate']:.4g} to accurate samples of other seeds, {floors['data']:.4g} to "
+        f"the data. Handcrafted solvers were screened on {settings['screen_samples']:,} samples; "
+        f"the full figure is for the best {settings['finalists']} by that distance, the best by "
+        "RMSE and the learned ones; figures in brackets are screening figures.",
+        _finals(rows, settings["nfes"]),
+        "Endpoint RMSE of every solver:",
+        _matrix(rows, settings["nfes"], "rmse"),
+        f"{LABEL} to accurate samples minus the floor, every solver:",
+        _matrix(rows, settings["nfes"], "accurate"),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _finals(rows: Sequence[Row], nfes: Sequence[int]) -> str:
+    lines = [
+        "| NFE | solver | endpoint RMSE | distance to accurate | distance to data |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    for nfe in nfes:
+        full = [row for row in rows if row["nfe"] == nfe and "full" in row]
+        for row in sorted(full, key=lambda row: (not row["learned"], figure(row, "accurate"))):
+            name = f"**{row['solver']}**" if row["learned"] else row["solver"]
+            figures = " | ".join(number(figure(row, by)) for by in ("rmse", "accurate", "data"))
+            lines.append(f"| {nfe} | {name} | {figures} |")
+    return "\n".join(lines)
+
+
+def _matrix(rows: Sequence[Row], nfes: Sequence[int], by: str) -> str:
+    """Solvers against nfe, the best geometric mean first."""
+    table: dict[str, dict[int, str]] = {}
+    order: dict[str, float] = {}
+    for row in rows:
+        value = figure(row, by)
+        shown = number(value) if by == "rmse" or "full" in row else f"({number(value)})"
+        name = f"**{row['solver']}**" if row["learned"] else str(row["solver"])
+        table.setdefault(name, {})[row["nfe"]] = shown
+        order[name] = order.get(name, 0.0) + math.log(max(value, 1e-9))
+    names = sorted(table, key=lambda name: order[name] / len(table[name]))
+    lines = ["| solver | " + " | ".join(map(str, nfes)) + " |", "|---|" + "---:|" * len(nfes)]
+    for name in names:
+        cells = " | ".join(table[name].get(nfe, "") for nfe in nfes)
+        lines.append(f"| {name} | {cells} |")
+    return "\n".join(lines)
+
+
+def number(value: float) -> str:
+    """Four significant digits, no exponent for ordinary sizes."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
+
+
+def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Quality against NFE, one picture a figure; returns what was written."""
+    names = {
+        "rmse": "endpoint RMSE",
+        "accurate": f"{LABEL}\nto accurate samples, above the floor",
+        "data": f"{LABEL}\nto the data, above the floor",
+    }
+    return [
+        plots.quality(
+            *_curves(record, by),
+            folder / f"quality-{by}.png",
+            ylabel=label,
+            title="Quality for the cost (lower is better)",
+        )
+        for by, label in names.items()
+    ]
+
+
+def _curves(
+    record: Mapping[str, Any], by: str
+) -> tuple[dict[str, dict[int, float]], dict[str, dict[int, float]]]:
+    """Handcrafted: those that are best somewhere. Learned: all, one curve a method."""
+    rows, nfes = record["rows"], record["settings"]["nfes"]
+    winners = {row["solver"] for nfe in nfes if (row := best(rows, nfe, learned=False, by=by))}
+    hand: dict[str, dict[int, float]] = {}
+    learned: dict[str, dict[int, float]] = {}
+    for row in rows:
+        value = figure(row, by)
+        if row["learned"]:
+            curve = learned.setdefault(str(row["facts"].get("method", row["solver"])), {})
+        elif row["solver"] in winners:
+            curve = hand.setdefault(row["solver"], {})
+        else:
+            continue
+        curve[row["nfe"]] = max(value, 1e-6)  # an excess may be negative; the axis is logarithmic
+    return hand, learned

@@ -1,0 +1,142 @@
+"""Compiles the Triton kernels ahead of time, without a GPU, and reads the assembler's report."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+DTYPES = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64"))
+"""(state, network) dtypes, as in ops/reference.py."""
+
+CASES = ((1, False), (3, True), (4, False))
+"""(depth, guided) that are compiled; the kernels differ in nothing else."""
+
+
+def load_device() -> ModuleType:
+    """kernels/triton/device.py, which needs nothing but Triton."""
+    path = ROOT / "kernels" / "triton" / "device.py"
+    spec = importlib.util.spec_from_file_location("dlms_triton_device", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
+    return {n: "constexpr" if n in constants else types.get(n, "i64") for n in kernel.arg_names}
+
+
+def _types(kernel: Any, state: str, network: str) -> dict[str, str]:
+    """Pointer types by name: what touches the network has its dtype, sums are float64."""
+    outside = {"f_ptr", "f_cond_ptr", "input_ptr", "grad_input_ptr", "grad_f_ptr", "grad_f_cond_ptr"}
+    return {
+        name: f"*{network if name in outside else 'fp64' if name == 'partial_ptr' else state}"
+        for name in kernel.arg_names
+        if name.endswith("_ptr")
+    }
+
+
+def variants(device: ModuleType) -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    """(label, kernel, signature, constants) of everything that is compiled."""
+    found = []
+    for state, network in DTYPES:
+        for depth, guided in CASES:
+            shared = {"DEPTH": depth, "GUIDED": guided, "BLOCK": 1024}
+            label = f"<{state},{network},{depth}{',guided' if guided else ''}>"
+            forward = device.fused_row_kernel
+            constants = {**shared, "M_TO_RING": True}
+            types = _types(forward, state, network)
+            signature = _signature(forward, types, constants)
+            found.append((f"triton.fused_row{label}", forward, signature, constants))
+            backward = device.fused_row_backward_kernel
+            types = _types(backward, state, network)
+            signature = _signature(backward, types, shared)
+            found.append((f"triton.fused_row_backward{label}", backward, signature, dict(shared)))
+    kernel = device.sum_middle_kernel
+    for out in ("fp32", "fp64"):
+        constants = {"BLOCK": 128}
+        signature = _signature(kernel, {"in_ptr": "*fp64", "out_ptr": f"*{out}"}, constants)
+        found.append((f"triton.sum_middle<{out}>", kernel, signature, constants))
+    return found
+
+
+def compile_one(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], arch: int, warps: int
+) -> Any:
+    """The compiled kernel; `.asm` holds its ptx and its cubin."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if name.endswith("_ptr") or name in ("n", "total")
+    }
+    source = ASTSource(kernel, signature, constants, divisible)
+    return triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": warps})
+
+
+def assemble(ptx: str, arch: int) -> str:
+    """ptxas's report on the kernel."""
+    import triton
+
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        target = re.search(r"^\.target (\S+)", ptx, re.MULTILINE)
+        name = target[1].rstrip(",") if target else f"sm_{arch}"
+        command = [str(ptxas), "-v", f"--gpu-name={name}", str(path), "-o", str(path) + ".cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"ptxas for sm_{arch}:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def contracted(label: str, ptx: str) -> str | None:
+    """The fused multiply-adds that would change the state's bits, or None.
+
+    In float64 backward kernels the coefficient sums may be contracted: they are compared with a
+    tolerance, not bit for bit.
+    """
+    if "backward<fp64" in label or "sum_middle" in label:
+        return None
+    wide = r"fma\.rn\.f64" if "<fp64" in label else r"fma\.rn(\.ftz)?\.f32"
+    found = re.findall(wide, ptx)
+    return f"{label}: {len(found)} fused multiply-adds" if found else None
+
+
+def triton_report(arches: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Resources of every kernel for every architecture, as keyword arguments of `Resources`.
+
+    RuntimeError if a kernel does not compile, gives no cubin or contracts the state's arithmetic.
+    ModuleNotFoundError without Triton; RuntimeError under TRITON_INTERPRET=1.
+    """
+    from compile_kernels import parse_report
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: unset it to compile the Triton kernels")
+    found = []
+    for label, kernel, signature, constants in variants(load_device()):
+        warps = 8 if "backward" in label else 4
+        for arch in arches:
+            compiled = compile_one(kernel, signature, constants, arch, warps)
+            if not compiled.asm.get("cubin"):
+                raise RuntimeError(f"{label} for sm_{arch}: no cubin")
+            fault = contracted(label, compiled.asm["ptx"])
+            if fault:
+                raise RuntimeError(f"sm_{arch}: {fault}; use mul() in kernels/triton/device.py")
+            reports = parse_report(assemble(compiled.asm["ptx"], arch), arch)
+            if len(reports) != 1:
+                raise RuntimeError(f"{label} for sm_{arch}: {len(reports)} kernels in the report")
+            found.append({**vars(reports[0]), "kernel": label})
+    return found

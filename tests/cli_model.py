@@ -1,0 +1,58 @@
+"""A tiny model for the command line: `--model cli_model:tiny`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dlms_engine.cli.common import Model
+from dlms_engine.denoiser import Denoiser
+from dlms_engine.embedded import ReferenceStatistics
+from dlms_engine.processes import EDM
+
+SHAPE = (3, 8, 8)
+FEATURES = 4
+
+
+class TinyNetwork(nn.Module):
+    """F(x, c_noise) of a data distribution with a bend in it; `mid_block` is [B, 2, 8, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid_block = nn.Conv2d(3, 2, 1)
+        self.out = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        hidden = self.mid_block(x).tanh()
+        return self.out(hidden) * (1 + 0.1 * c_noise[:, None, None, None]) - 0.3 * x
+
+
+class Means(nn.Module):
+    """Features: the first four pixels."""
+
+    num_features = FEATURES
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, :FEATURES]
+
+
+def tiny() -> Model:
+    """The model with the features and reference statistics that `dlms evaluate` asks for."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = TinyNetwork().eval().requires_grad_(False)
+    denoiser = Denoiser(network, EDM(), "edm", features="mid_block")
+    eye = torch.eye(FEATURES, dtype=torch.float64)
+    reference = ReferenceStatistics(100, torch.zeros(FEATURES, dtype=torch.float64), 0.2 * eye)
+    return Model(denoiser, SHAPE, Means(), reference)
+
+
+def pair() -> tuple[Denoiser, tuple[int, ...]]:
+    """The plain form: no features."""
+    held = tiny()
+    return held.denoiser, held.shape
+
+
+def wrong() -> str:
+    """Not a model."""
+    return "no model"

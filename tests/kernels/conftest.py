@@ -1,0 +1,45 @@
+"""Makes `dlms_engine.kernels` importable from a source tree that is not installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dlms_engine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+if importlib.util.find_spec("dlms_engine.kernels") is None:
+    # Installed, kernels/ is a subpackage; here it lies at the root of the repository.
+    spec = importlib.util.spec_from_file_location(
+        "dlms_engine.kernels",
+        ROOT / "kernels" / "__init__.py",
+        submodule_search_locations=[str(ROOT / "kernels")],
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["dlms_engine.kernels"] = module
+    spec.loader.exec_module(module)
+    dlms_engine.kernels = module  # type: ignore[attr-defined]
+
+torch.set_num_threads(1)
+
+
+def require_cuda() -> None:
+    """Skip without a GPU, or fail under DLMS_REQUIRE_CUDA=1."""
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("DLMS_REQUIRE_CUDA") == "1":
+        pytest.fail("DLMS_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
+    pytest.skip("needs an NVIDIA GPU: torch sees no CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _needs_cuda(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("needs_cuda"):
+        require_cuda()

@@ -1,0 +1,154 @@
+"""Every prediction type answers the same question, and the tap and guidance do what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from analytic import GaussianMixture
+from torch import Tensor, nn
+
+from dlms_engine import processes
+from dlms_engine.denoiser import PREDICTIONS, Denoiser, find_module
+
+PROCESSES = {
+    "edm": processes.EDM(),
+    "vp": processes.VP(),
+    "flow": processes.RectifiedFlow(),
+}
+SIGMA_DATA = 0.5
+
+
+def raw_network(kind: str, process: processes.Process):
+    """What a network of prediction type ``kind`` returns for the mixture, from the definitions."""
+    mixture = GaussianMixture(process)
+
+    def network(scaled: Tensor, time: Tensor) -> Tensor:
+        t = time if kind != "edm" else process.inverse_sigma(torch.exp(4 * time))
+        alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
+        level = sigma / alpha
+        x = scaled
+        if kind == "edm":  # the scaled input is c_in * x / alpha
+            x = scaled * (level**2 + SIGMA_DATA**2).sqrt() * alpha
+        data = mixture(x, t)
+        noise = (x - alpha * data) / sigma
+        if kind == "edm":
+            skip = SIGMA_DATA**2 / (level**2 + SIGMA_DATA**2)
+            out = level * SIGMA_DATA / (level**2 + SIGMA_DATA**2).sqrt()
+            return (data - skip * x / alpha) / out
+        return {
+            "data": data,
+            "noise": noise,
+            "velocity": alpha * noise - sigma * data,
+            "flow": noise - data,
+        }[kind]
+
+    return network
+
+
+@pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
+@pytest.mark.parametrize("kind", PREDICTIONS)
+def test_every_prediction_gives_the_posterior_mean(kind, process):
+    if kind == "velocity" and process.name == "flow":
+        pytest.skip("velocity is defined with alpha^2 + sigma^2 = 1")
+    denoiser = Denoiser(raw_network(kind, process), process, kind, sigma_data=SIGMA_DATA)
+    x = torch.randn(4, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    low, high = process.t_min, process.t_max
+    t = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64) * (high - low) + low
+    expected = GaussianMixture(process)(x, t)
+    torch.testing.assert_close(denoiser(x, t), expected, rtol=0, atol=1e-11)
+    noise = denoiser.predict(x, t, "noise")
+    rebuilt = (x - process.alpha(t)[:, None] * expected) / process.sigma(t)[:, None]
+    torch.testing.assert_close(noise, rebuilt, rtol=0, atol=1e-9)
+
+
+def test_a_wrong_prediction_type_is_seen_by_that_check():
+    process = processes.VP()
+    denoiser = Denoiser(raw_network("velocity", process), process, "noise")
+    x = torch.randn(2, 16, dtype=torch.float64)
+    t = torch.full((2,), 0.5, dtype=torch.float64)
+    assert (denoiser(x, t) - GaussianMixture(process)(x, t)).abs().max() > 0.1
+
+
+def test_a_scalar_time_equals_a_time_per_sample():
+    process = processes.EDM()
+    denoiser = Denoiser(raw_network("data", process), process, "data")
+    x = torch.randn(3, 16, dtype=torch.float64)
+    t = torch.full((3,), 1.5, dtype=torch.float64)
+    assert torch.equal(denoiser(x, 1.5), denoiser(x, t))
+
+
+def test_noise_coefficients_do_not_cancel_at_low_noise():
+    """1 - c_skip is 1.6e-5 at sigma = 0.002: forming it in float32 would lose half the digits."""
+    process = processes.EDM()
+    denoiser = Denoiser(lambda x, _: x, process, "edm")
+    pre = denoiser.preconditioning(torch.tensor(0.002, dtype=torch.float64), "noise")
+    assert abs(float(pre.c_skip) - 0.002 / (0.002**2 + 0.25)) < 1e-18
+
+
+class Conditional(nn.Module):
+    """x * label, so that guidance can be computed by hand."""
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return x * label[:, None]
+
+
+def test_guidance_mixes_the_two_branches():
+    denoiser = Denoiser(
+        Conditional(), processes.EDM(), "data", guidance_scale=3.0,
+        unconditional={"label": torch.tensor([2.0])},
+    )
+    x = torch.randn(4, 5)
+    out = denoiser(x, 1.0, label=torch.full((4,), 7.0))
+    torch.testing.assert_close(out, x * (2.0 + 3.0 * (7.0 - 2.0)))
+
+
+def test_guidance_without_an_unconditional_branch_is_refused():
+    with pytest.raises(ValueError, match="unconditional"):
+        Denoiser(Conditional(), processes.EDM(), "data", guidance_scale=3.0)
+
+
+class Tapped(nn.Module):
+    """A network with a bottleneck of 6 channels at 4x4."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.mid_block = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return x + self.inner.mid_block(x).mean()
+
+
+@pytest.mark.parametrize("path", ["mid_block", "inner.mid_block"])
+def test_features_are_the_channel_mean_of_the_bottleneck(path):
+    network = Tapped()
+    denoiser = Denoiser(network, processes.EDM(), "data", features=path)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        denoiser(x, 1.0)
+        expected = network.inner.mid_block(x).mean(1).flatten(1)
+    assert denoiser.last_features.shape == (2, 16)
+    torch.testing.assert_close(denoiser.last_features, expected)
+
+
+def test_a_feature_path_that_is_not_there_is_named_with_what_is():
+    with pytest.raises(ValueError, match=r"'middle'.*inner"):
+        find_module(Tapped(), "middle")
+
+
+def test_features_before_the_first_call_say_what_to_do():
+    with pytest.raises(RuntimeError, match="features='mid_block'"):
+        _ = Denoiser(Tapped(), processes.EDM(), "data").last_features
+
+
+def test_unknown_prediction_is_refused():
+    with pytest.raises(ValueError, match="'epsilon'"):
+        Denoiser(lambda x, t: x, processes.EDM(), "epsilon")  # type: ignore[arg-type]
+
+
+def test_thresholding_clips_to_the_quantile():
+    denoiser = Denoiser(lambda x, t: 3 * x, processes.EDM(), "data", dynamic_thresholding=1.0)
+    x = torch.linspace(-1, 1, 11)[None]
+    torch.testing.assert_close(denoiser(x, 1.0), x)  # max |3 x| = 3 is the bound
+    small = denoiser(x / 10, 1.0)
+    torch.testing.assert_close(small, 3 * x / 10)  # never scaled up: the bound is at least 1
