@@ -54,7 +54,7 @@ def main() -> None:
         state = json.loads(handle.metadata()["state"])
         weights = {
             key.removeprefix("ema."): handle.get_tensor(key).bfloat16()
-            for key in handle.keys()
+            for key in handle.keys()  # noqa: SIM118 - a safe_open handle is not iterable
             if key.startswith("ema.")
         }
     channels = tuple(int(c) for c in state["channels"].split(","))
@@ -96,7 +96,7 @@ def main() -> None:
         "hardware": processor(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "sha256": {
             name: hashlib.sha256((args.assets / name).read_bytes()).hexdigest() for name in files
         },

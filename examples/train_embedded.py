@@ -18,6 +18,7 @@ noise, the image order and the flips of a step are functions of (seed, step) alo
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -81,7 +82,7 @@ def sample_grid(network: Any, path: Path, size: int, rows: int, steps: int, seed
     x = torch.randn(count, 3, size, size, generator=generator) * levels[0]
     x = x.to(memory_format=torch.channels_last)
     with torch.no_grad():
-        for now, after in zip(levels[:-1], levels[1:], strict=True):
+        for now, after in itertools.pairwise(levels):
             slope = (x - denoise(network, x, torch.full((count,), now))) / now
             moved = x + (after - now) * slope
             if after > 0:
@@ -150,15 +151,19 @@ class State:
         if changed:
             raise ValueError(f"{path} was written with other settings (stored, given): {changed}")
         tensors = load_file(path)
-        part = {name: {} for name in ("net", "ema", "adam")}
+        part: dict[str, dict[str, torch.Tensor]] = {name: {} for name in ("net", "ema", "adam")}
         for key, value in tensors.items():
             head, _, rest = key.partition(".")
             part[head][rest] = value
         self.network.load_state_dict(part["net"])
         self.ema.load_state_dict(part["ema"])
         slots: dict[int, dict[str, torch.Tensor]] = {}
+        trained = list(self.network.parameters())
         for key, value in part["adam"].items():
             index, _, name = key.partition(".")
+            if name != "step":
+                # The fused Adam walks raw memory: moments must be laid out as their parameter is.
+                value = torch.empty_like(trained[int(index)]).copy_(value)
             slots.setdefault(int(index), {})[name] = value
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})

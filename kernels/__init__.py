@@ -1,4 +1,4 @@
-"""GPU implementations of the fused row: CUDA C++ (`cuda/`, compiled) and Triton (`triton/`, source).
+"""GPU implementations of the fused row: CUDA C++ (`cuda/`, compiled), Triton (`triton/`, source).
 
 `register` tells `dlms_engine.ops` what can be had here; importing this package touches no GPU and
 imports no Triton.
@@ -30,7 +30,7 @@ def interpreted() -> bool:
 
 
 def register() -> None:
-    """Register the Triton backend, and as `dlms::` kernels for CUDA if no CUDA library is loaded."""
+    """Register the Triton backend, also for `dlms::` on CUDA if no CUDA library is loaded."""
     from dlms_engine.ops import backends, schema  # here: ops calls this while it is imported
 
     reason = triton_reason()

@@ -45,24 +45,37 @@ fi
 PIP=("$VENV/bin/python" -m pip install --quiet)
 : >"$LOG"
 
-say "installing ${TORCH}"
-# shellcheck disable=SC2086  # TORCH may hold options, such as an index for another build
-quietly "check the network, or choose another build: make TORCH='torch==2.13.0 --index-url URL'" \
-  "${PIP[@]}" $TORCH
+# requirements TABLE.KEY prints that list of pyproject.toml, torch left out.
+requirements() {
+  "$VENV/bin/python" - "$1" <<'PY'
+import sys
 
-build_requires() {
-  "$VENV/bin/python" - <<'PY'
 try:
     import tomllib
 except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 with open("pyproject.toml", "rb") as file:
-    wanted = tomllib.load(file)["build-system"]["requires"]
-print("\n".join(name for name in wanted if not name.startswith("torch")))
+    held = tomllib.load(file)
+for part in sys.argv[1].split("."):
+    held = held[part]
+print("\n".join(name for name in held if not name.startswith("torch")))
 PY
 }
+
+if [ "$EXTRAS" = docs ]; then # the site is made from text alone
+  say "installing mkdocs"
+  mapfile -t tools < <(requirements project.optional-dependencies.docs)
+  quietly "check the network; the log says which package failed" "${PIP[@]}" "${tools[@]}"
+  exit 0
+fi
+
+say "installing ${TORCH}"
+# shellcheck disable=SC2086  # TORCH may hold options, such as an index for another build
+quietly "check the network, or choose another build: make TORCH='torch==2.13.0 --index-url URL'" \
+  "${PIP[@]}" $TORCH
+
 say "installing the build tools"
-mapfile -t tools < <(build_requires)
+mapfile -t tools < <(requirements build-system.requires)
 quietly "check the network; the log says which package failed" "${PIP[@]}" "${tools[@]}" cmake ninja
 
 if ! { command -v "${CXX:-c++}" || command -v g++ || command -v clang++; } >/dev/null; then

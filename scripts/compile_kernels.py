@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Compiles every GPU kernel without a GPU and checks what the compiler reports.
 
-CUDA: each kernels/cuda/*.cu for sm_80 and sm_90, warnings as errors; every kernel must have no stack
-frame, no spills and no local memory. Triton: each kernel to a cubin for the same targets; without
+CUDA: each kernels/cuda/*.cu for sm_80 and sm_90, warnings as errors; every kernel must have no
+stack frame, no spills and no local memory. Triton: each kernel to a cubin for the same targets; without
 contraction (no fma of the state's arithmetic) and without spills in the assembler's report.
 
     scripts/compile_kernels.py [--cuda] [--triton] [--arch 80 --arch 90] [--json FILE]
@@ -115,7 +115,8 @@ def _demangle(text: str) -> str:
     if tool is None:
         return text
     text = subprocess.run([tool], input=text, capture_output=True, text=True, check=True).stdout
-    pattern = r"(Function properties for )(?:void )?dlms::cuda::\(anonymous namespace\)::([^(]+)\(.*"
+    space = r"dlms::cuda::\(anonymous namespace\)::"
+    pattern = rf"(Function properties for )(?:void )?{space}([^(]+)\(.*"
     return re.sub(pattern, lambda m: m[1] + m[2].replace(" ", ""), text)
 
 

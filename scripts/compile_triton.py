@@ -35,7 +35,8 @@ def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any]) ->
 
 def _types(kernel: Any, state: str, network: str) -> dict[str, str]:
     """Pointer types by name: what touches the network has its dtype, sums are float64."""
-    outside = {"f_ptr", "f_cond_ptr", "input_ptr", "grad_input_ptr", "grad_f_ptr", "grad_f_cond_ptr"}
+    outside = {"f_ptr", "f_cond_ptr", "input_ptr"}
+    outside |= {"grad_f_ptr", "grad_f_cond_ptr", "grad_input_ptr"}
     return {
         name: f"*{network if name in outside else 'fp64' if name == 'partial_ptr' else state}"
         for name in kernel.arg_names

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import sys
 
 import pytest
 import torch
-
 from dlms_engine import embedded
 
 diffusers = pytest.importorskip("diffusers")
@@ -25,7 +25,7 @@ def heun(denoiser, x: torch.Tensor, steps: int) -> torch.Tensor:  # type: ignore
     low, high = embedded.SIGMA_MIN ** (1 / 7), embedded.SIGMA_MAX ** (1 / 7)
     levels = [*((high + ramp * (low - high)) ** 7).tolist(), 0.0]
     with torch.no_grad():
-        for now, after in zip(levels[:-1], levels[1:], strict=True):
+        for now, after in itertools.pairwise(levels):
             slope = (x - denoiser(x, now)) / now
             moved = x + (after - now) * slope
             if after > 0:
@@ -103,7 +103,7 @@ def test_features_are_per_sample_and_differentiable() -> None:
 
 def test_reference_statistics() -> None:
     reference = embedded.embedded_reference()
-    assert reference.count == 50_000
+    assert reference.images == 50_000
     assert reference.mean.dtype == reference.covariance.dtype == torch.float64
     assert reference.mean.shape == (embedded.FEATURES,)
     eigenvalues = torch.linalg.eigvalsh(reference.covariance)

@@ -59,18 +59,19 @@ __device__ __forceinline__ void add_history(
   }
 }
 
-// kDepth: the ring's depth when it is known at compile time, else 0.
-template <class S, class F, int kDepth>
-__global__ void __launch_bounds__(kThreads) fused_row_kernel(const Forward<S, F> p) {
+// One pack of V elements. kDepth: the ring's depth when it is known at compile time, else 0. kWhole:
+// every pack is full and aligned.
+template <bool kWhole, int kDepth, class S, class F>
+__device__ __forceinline__ void fused_row_pack(const Forward<S, F>& p) {
   constexpr int V = kLanes<F>;
+  constexpr bool whole = kWhole;
   const int64_t item = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (item >= p.samples * p.packs) return;
   int64_t sample = 0;
   int64_t pack = item;
   if (p.samples > 1) split(item, p.packs, sample, pack);
   const int64_t left = p.n - pack * V;
-  const int count = left < V ? static_cast<int>(left) : V;
-  const bool whole = p.aligned && count == V;
+  const int count = kWhole || left >= V ? V : static_cast<int>(left);
   const int64_t at = sample * p.n + pack * V;
   const S* row = p.row + sample * p.row_stride;
   const int depth = kDepth > 0 ? kDepth : p.depth;
@@ -113,6 +114,15 @@ __global__ void __launch_bounds__(kThreads) fused_row_kernel(const Forward<S, F>
   store<S, V>(p.m + at + (p.m_to_ring ? slot * p.total : 0), m, whole, count);
   store<S, V>(p.x_next + at, acc, whole, count);
   store<F, V>(p.input + at, input, whole, count);
+}
+
+template <class S, class F, int kDepth>
+__global__ void __launch_bounds__(kThreads) fused_row_kernel(const Forward<S, F> p) {
+  if (p.aligned) {
+    fused_row_pack<true, kDepth>(p);
+  } else {
+    fused_row_pack<false, kDepth>(p);
+  }
 }
 
 template <class S, class F>

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace dlms::cuda {
 
@@ -60,19 +61,22 @@ struct From<__nv_bfloat16> {
 template <class F>
 constexpr int kLanes = 16 / static_cast<int>(sizeof(F));
 
-constexpr int pack_alignment(int bytes) { return bytes < 16 ? bytes : 16; }
-
 template <class T, int V>
-struct alignas(pack_alignment(V * static_cast<int>(sizeof(T)))) Pack {
+struct alignas(16) Pack {
+  static_assert(V * sizeof(T) % 16 == 0);
   T at[V];
 };
 
-// V elements from p: whole 16-byte accesses, or the first `count` one by one (the rest zero).
+// V elements from p: whole 16-byte words, or the first `count` one by one (the rest zero).
 template <class T, int V>
 __device__ __forceinline__ Pack<T, V> load(const T* p, bool whole, int count) {
+  constexpr int kWords = sizeof(Pack<T, V>) / sizeof(uint4);
   Pack<T, V> out;
   if (whole) {
-    out = *reinterpret_cast<const Pack<T, V>*>(p);
+    uint4 words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) words[i] = reinterpret_cast<const uint4*>(p)[i];
+    memcpy(&out, words, sizeof(out));
   } else {
 #pragma unroll
     for (int j = 0; j < V; ++j) out.at[j] = j < count ? p[j] : T(0.0f);
@@ -82,8 +86,20 @@ __device__ __forceinline__ Pack<T, V> load(const T* p, bool whole, int count) {
 
 template <class T, int V>
 __device__ __forceinline__ void store(T* p, const Pack<T, V>& v, bool whole, int count) {
+  constexpr int kWords = sizeof(Pack<T, V>) / sizeof(uint4);
   if (whole) {
-    *reinterpret_cast<Pack<T, V>*>(p) = v;
+    uint4 words[kWords];
+    memcpy(words, &v, sizeof(v));
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      // Spelt out, because the compiler splits an assignment into four scalar stores when the
+      // values do not lie in neighbouring registers.
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                   :
+                   : "l"(__cvta_generic_to_global(reinterpret_cast<uint4*>(p) + i)),
+                   "r"(words[i].x), "r"(words[i].y), "r"(words[i].z), "r"(words[i].w)
+                   : "memory");
+    }
   } else {
 #pragma unroll
     for (int j = 0; j < V; ++j) {

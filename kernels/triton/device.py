@@ -1,6 +1,6 @@
 """Triton kernels of the fused row; the order of operations is that of `ops/reference.py`.
 
-Columns of a row, as in `ops/layout.py`: 0 c_skip, 1 c_out, 2 a, 3 c_in, 4 guidance, 5 slot, 6+k b_k.
+Columns of a row (`ops/layout.py`): 0 c_skip, 1 c_out, 2 a, 3 c_in, 4 guidance, 5 slot, 6+k b_k.
 """
 
 from __future__ import annotations
@@ -17,6 +17,19 @@ if knobs.runtime.interpret:
         """a * b; the interpreter computes with NumPy, which does not contract."""
         return a * b
 
+    @triton.jit
+    def to_network(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+        """v in the network's dtype, to nearest even.
+
+        The interpreter cuts a float32 off to bfloat16 (and its own "rtne" loses the carry into the
+        exponent), so the rounding is done on the bits first.
+        """
+        if dtype == tl.bfloat16:
+            bits = v.to(tl.int32, bitcast=True)
+            bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+            v = tl.where(v == v, bits.to(tl.float32, bitcast=True), v)
+        return v.to(dtype)
+
 else:
 
     @triton.jit
@@ -29,13 +42,10 @@ else:
         """
         return libdevice.mul_rn(a, b)
 
-
-@triton.jit
-def to_network(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-    """v in the network's dtype, to nearest even (the interpreter truncates unless told)."""
-    if dtype.primitive_bitwidth < v.dtype.primitive_bitwidth:
-        return v.to(dtype, fp_downcast_rounding="rtne")
-    return v.to(dtype)
+    @triton.jit
+    def to_network(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+        """v in the network's dtype, to nearest even as hardware does."""
+        return v.to(dtype)
 
 
 @triton.jit
@@ -214,7 +224,7 @@ def sum_middle_kernel(  # type: ignore[no-untyped-def]
     width,
     BLOCK: tl.constexpr,
 ):
-    """out[o, c] = sum over i of in[o, i, c]; one program is one (o, c), in an order fixed by count."""
+    """out[o, c] = sum of in[o, i, c] over i, in an order fixed by count; a program is one (o, c)."""
     program = tl.program_id(0).to(tl.int64)
     outer = program // width
     column = program - outer * width

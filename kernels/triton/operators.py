@@ -2,7 +2,7 @@
 
 On a GPU they are `torch.library.triton_op`s: torch.compile and AOTInductor see the kernels inside
 and can package them. Under TRITON_INTERPRET=1 they are `torch.library.custom_op`s with the same
-schema, since the fake-tensor trace of a triton_op would run the interpreter on tensors without data.
+schema, since the fake-tensor trace of a triton_op would run the interpreter on fake tensors.
 """
 
 from typing import Any

@@ -90,9 +90,12 @@ class AmedPolicy:
             "features": self.predictor.features,
             "scale_dir": self.predictor.scale_dir,
             "scale_time": self.predictor.scale_time,
+            "double": self.predictor.fc_r.weight.dtype == torch.float64,
         }
         return tensors, {
-            "base": asdict(self.base), "predictor": predictor, "process": self.process.config()
+            "base": asdict(self.base),
+            "predictor": predictor,
+            "process": self.process.config(),
         }
 
     @classmethod
@@ -104,11 +107,12 @@ class AmedPolicy:
         """
         try:
             base = AmedBase(**settings["base"])
-            predictor = AmedPredictor(**settings["predictor"])
+            shape = dict(settings["predictor"])
+            dtype = torch.float64 if shape.pop("double") else torch.float32
+            predictor = AmedPredictor(**shape).to(dtype)
             process = from_config(settings["process"])
-            held = {k: v for k, v in tensors.items() if k != "grid"}
-            predictor.to(held["fc_r.weight"].dtype).load_state_dict(held)
             grid = tensors["grid"]
+            predictor.load_state_dict({k: v for k, v in tensors.items() if k != "grid"})
         except (KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"not the state of an AMED solver: {error}") from error
         return cls(predictor, base, process, grid)

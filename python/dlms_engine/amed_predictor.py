@@ -36,7 +36,9 @@ class AmedPredictor(nn.Module):
 
     rates: Tensor
 
-    def __init__(self, features: int = 64, scale_dir: float = 0.01, scale_time: float = 0.0) -> None:
+    def __init__(
+        self, features: int = 64, scale_dir: float = 0.01, scale_time: float = 0.0
+    ) -> None:
         super().__init__()
         if features < 1:
             raise ValueError(f"features is {features}, expected at least 1")
@@ -69,8 +71,8 @@ class AmedPredictor(nn.Module):
             features = self.fc_r.weight.new_zeros(level.shape[0], self.features)
         elif features.shape[1:] != (self.features,):
             raise ValueError(
-                f"features are {tuple(features.shape)}, expected [B, {self.features}]: the predictor "
-                "was made for another bottleneck"
+                f"features are {tuple(features.shape)}, expected [B, {self.features}]: the "
+                "predictor was made for another bottleneck"
             )
         encoded = self.enc_layer1(nn.functional.silu(self.enc_layer0(features.to(dtype))))
         joined = torch.cat([encoded, self._embed(level), self._embed(level_next)], dim=1)
@@ -82,7 +84,7 @@ class AmedPredictor(nn.Module):
         )
 
     def _embed(self, level: Tensor) -> Tensor:
-        """``[B]`` -> ``[B, 8]``: sines, cosines of the raw level, one layer shared by both times."""
+        """``[B]`` -> ``[B, 8]``: waves of the raw level through one layer for both times."""
         dtype = self.map_layer0.weight.dtype
         angles = level.to(dtype)[:, None] * self.rates.to(dtype)
         waves = torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -1,7 +1,8 @@
 """The step formulas that AMED drives, written once for images and for traced forms.
 
-Every sub-step is x' = A x + c C sum_k w_k h_k: an exponential integrator (A, C) on weighted outputs
-h (newest first, sum w = 1). The solvers differ in w, in the state x they start from and in what h is.
+Every sub-step is x' = A x + c C sum_k w_k h_k: an exponential integrator (A, C) on weighted
+outputs h (newest first, sum w = 1). The solvers differ in w, in the state x they start from and in
+what h is.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class AmedBase:
             raise ValueError(f"solver is {self.solver!r}, expected one of {sorted(SOLVERS)}")
         highest = SOLVERS[self.solver]
         if self.order is not None and self.solver not in MULTISTEP:
-            raise ValueError(f"order is {self.order}, but {self.solver} has a fixed order: leave it out")
+            raise ValueError(
+                f"order is {self.order}, but {self.solver} has a fixed order: leave it out"
+            )
         if self.order is not None and not 1 <= self.order <= highest:
             raise ValueError(f"order is {self.order}, expected 1..{highest} for {self.solver}")
         if self.prediction not in ("data", "noise"):
@@ -84,13 +87,17 @@ class Walk(Generic[Value]):
     """
 
     def __init__(
-        self, base: AmedBase, process: Process, grid: Tensor, scale: Callable[[Tensor, Value], Value]
+        self,
+        base: AmedBase,
+        process: Process,
+        grid: Tensor,
+        scale: Callable[[Tensor, Value], Value],
     ) -> None:
         self.base = base
         self.process = process
         self.grid = grid
         self.flow = isinstance(process, RectifiedFlow)
-        self._scale = scale
+        self._scale: Callable[[Tensor, Value], Value] = scale
         self._history: list[tuple[Value, Tensor]] = []  # (h, its lambda [B]), newest first
         self._middle: Tensor | None = None
         check_levels(base, process, grid)
@@ -145,7 +152,9 @@ class Walk(Generic[Value]):
         end = self.grid[i + 1].expand_as(choice.r)
         self._push(self._direction(y, m, middle, choice.scale_time), middle)
         if self.base.solver in ("amed", "dpm_solver_2"):
-            return self._move(x, t, end, self._weights(2 * i + 1, t, end, choice.r), choice.scale_dir)
+            return self._move(
+                x, t, end, self._weights(2 * i + 1, t, end, choice.r), choice.scale_dir
+            )
         return self._move(
             y, middle, end, self._weights(2 * i + 1, middle, end, None), choice.scale_dir
         )
@@ -156,7 +165,8 @@ class Walk(Generic[Value]):
 
     def _push(self, h: Value, t: Tensor) -> None:
         lam = self.process.lambda_(t) if self.base.solver == "dpm_solver_pp" else t
-        self._history = [(h, lam), *self._history][: self.base.reads]
+        self._history.insert(0, (h, lam))
+        del self._history[self.base.reads :]
 
     def _direction(self, x: Value, m: Value, t: Tensor, scale_time: Tensor | None) -> Value:
         """What the solver combines, from the ring quantity.
@@ -245,13 +255,13 @@ def check_levels(base: AmedBase, process: Process, grid: Tensor) -> None:
     if isinstance(process, RectifiedFlow):
         if base.solver == "dpm_solver_pp":
             raise ValueError(
-                "AMED on dpm_solver_pp works in lambda, infinite at a flow's t = 1: use solver='amed', "
-                "'ddim', 'dpm_solver_2' or 'ipndm'"
+                "AMED on dpm_solver_pp works in lambda, infinite at a flow's t = 1: use "
+                "solver='amed', 'ddim', 'dpm_solver_2' or 'ipndm'"
             )
         return
     ends = process.sigma_over_alpha(torch.stack([grid[0], grid[-1]]).detach())
     if not bool(((ends > 0) & ends.isfinite()).all()):
         raise ValueError(
-            f"sigma / alpha is {ends.tolist()} at the grid's ends, expected positive finite numbers: "
-            "the middle of a step is a geometric mean of noise levels"
+            f"sigma / alpha is {ends.tolist()} at the grid's ends, expected positive finite "
+            "numbers: the middle of a step is a geometric mean of noise levels"
         )

@@ -8,6 +8,7 @@ asked for; the numbers in a float32 network are therefore exact bfloat16 numbers
 
 from __future__ import annotations
 
+import itertools
 import json
 from importlib import resources
 from pathlib import Path
@@ -37,12 +38,12 @@ class ReferenceStatistics(NamedTuple):
     """Feature statistics of an image set.
 
     Attributes:
-        count: number of images.
+        images: number of images.
         mean: float64 ``[F]``.
-        covariance: float64 ``[F, F]``, unbiased (divided by count - 1).
+        covariance: float64 ``[F, F]``, unbiased (divided by images - 1).
     """
 
-    count: int
+    images: int
     mean: Tensor
     covariance: Tensor
 
@@ -81,7 +82,7 @@ class FeatureNetwork(nn.Module):
         widths = (3, 32, 64, 96, 96, FEATURES)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, 3, padding=1, bias=False)
-            for before, after in zip(widths[:-1], widths[1:], strict=True)
+            for before, after in itertools.pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(after) for after in widths[1:])
         self.scale: Tensor
@@ -130,10 +131,11 @@ def embedded_network(
         ) from error
     # torch_dtype is left out: from_pretrained would keep some modules in float32 for bfloat16.
     # low_cpu_mem_usage=False: the other path needs accelerate and gains nothing at 1 MB.
-    unet = UNet2DModel.from_pretrained(
+    from_pretrained: Any = UNet2DModel.from_pretrained  # untyped in diffusers
+    unet: nn.Module = from_pretrained(
         assets_path(), low_cpu_mem_usage=False, use_safetensors=True, local_files_only=True
     )
-    network = EmbeddedNetwork(cast(nn.Module, unet)).to(device=device, dtype=dtype)
+    network = EmbeddedNetwork(unet).to(device=device, dtype=dtype)
     return network.eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""Bookkeeping of captured CUDA graphs: what makes two runs the same graph, and which graphs to keep.
+"""Bookkeeping of captured CUDA graphs: when two runs share a graph, and which graphs to keep.
 
 Nothing here touches a GPU.
 """

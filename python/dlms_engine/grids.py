@@ -134,7 +134,9 @@ def check_grid(process: Process, grid: Tensor) -> Tensor:
         raise ValueError(f"grid is {type(grid).__name__}, expected a floating-point tensor")
     grid = grid.to(torch.float64)
     if grid.ndim < 1 or grid.shape[-1] < 2:
-        raise ValueError(f"grid has shape {tuple(grid.shape)}, expected [..., steps + 1] >= 2 times")
+        raise ValueError(
+            f"grid has shape {tuple(grid.shape)}, expected [..., steps + 1] >= 2 times"
+        )
     values = grid.detach()
     if not bool(values.isfinite().all()) or not bool((values.diff(dim=-1) < 0).all()):
         raise ValueError(f"grid is {values.tolist()}, expected finite, strictly decreasing times")
@@ -167,7 +169,8 @@ def _check_rho(rho: float) -> None:
 def _power(s: Tensor, high: float, low: float, rho: float) -> Tensor:
     # both ends take the 1/rho power: a segment that starts below t_max stays in its range
     first, last = high ** (1 / rho), low ** (1 / rho)
-    return (first + s * (last - first)) ** rho
+    times: Tensor = (first + s * (last - first)) ** rho
+    return times
 
 
 def _pinned(times: Tensor, high: float, low: float) -> Tensor:

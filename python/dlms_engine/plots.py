@@ -29,7 +29,7 @@ def _new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
-            "plots need matplotlib: pip install matplotlib (or 'dlms_engine[cli]')"
+            "plots need matplotlib: pip install matplotlib (or 'dlms-engine[plots]')"
         ) from error
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
@@ -135,7 +135,7 @@ def grids(
 
 
 def _noise_level(process: Process, times: Tensor) -> Tensor:
-    """sigma / alpha ``[..., steps + 1]`` float64 on the CPU; 0 would leave a log axis: lifted."""
+    """Sigma / alpha ``[..., steps + 1]`` float64 on the CPU; 0 would leave a log axis: lifted."""
     t = times.detach().to("cpu", torch.float64)
     level = torch.as_tensor(process.sigma(t)) / torch.as_tensor(process.alpha(t))
     return level.clamp_min(1e-5)

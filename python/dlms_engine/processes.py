@@ -6,88 +6,27 @@ All arithmetic is float64 and differentiable; arguments broadcast; floats are ac
 
 from __future__ import annotations
 
-import json
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .process_base import Process, as_float64
+from .process_discrete import VPDiscrete
 
-def as_float64(value: Tensor | float) -> Tensor:
-    """``value`` as a float64 tensor; keeps device and autograd graph."""
-    return torch.as_tensor(value, dtype=torch.float64)
-
-
-class Process(ABC):
-    """A noise process on [t_min, t_max]; subclasses give three formulas and two inverses.
-
-    Raises:
-        ValueError: the range is not 0 <= t_min < t_max, or is not finite.
-    """
-
-    name: ClassVar[str]
-
-    def __init__(self, t_min: float, t_max: float) -> None:
-        if not (0.0 <= t_min < t_max and math.isfinite(t_max)):
-            raise ValueError(
-                f"{type(self).__name__}: t_min is {t_min}, t_max is {t_max}, "
-                "expected finite 0 <= t_min < t_max"
-            )
-        self.t_min = float(t_min)
-        self.t_max = float(t_max)
-
-    @abstractmethod
-    def alpha(self, t: Tensor | float) -> Tensor:
-        """Scale of the data at time ``t``, float64, same shape."""
-
-    @abstractmethod
-    def sigma(self, t: Tensor | float) -> Tensor:
-        """Standard deviation of the noise at time ``t``, float64, same shape."""
-
-    @abstractmethod
-    def log_alpha(self, t: Tensor | float) -> Tensor:
-        """log alpha(t)."""
-
-    @abstractmethod
-    def sigma_over_alpha(self, t: Tensor | float) -> Tensor:
-        """sigma(t) / alpha(t), the noise level of the rescaled state x / alpha."""
-
-    @abstractmethod
-    def inverse_sigma(self, sigma_over_alpha: Tensor | float) -> Tensor:
-        """The time at which sigma / alpha takes this value (not sigma itself)."""
-
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """JSON-able arguments; ``from_config(process.config())`` is an equal process."""
-
-    def lambda_(self, t: Tensor | float) -> Tensor:
-        """Half log-SNR log(alpha(t) / sigma(t)); infinite where alpha or sigma is zero."""
-        return -torch.log(self.sigma_over_alpha(t))
-
-    def inverse_lambda(self, lambda_: Tensor | float) -> Tensor:
-        """The time at which ``lambda_`` takes this value."""
-        return self.inverse_sigma(torch.exp(-as_float64(lambda_)))
-
-    def breakpoints(self) -> Tensor | None:
-        """Values of sigma / alpha, rising, between which it is smooth in t; None if everywhere."""
-        return None
-
-    def __repr__(self) -> str:
-        arguments = ", ".join(
-            f"{key}={value!r}" if not isinstance(value, list) else f"{key}=<{len(value)} values>"
-            for key, value in self.config().items()
-            if key != "name"
-        )
-        return f"{type(self).__name__}({arguments})"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Process) and self.config() == other.config()
-
-    def __hash__(self) -> int:
-        return hash(json.dumps(self.config(), sort_keys=True))
+__all__ = [
+    "EDM",
+    "PROCESSES",
+    "VP",
+    "Cosine",
+    "Process",
+    "RectifiedFlow",
+    "VPDiscrete",
+    "as_float64",
+    "from_config",
+]
 
 
 class EDM(Process):
@@ -150,10 +89,15 @@ class VP(Process):
         """The line with sigma/alpha = sigma_min at t = eps and sigma_max at t = 1.
 
         It gives a variance-exploding range a VP time (Karras et al. 2022, Appendix C.1;
-        17.537957 and -0.004769 for 0.002 and 80).
+        17.537957 and -0.004769 for 0.002 and 80). A range so narrow that this line would not rise
+        takes the part of the default line it covers.
         """
         low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
         beta_d = 2 * (low / eps - high) / (eps - 1)
+        if beta_d < 0:
+            line = cls()
+            ends = [float(line.inverse_sigma(sigma)) for sigma in (sigma_min, sigma_max)]
+            return cls(t_min=ends[0], t_max=ends[1])
         return cls(beta_d, high - beta_d / 2, t_min=eps, t_max=1.0)
 
     def _integral(self, t: Tensor | float) -> Tensor:
@@ -193,89 +137,6 @@ class VP(Process):
             "t_min": self.t_min,
             "t_max": self.t_max,
         }
-
-
-class VPDiscrete(Process):
-    """A table of N noise levels made continuous: log alpha is piecewise linear in t.
-
-    Knots t_n = n / N, n = 1..N, as in DPM-Solver (Lu et al. 2022a, Appendix D.1), plus the noise-free
-    point t = 0, so that sampling may end at sigma = 0; above t = 1 the last line goes on.
-    Give either ``betas`` or ``alphas_cumprod`` (= alpha^2), N >= 2 values.
-    """
-
-    name = "vp_discrete"
-
-    def __init__(
-        self,
-        *,
-        betas: Tensor | Sequence[float] | None = None,
-        alphas_cumprod: Tensor | Sequence[float] | None = None,
-        t_min: float | None = None,
-        t_max: float = 1.0,
-    ) -> None:
-        if (betas is None) == (alphas_cumprod is None):
-            raise ValueError("VPDiscrete: give exactly one of betas and alphas_cumprod")
-        key, given = ("betas", betas) if betas is not None else ("alphas_cumprod", alphas_cumprod)
-        values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
-        if values.ndim != 1 or len(values) < 2:
-            raise ValueError(
-                f"VPDiscrete: {key} has shape {tuple(values.shape)}, expected [N], N >= 2"
-            )
-        if not bool(((values > 0) & (values < 1)).all()):
-            raise ValueError(
-                f"VPDiscrete: {key} ranges over {values.min():.3g}..{values.max():.3g}, expected "
-                "values inside (0, 1); for a zero terminal SNR drop the last level"
-            )
-        log_alpha = (
-            0.5 * torch.log1p(-values).cumsum(0) if key == "betas" else 0.5 * torch.log(values)
-        )
-        if not bool((log_alpha.diff() < 0).all()):
-            raise ValueError(f"VPDiscrete: {key} must give strictly falling alphas")
-        self.levels = len(values)
-        super().__init__(1.0 / self.levels if t_min is None else t_min, t_max)
-        self._given = (key, values.tolist())
-        self._log_alpha = torch.cat([log_alpha.new_zeros(1), log_alpha])
-
-    def timestep(self, t: Tensor | float) -> Tensor:
-        """The model's (fractional) index at ``t``: N t - 1, i.e. 0 for the first level."""
-        return self.levels * as_float64(t) - 1
-
-    def alpha(self, t: Tensor | float) -> Tensor:
-        return torch.exp(self.log_alpha(t))
-
-    def sigma(self, t: Tensor | float) -> Tensor:
-        return torch.sqrt(-torch.expm1(2 * self.log_alpha(t)))
-
-    def sigma_over_alpha(self, t: Tensor | float) -> Tensor:
-        return torch.sqrt(torch.expm1(-2 * self.log_alpha(t)))
-
-    def log_alpha(self, t: Tensor | float) -> Tensor:
-        position = as_float64(t) * self.levels
-        knot = position.detach().floor().clamp(0, self.levels - 1).long()
-        values = self._log_alpha.to(position.device)
-        weight = position - knot
-        return (1 - weight) * values[knot] + weight * values[knot + 1]
-
-    def _from_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        values = self._log_alpha.to(log_alpha.device)
-        knot = torch.searchsorted(-values, -log_alpha.detach().contiguous()) - 1
-        knot = knot.clamp(0, self.levels - 1)
-        weight = (log_alpha - values[knot]) / (values[knot + 1] - values[knot])
-        return (knot + weight) / self.levels
-
-    def inverse_sigma(self, sigma_over_alpha: Tensor | float) -> Tensor:
-        return self._from_log_alpha(-0.5 * torch.log1p(as_float64(sigma_over_alpha) ** 2))
-
-    def inverse_lambda(self, lambda_: Tensor | float) -> Tensor:
-        lambda_ = as_float64(lambda_)
-        return self._from_log_alpha(-0.5 * torch.logaddexp(torch.zeros_like(lambda_), -2 * lambda_))
-
-    def breakpoints(self) -> Tensor | None:
-        return torch.sqrt(torch.expm1(-2 * self._log_alpha))
-
-    def config(self) -> dict[str, Any]:
-        key, values = self._given
-        return {"name": self.name, key: values, "t_min": self.t_min, "t_max": self.t_max}
 
 
 class Cosine(Process):

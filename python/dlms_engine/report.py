@@ -51,21 +51,27 @@ def _finals(rows: Sequence[Row], nfes: Sequence[int]) -> str:
 
 
 def _matrix(rows: Sequence[Row], nfes: Sequence[int], by: str) -> str:
-    """Solvers against nfe, the best geometric mean first."""
-    table: dict[str, dict[int, str]] = {}
-    order: dict[str, float] = {}
-    for row in rows:
-        value = figure(row, by)
-        shown = number(value) if by == "rmse" or "full" in row else f"({number(value)})"
-        name = f"**{row['solver']}**" if row["learned"] else str(row["solver"])
-        table.setdefault(name, {})[row["nfe"]] = shown
-        order[name] = order.get(name, 0.0) + math.log(max(value, 1e-9))
-    names = sorted(table, key=lambda name: order[name] / len(table[name]))
+    """Solvers against nfe, the best mean rank first."""
+    cells: dict[str, dict[int, str]] = {}
+    ranks: dict[str, list[float]] = {}
+    for nfe in nfes:
+        ranked = sorted(
+            (r for r in rows if r["nfe"] == nfe), key=lambda r: _sortable(figure(r, by))
+        )
+        for rank, row in enumerate(ranked):
+            shown = number(figure(row, by))
+            name = f"**{row['solver']}**" if row["learned"] else str(row["solver"])
+            certain = by == "rmse" or "full" in row
+            cells.setdefault(name, {})[nfe] = shown if certain else f"({shown})"
+            ranks.setdefault(name, []).append(rank / len(ranked))
     lines = ["| solver | " + " | ".join(map(str, nfes)) + " |", "|---|" + "---:|" * len(nfes)]
-    for name in names:
-        cells = " | ".join(table[name].get(nfe, "") for nfe in nfes)
-        lines.append(f"| {name} | {cells} |")
+    for name in sorted(cells, key=lambda name: sum(ranks[name]) / len(ranks[name])):
+        lines.append(f"| {name} | " + " | ".join(cells[name].get(nfe, "") for nfe in nfes) + " |")
     return "\n".join(lines)
+
+
+def _sortable(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def number(value: float) -> str:

@@ -1,67 +1,61 @@
 """Solver files: a learned or handcrafted solver as checked data, never code.
 
-A file is one safetensors container of float64 tensors, at most 1 MiB, whose header carries a JSON
-description and a SHA-256 over the description and every tensor's name, shape and bytes. Loading
-accepts exactly the bytes saving would write; anything else raises ``SolverFileError``.
+The bytes are described in ``solver_format``; here are the kinds of solvers a file can hold.
+Anything that is not an intact file of a known kind and method raises ``SolverFileError``.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import os
-import struct
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
-from .processes import Process, from_config
+from .processes import Process
+from .solver_format import (
+    MAX_BYTES,
+    SolverFileError,
+    SolverRecord,
+    canonical,
+    check_size,
+    check_tensors,
+    parse,
+    serialize,
+)
 from .solvers.registry import SOLVERS
 from .table import SolverTable
 
-FORMAT = "dlms-solver"
-VERSION = 1
-MAX_BYTES = 1 << 20
-HEADER_KEYS = {"format", "version", "kind", "process", "settings", "distilled", "training"}
-METADATA_KEYS = {"description", "sha256"}
+__all__ = [
+    "SolverFileError",
+    "SolverRecord",
+    "load_solver",
+    "read_solver",
+    "register_kind",
+    "register_method",
+    "save",
+    "save_solver",
+]
+
 DISTILLED_KEYS = {"method", "settings", "best"}
 # Methods a file may hold, besides the handcrafted solvers.
-LEARNED_METHODS = {"amed", "dlms", "dlms-static", "dode", "free_table", "gits", "ld3"}
+LEARNED_METHODS = {
+    "amed",
+    "amed-static",
+    "dlms",
+    "dlms-static",
+    "dode",
+    "free_table",
+    "gits",
+    "ld3",
+}
 # No size in the settings of an untrusted file may ask for more numbers than the file could hold.
 LARGEST_INTEGER = MAX_BYTES // 8
-
-
-class SolverFileError(ValueError):
-    """The file is not an intact solver file; the message names path, value and expectation."""
-
-
-@dataclass(frozen=True)
-class SolverRecord:
-    """What a file holds.
-
-    Attributes:
-        kind: ``"table"``, ``"designer"`` or another registered kind.
-        process: noise process the solver was made for.
-        tensors: float64, by name.
-        settings: JSON values needed to rebuild the solver (name, nfe, prediction, ...).
-        distilled: method, settings and best score of a ``DistilledSolver``; None for a plain one.
-        training: JSON values that only document how it was made.
-    """
-
-    kind: str
-    process: Process
-    tensors: dict[str, Tensor]
-    settings: dict[str, Any]
-    distilled: dict[str, Any] | None = None
-    training: dict[str, Any] = field(default_factory=dict)
 
 
 class StatePolicy(Protocol):
@@ -114,10 +108,10 @@ def save_solver(
     target = Path(path)
     try:
         record = _record(solver, training)
-        raw = _serialize(record)
+        raw = serialize(record)
     except (TypeError, ValueError, AttributeError) as exc:
         raise SolverFileError(f"{target}: {type(solver).__name__} cannot be saved: {exc}") from exc
-    _check_size(target, len(raw))
+    check_size(target, len(raw))
     _rebuild(target, record)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
@@ -153,20 +147,7 @@ def read_solver(path: str | os.PathLike[str]) -> SolverRecord:
     """
     source = Path(path)
     with source.open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-    _check_size(source, len(raw))
-    description, digest, tensors = _parse(source, raw)
-    _check_tensors(source, tensors)
-    record = _describe(source, description, tensors)
-    expected = _digest(description, tensors)
-    if digest != expected:
-        raise SolverFileError(f"{source}: SHA-256 is {expected}, the file says {digest}: damaged")
-    if _serialize(record) != raw:
-        raise SolverFileError(f"{source}: header is not in the form dlms_engine writes: damaged")
-    return record
-
-
-# -- writing ---------------------------------------------------------------------------------
+        return parse(source, file.read(MAX_BYTES + 1))
 
 
 def _record(solver: Any, training: Mapping[str, Any] | None) -> SolverRecord:
@@ -189,9 +170,9 @@ def _record(solver: Any, training: Mapping[str, Any] | None) -> SolverRecord:
         record.kind,
         record.process,
         {name: _float64(name, value) for name, value in record.tensors.items()},
-        json.loads(_canonical(record.settings)),
-        json.loads(_canonical(record.distilled)),
-        json.loads(_canonical(notes)),
+        json.loads(canonical(record.settings)),
+        json.loads(canonical(record.distilled)),
+        json.loads(canonical(notes)),
     )
 
 
@@ -201,126 +182,10 @@ def _float64(name: str, value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float64).contiguous()
 
 
-def _canonical(value: Any) -> str:
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True
-    )
-
-
-def _data(tensor: Tensor) -> bytes:
-    return tensor.contiguous().numpy().astype("<f8", copy=False).tobytes()
-
-
-def _digest(description: str, tensors: Mapping[str, Tensor]) -> str:
-    sha = hashlib.sha256(description.encode())
-    for name in sorted(tensors):
-        sha.update(_canonical([name, list(tensors[name].shape)]).encode())
-        sha.update(_data(tensors[name]))
-    return sha.hexdigest()
-
-
-def _serialize(record: SolverRecord) -> bytes:
-    """The one byte string of a record: safetensors, entries by name, keys sorted."""
-    description = _canonical(
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "kind": record.kind,
-            "process": record.process.config(),
-            "settings": record.settings,
-            "distilled": record.distilled,
-            "training": record.training,
-        }
-    )
-    digest = _digest(description, record.tensors)
-    header: dict[str, Any] = {"__metadata__": {"description": description, "sha256": digest}}
-    chunks, offset = [], 0
-    for name in sorted(record.tensors):
-        data = _data(record.tensors[name])
-        header[name] = {
-            "dtype": "F64",
-            "shape": list(record.tensors[name].shape),
-            "data_offsets": [offset, offset + len(data)],
-        }
-        chunks.append(data)
-        offset += len(data)
-    head = _canonical(header).encode()
-    head += b" " * (-len(head) % 8)
-    return struct.pack("<Q", len(head)) + head + b"".join(chunks)
-
-
-# -- reading ---------------------------------------------------------------------------------
-
-
-def _check_size(path: Path, size: int) -> None:
-    if size > MAX_BYTES:
-        raise SolverFileError(f"{path}: more than the limit of {MAX_BYTES} bytes for a solver")
-
-
-def _parse(path: Path, raw: bytes) -> tuple[str, str, dict[str, Tensor]]:
-    try:
-        tensors = parse_safetensors(raw)
-        size = struct.unpack_from("<Q", raw)[0]
-        metadata = json.loads(raw[8 : 8 + size])["__metadata__"]
-    except (SafetensorError, ValueError, KeyError, TypeError, struct.error, RuntimeError) as exc:
-        raise SolverFileError(
-            f"{path}: {len(raw)} bytes that are not a safetensors solver file: {exc}"
-        ) from exc
-    if not isinstance(metadata, dict) or set(metadata) != METADATA_KEYS:
-        raise SolverFileError(
-            f"{path}: metadata is {metadata!r:.200}, expected the keys {sorted(METADATA_KEYS)}"
-        )
-    return metadata["description"], metadata["sha256"], tensors
-
-
-def _check_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    for name, value in tensors.items():
-        if value.dtype != torch.float64:
-            raise SolverFileError(f"{path}: tensor {name!r} is {value.dtype}, expected float64")
-        if not bool(value.isfinite().all()):
-            raise SolverFileError(f"{path}: tensor {name!r} holds NaN or infinity")
-
-
-def _describe(path: Path, text: str, tensors: dict[str, Tensor]) -> SolverRecord:
-    try:
-        description = json.loads(text, parse_constant=_reject)
-    except (ValueError, RecursionError) as exc:
-        raise SolverFileError(f"{path}: description is not JSON: {exc}") from exc
-    if not isinstance(description, dict) or set(description) != HEADER_KEYS:
-        keys = sorted(description) if isinstance(description, dict) else type(description).__name__
-        raise SolverFileError(f"{path}: description has {keys}, expected {sorted(HEADER_KEYS)}")
-    found = (description["format"], description["version"])
-    if found != (FORMAT, VERSION) or isinstance(found[1], bool):
-        raise SolverFileError(
-            f"{path}: format and version are {found!r}, expected {(FORMAT, VERSION)!r}; a newer file "
-            "needs a newer dlms_engine"
-        )
-    for key in ("process", "settings", "training", "distilled"):
-        value = description[key]
-        if not isinstance(value, dict) and not (key == "distilled" and value is None):
-            raise SolverFileError(f"{path}: {key} is {value!r:.80}, expected an object")
-    try:
-        process = from_config(description["process"])
-    except (ValueError, TypeError) as exc:
-        raise SolverFileError(f"{path}: {exc}") from exc
-    return SolverRecord(
-        description["kind"],
-        process,
-        tensors,
-        description["settings"],
-        description["distilled"],
-        description["training"],
-    )
-
-
-def _reject(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
 def _rebuild(path: Path, record: SolverRecord) -> Any:
     loader = _loader(path, record.kind)
     try:
-        _check_tensors(path, record.tensors)
+        check_tensors(path, record.tensors)
         _check_integers(record.settings)
         solver = loader(record.process, dict(record.tensors), dict(record.settings))
         return solver if record.distilled is None else _distilled(solver, record.distilled)
@@ -351,7 +216,9 @@ def _loader(path: Path, kind: Any) -> Loader:
 def _check_integers(value: Any) -> None:
     if isinstance(value, int) and abs(value) > LARGEST_INTEGER:
         raise ValueError(f"settings hold the integer {value}, expected at most {LARGEST_INTEGER}")
-    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+    if isinstance(value, dict):
+        value = list(value.values())
+    for item in value if isinstance(value, list) else ():
         _check_integers(item)
 
 

@@ -71,7 +71,8 @@ class SolverTable:
         """
         if self.prediction not in ("data", "noise"):
             raise ValueError(
-                f"table {self.name!r}: prediction is {self.prediction!r}, expected 'data' or 'noise'"
+                f"table {self.name!r}: prediction is {self.prediction!r}, "
+                "expected 'data' or 'noise'"
             )
         if self.a.ndim < 1 or self.nfe < 1 or self.b.ndim < 1 or self.depth < 1:
             raise ValueError(

@@ -64,7 +64,9 @@ class Output:
     passed in, so that weights that cancel on paper are absent and not merely small.
     """
 
-    def __init__(self, x: Form, stored: Form, store: Prediction, alpha: Tensor, sigma: Tensor) -> None:
+    def __init__(
+        self, x: Form, stored: Form, store: Prediction, alpha: Tensor, sigma: Tensor
+    ) -> None:
         self.x = x
         self._stored = stored
         self._store = store
@@ -168,8 +170,8 @@ class Trace:
             a, row = self._row(k)
             if bool((a.detach() == 0).any()):
                 raise ValueError(
-                    f"state {k} is needed after evaluation {k + 1}, but that evaluation's state has "
-                    "weight 0 on it: the start state cannot be eliminated"
+                    f"state {k} is needed after evaluation {k + 1}, whose state has weight 0 on "
+                    "it: the start state cannot be eliminated"
                 )
             weight = states.pop(k) / a
             states = _merge(states, {k + 1: weight})

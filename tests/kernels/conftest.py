@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -27,19 +26,13 @@ if importlib.util.find_spec("dlms_engine.kernels") is None:
     spec.loader.exec_module(module)
     dlms_engine.kernels = module  # type: ignore[attr-defined]
 
+sys.path.insert(0, str(Path(__file__).parent))  # kernel_cases
 torch.set_num_threads(1)
-
-
-def require_cuda() -> None:
-    """Skip without a GPU, or fail under DLMS_REQUIRE_CUDA=1."""
-    if torch.cuda.is_available():
-        return
-    if os.environ.get("DLMS_REQUIRE_CUDA") == "1":
-        pytest.fail("DLMS_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
-    pytest.skip("needs an NVIDIA GPU: torch sees no CUDA device")
 
 
 @pytest.fixture(autouse=True)
 def _needs_cuda(request: pytest.FixtureRequest) -> None:
     if request.node.get_closest_marker("needs_cuda"):
+        from kernel_cases import require_cuda
+
         require_cuda()

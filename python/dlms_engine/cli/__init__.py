@@ -5,30 +5,40 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-NEEDS = "the command line needs typer and rich: pip install 'dlms_engine[cli]'"
+NEEDS = "the command line needs typer and rich: pip install typer rich"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs ``dlms``; ``--debug`` anywhere shows tracebacks instead of one line."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
+        import typer
+
         from .app import app
     except ImportError as error:
         if debug or (error.name or "").partition(".")[0] not in ("typer", "rich", "click"):
             raise
         sys.exit(f"dlms: {NEEDS}")
     try:
-        app(args=arguments, prog_name="dlms")
+        status = app(args=arguments, prog_name="dlms", standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        print("dlms: interrupted", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if debug:
             raise
         print(f"dlms: {_one_line(error)}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(int(getattr(error, "exit_code", 1)))
+    if isinstance(status, int) and status:
+        sys.exit(status)
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or "no message"
+    usage = getattr(error, "format_message", None)  # a mistake in the arguments, by typer
+    text = " ".join(str(usage() if usage else error).split()) or "no message"
+    if usage:
+        return f"{text} (dlms --help, dlms COMMAND --help)"
     expected = isinstance(error, ValueError | OSError | ImportError | RuntimeError)
     return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"

@@ -186,7 +186,15 @@ def handcrafted_table(
 
 
 def choose_solver(
-    process: Process, solver: Path | None, method: str | None, nfe: int, **options: Any
+    process: Process,
+    solver: Path | None,
+    method: str | None,
+    nfe: int,
+    *,
+    grid: str = "polynomial",
+    order: int | None = None,
+    afs: str = "off",
+    options: Mapping[str, Any] | None = None,
 ) -> tuple[str, SolverTable | Policy]:
     """(label, policy) of a solver file or of a handcrafted solver; iPNDM when neither is named.
 
@@ -196,8 +204,13 @@ def choose_solver(
     if solver is not None and method is not None:
         raise ValueError("give --solver FILE or --method NAME, not both")
     if solver is None:
-        table = handcrafted_table(process, method or "ipndm", nfe, **options)
-        return label_of(table, options.get("grid", "polynomial")), table
+        twice = sorted({"grid", "order", "afs"} & set(options or {}))
+        if twice:
+            raise ValueError(f"--set {twice[0]}=...: use --{twice[0]} instead")
+        table = handcrafted_table(
+            process, method or "ipndm", nfe, grid=grid, order=order, afs=afs, **(options or {})
+        )
+        return label_of(table, grid), table
     from ..solver_file import load_solver
 
     held = load_solver(solver)

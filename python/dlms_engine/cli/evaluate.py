@@ -94,7 +94,7 @@ def evaluate(
         grid=grid,
         order=order,
         afs=afs,
-        **options,
+        options=options,
     )
     from ..evaluation.measure import Entry
 

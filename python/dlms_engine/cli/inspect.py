@@ -20,7 +20,7 @@ def inspect(
     from ..table import SolverTable
 
     held = load_solver(file)
-    policy = getattr(held, "policy", held)
+    policy = getattr(held, "policy", held)  # a plain table or policy, or a DistilledSolver
     facts: dict[str, Any] = {
         "file": file,
         "bytes": file.stat().st_size,
@@ -31,7 +31,7 @@ def inspect(
         "depth": policy.depth,
         "prediction": policy.prediction,
         "process": policy.process.config(),
-        "settings": getattr(held, "settings", {}),
+        "settings": getattr(policy, "options", {}) if held is policy else held.settings,
         "best": getattr(held, "best", {}),
     }
     table = _table(policy) if isinstance(policy, SolverTable) else _designer(policy)

@@ -64,7 +64,7 @@ def sample(
 
     held = load_model(model)
     label, policy = choose_solver(
-        held.denoiser.process, solver, method, nfe, grid=grid, order=order, afs=afs, **options
+        held.denoiser.process, solver, method, nfe, grid=grid, order=order, afs=afs, options=options
     )
     sampler = Sampler(held.denoiser, policy, backend=backend)
     started = time.perf_counter()

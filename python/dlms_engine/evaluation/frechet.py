@@ -26,12 +26,12 @@ class FeatureSums(NamedTuple):
     """Mergeable sufficient statistics of F features.
 
     Attributes:
-        count: int64 scalar, number of images.
+        images: int64 scalar, number of images.
         total: float64 ``[F]``, sum of the features.
         outer: float64 ``[F, F]``, sum of their outer products.
     """
 
-    count: Tensor
+    images: Tensor
     total: Tensor
     outer: Tensor
 
@@ -47,7 +47,7 @@ class FeatureSums(NamedTuple):
                 f"{other.total.numel()} features"
             )
         return FeatureSums(
-            self.count + other.count, self.total + other.total, self.outer + other.outer
+            self.images + other.images, self.total + other.total, self.outer + other.outer
         )
 
     def moments(self) -> ReferenceStatistics:
@@ -56,7 +56,7 @@ class FeatureSums(NamedTuple):
         Raises:
             ValueError: fewer than two images.
         """
-        count = int(self.count)
+        count = int(self.images)
         if count < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {count}")
         mean = self.total / count
@@ -75,9 +75,9 @@ def feature_sums(features: Tensor) -> FeatureSums:
 def sums_from_moments(stats: ReferenceStatistics) -> FeatureSums:
     """The inverse of :meth:`FeatureSums.moments`."""
     mean = stats.mean.to(torch.float64)
-    outer = (stats.count - 1) * stats.covariance.to(torch.float64)
-    outer = outer + stats.count * torch.outer(mean, mean)
-    return FeatureSums(torch.tensor(stats.count), stats.count * mean, outer)
+    outer = (stats.images - 1) * stats.covariance.to(torch.float64)
+    outer = outer + stats.images * torch.outer(mean, mean)
+    return FeatureSums(torch.tensor(stats.images), stats.images * mean, outer)
 
 
 class _FromFeatures(nn.Module):
@@ -98,15 +98,14 @@ def _metric(feature: nn.Module) -> Any:
         raise ImportError(
             f"the {LABEL} is computed by torchmetrics: pip install 'dlms_engine[evaluation]'"
         ) from error
-    # normalize=True: floating-point input; a custom feature module gets it untouched.
-    metric = FrechetInceptionDistance(feature=feature, normalize=True)
-    metric.set_dtype(torch.float64)
-    return metric
+    # normalize=True: floating-point input; a custom feature module gets it untouched. The sums
+    # are float64 as they are; set_dtype(float64) would widen the feature network too.
+    return FrechetInceptionDistance(feature=feature, normalize=True)
 
 
 def _fill(metric: Any, sums: FeatureSums, side: str) -> None:
     """Puts sums into torchmetrics' documented-by-use state tensors of one side."""
-    setattr(metric, f"{side}_features_num_samples", sums.count.to(torch.int64))
+    setattr(metric, f"{side}_features_num_samples", sums.images.to(torch.int64))
     setattr(metric, f"{side}_features_sum", sums.total)
     setattr(metric, f"{side}_features_cov_sum", sums.outer)
 
@@ -125,8 +124,8 @@ def frechet_distance(
     """
     first, second = (s if isinstance(s, FeatureSums) else sums_from_moments(s) for s in (a, b))
     for name, sums in (("first", first), ("second", second)):
-        if int(sums.count) < 2:
-            raise ValueError(f"the {name} set has {int(sums.count)} images, at least 2 are needed")
+        if int(sums.images) < 2:
+            raise ValueError(f"the {name} set has {int(sums.images)} images, at least 2 are needed")
     width = first.total.numel()
     if width != second.total.numel():
         raise ValueError(f"the sets have {width} and {second.total.numel()} features")
@@ -173,7 +172,7 @@ class FrechetDistance:
         finite = torch.isfinite(samples).flatten(1).all(1)
         if not bool(finite.all()):
             raise ValueError(f"{int((~finite).sum())} of {len(samples)} samples are not finite")
-        for part in samples.split(batch):
+        for part in torch.split(samples, batch):
             pixels = part.to(self.device, torch.float32).clamp(-1, 1)
             self._metric.update(pixels, real=False)
 

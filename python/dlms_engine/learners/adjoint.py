@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..denoiser import Denoiser, per_sample
-from ..table import SolverTable
+from ..table import Prediction, SolverTable
 
 
 def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> list[Tensor]:
@@ -26,7 +26,7 @@ def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> lis
         x: ``[B, ...]`` the state at the table's start.
 
     Returns:
-        the states x_0 .. x_nfe, each like ``x``; losses may use any of them. First derivatives only.
+        the states x_0 .. x_nfe, each like ``x``; losses may use any. First derivatives only.
     """
     states: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]
         denoiser, table.prediction, cond, x, table.a, table.b, table.times, table.initial_scale
@@ -57,7 +57,7 @@ class _Solve(torch.autograd.Function):
     def forward(
         ctx: Any,
         denoiser: Denoiser,
-        prediction: str,
+        prediction: Prediction,
         cond: dict[str, Any],
         x: Tensor,
         a: Tensor,
@@ -68,7 +68,7 @@ class _Solve(torch.autograd.Function):
         rows, depth = a.shape[-1], b.shape[-1]
         states, outputs = [per_sample(scale, x) * x], list[Tensor]()
         for n in range(rows):
-            outputs.append(denoiser.predict(states[n], times[..., n], prediction, **cond))  # type: ignore[arg-type]
+            outputs.append(denoiser.predict(states[n], times[..., n], prediction, **cond))
             following = per_sample(a[..., n], x) * states[n]
             for k in range(min(depth, n + 1)):
                 following = following + per_sample(b[..., n, k], x) * outputs[n - k]
@@ -127,7 +127,7 @@ class _Solve(torch.autograd.Function):
 
 def _network_vjp(
     denoiser: Denoiser,
-    prediction: Any,
+    prediction: Prediction,
     cond: dict[str, Any],
     x: Tensor,
     t: Tensor,

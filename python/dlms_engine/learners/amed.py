@@ -1,14 +1,13 @@
 """AMED: approximate mean-direction distillation (Zhou et al., CVPR 2024, Algorithm 1).
 
-One solver step at a time: the student's step from t_n to t_{n+1} is matched to a many-step teacher's
-state, through the one network evaluation in the middle of the step, and the predictor is updated
-before the next step. Memory holds one network graph, whatever the number of steps.
+One solver step at a time: the student's step from t_n to t_{n+1} is matched to a many-step
+teacher's state, through the one network evaluation in the middle of the step, and the predictor is
+updated before the next step. Memory holds one network graph, whatever the number of steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from ..rollout import rollout
 from ..sampler import Sampler
 from ..solvers import SOLVERS
 from .amed_settings import AmedSettings
+from .run_ld3 import plain
 from .validation import Validation
 
 INFINITE_GRADIENT = 1e5
@@ -53,11 +53,17 @@ class Amed:
         size = feature_size(denoiser, shape, self.grid[0], cond) if settings.bottleneck else 64
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.module = AmedPredictor(size, settings.scale_dir, settings.scale_time)
-        self.policy = AmedPolicy(self.module, settings.base(), process, self.grid)
+            predictor = AmedPredictor(size, settings.scale_dir, settings.scale_time)
+        self.module: nn.Module = predictor
+        self.policy = AmedPolicy(predictor, settings.base(), process, self.grid)
         self._validation = Validation(
-            denoiser, shape, settings.validation_samples, settings.validation_steps,
-            None, "rmse", cond,
+            denoiser,
+            shape,
+            settings.validation_samples,
+            settings.validation_steps,
+            None,
+            "rmse",
+            cond,
         )
 
     # -- learner protocol -----------------------------------------------------------------------
@@ -92,7 +98,7 @@ class Amed:
         return {name: [float(getattr(c, name)) for c in choices] for name in Choice._fields}
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"method": "amed", **asdict(self.settings)}
+        return {"method": "amed", **plain(self.settings)}
 
     # -- Algorithm 1 ------------------------------------------------------------------------------
 

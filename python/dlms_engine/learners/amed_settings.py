@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from ..amed_steps import AmedBase, Solver
 from ..processes import Process
 from ..solvers import make_solver
 from ..table import SolverTable
-from .initial import initial_grid
+from .grid_tools import GridSource, refine, start_times
+from .initial import GRIDS, initial_grid
 
 TEACHERS = ("same", "heun", "dpm_solver_2", "ddim", "ipndm", "dpm_solver_pp")
 
@@ -23,21 +23,21 @@ class AmedSettings:
 
     Attributes:
         nfe: network evaluations of the distilled sampler: two a step, one less with AFS.
-        solver: "amed" (AMED-Solver), or the solver a plugin drives: "ddim", "dpm_solver_2", "ipndm",
-            "dpm_solver_pp".
+        solver: "amed" (AMED-Solver), or the solver a plugin drives: "ddim", "dpm_solver_2",
+            "ipndm", "dpm_solver_pp".
         order: of ipndm (1..4) and dpm_solver_pp (1..3); None takes the highest.
         prediction: what dpm_solver_pp interpolates, "data" or "noise" (latent models).
         lower_order_final: dpm_solver_pp's last sub-steps use lower orders.
         afs: analytical first step; None takes it for an odd nfe, where it is needed.
-        grid: "time_uniform", "time_quadratic", "polynomial" or "logsnr"; None takes the published
-            choice: time_uniform for AMED-Solver, logsnr for dpm_solver_pp, polynomial for the others.
-        times: explicit times instead, ``steps + 1`` falling numbers in the process's time.
+        grid: "time_uniform", "time_quadratic", "polynomial" or "logsnr", explicit times, a table or
+            another learner's solver file; None takes the published choice: time_uniform for
+            AMED-Solver, logsnr for dpm_solver_pp, polynomial for the others.
         scale_dir: direction scales lie within 1 +- scale_dir; 0 keeps 1.
         scale_time: the network's noise level is scaled within 1 +- scale_time; 0 keeps 1.
-        bottleneck: the predictor reads the bottleneck; False feeds zeros, so that the choices are the
-            same for all samples.
-        teacher: solver of the teacher; "same" is the student's without predictor (DPM-Solver-2 for
-            "amed"); None takes "heun" for "amed" and "same" for a plugin.
+        bottleneck: the predictor reads the bottleneck; False feeds zeros, so that the choices
+            are the same for all samples.
+        teacher: solver of the teacher; "same" is the student's without predictor (DPM-Solver-2
+            for "amed"); None takes "heun" for "amed" and "same" for a plugin.
         interpolation: M >= 0 teacher times inside each step; None takes 1 for "amed" and
             dpm_solver_2, else 2.
         restart: the next step starts from the "teacher" state or the "student"'s own; "auto" takes
@@ -52,8 +52,7 @@ class AmedSettings:
     prediction: Literal["data", "noise"] = "data"
     lower_order_final: bool = True
     afs: bool | None = None
-    grid: str | None = None
-    times: tuple[float, ...] | None = None
+    grid: GridSource | None = None
     scale_dir: float = 0.01
     scale_time: float = 0.0
     bottleneck: bool = True
@@ -68,8 +67,8 @@ class AmedSettings:
             raise ValueError(f"nfe is {self.nfe}, expected at least 1")
         if (self.nfe + int(self.uses_afs)) % 2:
             raise ValueError(
-                f"nfe is {self.nfe} with afs={self.uses_afs}: two evaluations a step, one less with "
-                "AFS, so an odd nfe needs afs=True and an even one afs=False"
+                f"nfe is {self.nfe} with afs={self.uses_afs}: two evaluations a step, one less "
+                "with AFS, so an odd nfe needs afs=True and an even one afs=False"
             )
         if self.restart not in ("auto", "teacher", "student"):
             raise ValueError(f"restart is {self.restart!r}, expected 'auto', 'teacher', 'student'")
@@ -77,11 +76,6 @@ class AmedSettings:
             raise ValueError(f"teacher is {self.teacher!r}, expected one of {TEACHERS}")
         if self.interpolation is not None and self.interpolation < 0:
             raise ValueError(f"interpolation is {self.interpolation}, expected M >= 0")
-        if self.times is not None and len(self.times) != self.steps + 1:
-            raise ValueError(
-                f"times has {len(self.times)} entries, expected {self.steps + 1} for {self.nfe} "
-                "evaluations"
-            )
         self.base()  # checks solver, order and prediction
 
     @property
@@ -112,11 +106,6 @@ class AmedSettings:
         return 1 if self.solver in ("amed", "dpm_solver_2") else 2
 
     @property
-    def grid_name(self) -> str:
-        published = {"amed": "time_uniform", "dpm_solver_pp": "logsnr"}
-        return self.grid or published.get(self.solver, "polynomial")
-
-    @property
     def restarts_at_teacher(self) -> bool:
         if self.restart == "auto":
             return not self.base().multistep
@@ -125,11 +114,12 @@ class AmedSettings:
     def grids(self, process: Process) -> tuple[Tensor, Tensor]:
         """(student's ``[steps + 1]``, teacher's ``[steps * (M + 1) + 1]``) times, float64."""
         count = self.teacher_interpolation + 1
-        if self.times is not None:
-            grid = torch.tensor(self.times, dtype=torch.float64)
-            return grid, subdivide(process, grid, count)
-        grid = initial_grid(process, self.grid_name, self.steps)
-        fine = initial_grid(process, self.grid_name, self.steps * count)
+        published = {"amed": "time_uniform", "dpm_solver_pp": "logsnr"}
+        source = published.get(self.solver, "polynomial") if self.grid is None else self.grid
+        grid = start_times(process, source, self.steps).grid
+        if not isinstance(source, str) or source not in GRIDS:
+            return grid, refine(process, grid, count)
+        fine = initial_grid(process, source, self.steps * count)
         fine[::count] = grid  # equal but for rounding
         return grid, fine
 
@@ -144,17 +134,3 @@ class AmedSettings:
             options["prediction"] = self.prediction
             options["lower_order_final"] = self.lower_order_final
         return make_solver(name, process, fine, **options)
-
-
-def subdivide(process: Process, grid: Tensor, count: int) -> Tensor:
-    """``count`` sub-steps in every step of ``grid``: uniform in lambda, in t at an infinite end."""
-    parts = [grid[:1]]
-    fractions = torch.arange(1, count + 1, dtype=torch.float64) / count
-    for start, end in zip(grid[:-1], grid[1:], strict=True):
-        first, last = process.lambda_(start), process.lambda_(end)
-        if bool(first.isfinite()) and bool(last.isfinite()):
-            part = process.inverse_lambda(first + fractions * (last - first))
-        else:
-            part = start + fractions * (end - start)
-        parts.append(torch.cat([part[:-1], end.reshape(1)]))
-    return torch.cat(parts)

@@ -40,7 +40,9 @@ class Base:
         if self.solver not in BASES:
             raise ValueError(f"solver is {self.solver!r}, expected one of {BASES}")
         if self.order is not None and self.solver in ("euler", "ddim"):
-            raise ValueError(f"order is {self.order}, but {self.solver} is first order: leave it out")
+            raise ValueError(
+                f"order is {self.order}, but {self.solver} is first order: leave it out"
+            )
         afs_kind(self.afs)
 
     def steps(self, nfe: int) -> int:

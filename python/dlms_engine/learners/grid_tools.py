@@ -1,4 +1,4 @@
-"""Grids for learners: by name, as numbers, or from another learner's solver file; and refinement."""
+"""Grids for learners: by name, as numbers, from another learner's solver file; refinement."""
 
 from __future__ import annotations
 

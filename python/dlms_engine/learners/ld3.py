@@ -64,8 +64,10 @@ class Ld3Settings:
             first of these that can be had) or a callable (student, target) -> ``[B]``.
         lpips_weights: safetensors file for "lpips".
         feature_sigma: noise level of "bottleneck".
-        loss_scale: factor on the loss; None for 1 with lpips, and otherwise for what makes the first
-            validation loss 0.25, the size of LPIPS, for which the rates of the plain SGDs are meant.
+        loss_scale: factor on the loss; None for 1 with lpips, and otherwise for what makes the
+            first validation loss 0.25, LPIPS's size: the rates of the plain SGDs are meant for it.
+        whole: validate on the whole set from the start, not on its first mini-batch until patience
+            first runs out.
         checkpoint_seconds: seconds between checkpoints.
     """
 
@@ -103,6 +105,7 @@ class Ld3Settings:
     lpips_weights: str | None = None
     feature_sigma: float = 0.1
     loss_scale: float | None = None
+    whole: bool = False
     checkpoint_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -194,7 +197,7 @@ class Ld3:
     # -- student and teacher --------------------------------------------------------------------
 
     def table(self) -> SolverTable:
-        """The student's table, differentiable in the parameters (the full graph, UniPC included)."""
+        """The student's table, differentiable in the parameters, through UniPC's systems too."""
         times = self.module()
         return self.settings.base.table(self.denoiser.process, times.grid, times.network)
 
@@ -211,10 +214,10 @@ class Ld3:
         return self._end(table, noise)
 
     def _end(self, table: SolverTable, noise: Tensor) -> Tensor:
-        x = self.sigma_start * noise
-        for _, _, x in walk(self.denoiser, table, x, **self.cond):  # noqa: B007 - the last one
-            pass
-        return x
+        end = noise
+        for _, _, state in walk(self.denoiser, table, self.sigma_start * noise, **self.cond):
+            end = state
+        return end
 
     # -- losses -----------------------------------------------------------------------------------
 
@@ -257,11 +260,3 @@ class Ld3:
     def _load_grid(self, grid: Tensor) -> None:
         fresh = LearnedGrid(self.denoiser.process, grid, coordinate=self.module.coordinate)
         self.module.logits.copy_(fresh.logits)
-
-
-def project(noise: Tensor, centre: Tensor, radius: float) -> Tensor:
-    """The point of the ball of ``radius`` around ``centre`` nearest to ``noise``, per sample."""
-    offset = (noise - centre).flatten(1)
-    norm = offset.norm(dim=1, keepdim=True)
-    shrink = (radius / norm.clamp_min(1e-30)).clamp_max(1.0)
-    return centre + (offset * shrink).reshape_as(centre)

@@ -6,47 +6,22 @@ best state is reloaded on the way (Tong et al. 2024, Algorithm 1 and Appendix B.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..parallel import World
-from .checkpoint import load_checkpoint, save_checkpoint
-from .ld3 import TYPICAL_LOSS, Ld3, project
+from .ld3 import TYPICAL_LOSS, Graded, Ld3
+from .ld3_data import Pairs, project
+from .ld3_state import Ld3State, Ld3Store
 from .trainer import unit_noise
 
 log = logging.getLogger("dlms_engine")
-
-
-@dataclass
-class Ld3State:
-    """Everything of a run that is not a tensor."""
-
-    round: int = 0
-    position: int = 0  # mini-batch within the round, training set first
-    updates: int = 0
-    failures: int = 0  # validations in a row that did not improve
-    whole: bool = False  # validate on the whole set, no longer on its first batch
-    best_score: float = math.inf
-    best_update: int = 0
-    lr: float = 0.0
-    lr_times: float = 0.0
-    lr_noise: float = 0.0
-    at_floor: int = 0
-    moved: bool = False  # did a validation noise move in this round
-    skipped: int = 0
-    loss_scale: float = 1.0
-    init: str = ""
-    finished: bool = False
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Ld3Loop:
@@ -70,25 +45,37 @@ class Ld3Loop:
         self.learner = learner
         self.settings = s = learner.settings
         self.world = world or World()
-        self.state = Ld3State(
+        self.radius = s.ball(math.prod(shape))
+        noise = unit_noise(seed, range(s.train + s.validation), shape)
+        self.pairs = {
+            "train": Pairs(noise[: s.train], s.batch, self.world),
+            "valid": Pairs(noise[s.train :], s.batch, self.world),
+        }
+        self._optimiser = torch.optim.RMSprop(
+            [learner.module.logits], lr=s.lr, momentum=s.momentum, weight_decay=0.0
+        )
+        start = Ld3State(
+            whole=s.whole,
             lr=s.lr,
             lr_times=0.1 / s.steps if s.lr_times is None else s.lr_times,
             lr_noise=12 / s.steps if s.lr_noise is None else s.lr_noise,
         )
-        self.radius = s.ball(math.prod(shape))
-        self._path = checkpoint
-        self._fingerprint = fingerprint or {}
-        noise = unit_noise(seed, range(s.train + s.validation), shape)
-        self._centres = {"train": noise[: s.train], "valid": noise[s.train :]}
-        self._noise = {k: v.clone() for k, v in self._centres.items()}
-        self._targets: dict[str, Tensor] = {}
-        self._optimiser = torch.optim.RMSprop(
-            [learner.module.logits], lr=s.lr, momentum=s.momentum, weight_decay=0.0
+        self._store = Ld3Store(
+            learner.module,
+            self._optimiser,
+            self.pairs,
+            start,
+            self.world,
+            checkpoint,
+            fingerprint or {},
         )
-        self._best = self._copy()
-        self._before: Any = None
 
-    # -- the run ----------------------------------------------------------------------------------
+    @property
+    def state(self) -> Ld3State:
+        """Counters, rates and history."""
+        return self._store.state
+
+    # -- the run -----------------------------------------------------------------------------------
 
     def run(self, *, resume: bool = False, progress: bool = True) -> Ld3State:
         """Trains to the end and loads the best grid.
@@ -97,11 +84,10 @@ class Ld3Loop:
             KeyboardInterrupt: after a checkpoint was written, when one is configured.
         """
         self._prepare(progress)
-        if resume and self._path is not None and self._path.exists():
-            self._resume()
-        elif not self.state.history:
+        if not (resume and self._store.resume()):
             self._begin()
-        batches = self._count("train") + (self._count("valid") if self.radius > 0 else 0)
+        batches = self.pairs["train"].count
+        batches += self.pairs["valid"].count if self.radius > 0 else 0
         bar = tqdm(
             total=batches * self.settings.total_rounds,
             initial=self.state.round * batches + self.state.position,
@@ -112,21 +98,22 @@ class Ld3Loop:
         try:
             self._loop(batches, bar)
         except KeyboardInterrupt:
-            self._rewind()
-            self._save()
-            if self._path is not None:
-                log.warning("interrupted: %s is saved, resume continues it", self._path)
+            self._store.rewind()
+            self._store.save()
+            if self._store.path is not None:
+                log.warning("interrupted: %s is saved, resume continues it", self._store.path)
             raise
         finally:
             bar.close()
-        self._save()
-        self._restore(self._best)
+        self._store.save()
+        self._store.load(self._store.best)
         return self.state
 
     def _loop(self, batches: int, bar: Any) -> None:
         saved = time.monotonic()
         while not self.state.finished:
-            self._remember()
+            part, k = self._place()
+            self._store.remember(part, self.pairs[part].own(k))
             if self.state.position == 0:
                 self._open_round()
             self._batch()
@@ -138,26 +125,21 @@ class Ld3Loop:
             # several ranks meet in a checkpoint, so it cannot depend on one rank's clock
             due = self.world.size > 1 and self.state.position == 0
             if due or (
-                self.world.size == 1
-                and time.monotonic() - saved > self.settings.checkpoint_seconds
+                self.world.size == 1 and time.monotonic() - saved > self.settings.checkpoint_seconds
             ):
-                self._save()
+                self._store.save()
                 saved = time.monotonic()
 
     def _prepare(self, progress: bool) -> None:
-        total = sum(self._count(part) for part in self._centres)
         bar = tqdm(
-            total=total, desc="teacher", unit="batch", leave=False,
+            total=sum(pairs.count for pairs in self.pairs.values()),
+            desc="teacher",
+            unit="batch",
+            leave=False,
             disable=not (progress and self.world.rank == 0),
         )
-        for part, centres in self._centres.items():
-            target = torch.zeros_like(centres)
-            for k in range(self._count(part)):
-                own = self._own(part, k)
-                if own.stop > own.start:
-                    target[own] = self.learner.targets(centres[own])
-                bar.update()
-            self._targets[part] = target
+        for pairs in self.pairs.values():
+            pairs.solve(self.learner.targets, bar)
         bar.close()
 
     def _begin(self) -> None:
@@ -167,8 +149,9 @@ class Ld3Loop:
         if s.init == "best" and self.world.size > 1:
             raise ValueError("init='best' runs in one process: name the grid it chose there")
         if s.init == "best":
-            state.init = self.learner.choose_start(self._noise["valid"], self._targets["valid"])
-        self._best = self._copy()
+            valid = self.pairs["valid"]
+            state.init = self.learner.choose_start(valid.noise, valid.target)
+        self._store.best = self._store.parameters()
         first = self._validate(whole=True)
         if s.loss_scale is not None:
             state.loss_scale = s.loss_scale
@@ -182,7 +165,7 @@ class Ld3Loop:
             times = self.learner.module()
         return {"grid": times.grid.tolist(), "network_times": times.network.tolist()}
 
-    # -- rounds -------------------------------------------------------------------------------------
+    # -- rounds ------------------------------------------------------------------------------------
 
     @property
     def _with_times(self) -> bool:
@@ -190,7 +173,7 @@ class Ld3Loop:
 
     def _open_round(self) -> None:
         state = self.state
-        self._restore(self._best)
+        self._store.load(self._store.best)
         # the validation noises have moved since: scores of two rounds do not compare
         state.best_score = self._validate()
         state.moved = False
@@ -208,7 +191,7 @@ class Ld3Loop:
 
     def _place(self) -> tuple[str, int]:
         """(part, mini-batch of it) that comes next."""
-        trained, position = self._count("train"), self.state.position
+        trained, position = self.pairs["train"].count, self.state.position
         return ("train", position) if position < trained else ("valid", position - trained)
 
     def _batch(self) -> None:
@@ -218,25 +201,28 @@ class Ld3Loop:
         else:
             self._move_validation(k)
 
-    # -- one mini-batch -------------------------------------------------------------------------------
+    # -- one mini-batch ---------------------------------------------------------------------------
 
     def _train(self, k: int) -> None:
-        state, module = self.state, self.learner.module
-        for parameter in module.parameters():
+        state = self.state
+        for parameter in self.learner.module.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        own = self._own("train", k)
-        size = self._size("train", k)
-        graded = None
-        if own.stop > own.start:
-            noise, target = self._noise["train"][own], self._targets["train"][own]
-            graded = self.learner.grade(noise, target, state.loss_scale / size)
+        graded = self._grade("train", k)
         if self._step():
             state.updates += 1
         score = self._validate()
         self._judge(score)
         state.history.append({"update": state.updates, "round": state.round, "validation": score})
         if graded is not None:
-            self._move("train", own, graded.noise_grad, graded.losses)
+            self._move("train", k, graded)
+
+    def _grade(self, part: str, k: int) -> Graded | None:
+        pairs = self.pairs[part]
+        own = pairs.own(k)
+        if own.stop == own.start:
+            return None
+        weight = self.state.loss_scale / pairs.size(k)
+        return self.learner.grade(pairs.noise[own], pairs.target[own], weight)
 
     def _step(self) -> bool:
         """Clips and applies the gradients; False where they are not finite."""
@@ -258,52 +244,45 @@ class Ld3Loop:
                 module.offsets -= self.state.lr_times * module.offsets.grad
         return True
 
-    def _move(self, part: str, own: slice, grad: Tensor, before: Tensor) -> Tensor:
-        """Projected SGD on the noises; only those whose loss falls are kept. Which were: ``[B]``."""
+    def _move(self, part: str, k: int, graded: Graded) -> bool:
+        """Projected SGD on the noises; only where the loss falls is it kept. Was any?"""
         if self.radius == 0:
-            return torch.zeros(len(before), dtype=torch.bool)
-        noise = self._noise[part][own]
-        proposed = project(noise - self.state.lr_noise * grad, self._centres[part][own], self.radius)
-        after = self.learner.measure(proposed, self._targets[part][own])
-        better = after < before
-        keep = better.reshape(-1, *[1] * (noise.ndim - 1)).to(noise.device)
-        self._noise[part][own] = torch.where(keep, proposed, noise)
-        return better
+            return False
+        pairs = self.pairs[part]
+        own = pairs.own(k)
+        noise = pairs.noise[own]
+        proposed = noise - self.state.lr_noise * graded.noise_grad
+        proposed = project(proposed, pairs.centres[own], self.radius)
+        better = self.learner.measure(proposed, pairs.target[own]) < graded.losses
+        keep = better.reshape(-1, *[1] * (noise.ndim - 1))
+        pairs.noise[own] = torch.where(keep, proposed, noise)
+        return bool(better.any())
 
     def _move_validation(self, k: int) -> None:
-        own, moved = self._own("valid", k), torch.zeros(1)
-        if own.stop > own.start:
-            noise, target = self._noise["valid"][own], self._targets["valid"][own]
-            weight = self.state.loss_scale / self._size("valid", k)
-            graded = self.learner.grade(noise, target, weight)
-            moved += self._move("valid", own, graded.noise_grad, graded.losses).sum().cpu()
+        graded = self._grade("valid", k)
+        moved = torch.zeros(1)
+        if graded is not None:
+            moved += self._move("valid", k, graded)
         self.state.moved |= float(self.world.sum_(moved)) > 0
 
-    # -- validation and patience -------------------------------------------------------------------------
+    # -- validation and patience -------------------------------------------------------------------
 
     def _validate(self, whole: bool | None = None) -> float:
-        """Mean loss over the validation noises in use, over all ranks."""
+        """Mean loss over the validation noises in use."""
         everything = self.state.whole if whole is None else whole
-        total = torch.zeros(2, dtype=torch.float64)
-        for k in range(self._count("valid") if everything else 1):
-            own = self._own("valid", k)
-            if own.stop > own.start:
-                losses = self.learner.measure(self._noise["valid"][own], self._targets["valid"][own])
-                total += torch.tensor([float(losses.double().sum()), len(losses)])
-        self.world.sum_(total)
-        return float(total[0] / total[1])
+        return self.pairs["valid"].measure(self.learner.measure, None if everything else 1)
 
     def _judge(self, score: float) -> None:
         state, s = self.state, self.settings
         if score < state.best_score:
-            state.best_score, state.best_update, state.failures = score, state.updates, 0
-            self._best = self._copy()
+            state.failures = 0
+            self._store.keep_best(score)
             return
         state.failures += 1
         if state.failures < s.patience:
             return
         state.failures = 0
-        self._restore(self._best)
+        self._store.load(self._store.best)
         if not state.whole:  # the first time only the yardstick gets finer
             state.whole = True
             state.best_score = self._validate()
@@ -314,87 +293,3 @@ class Ld3Loop:
             state.at_floor += int(state.lr_times <= s.lr_times_floor)
             if state.at_floor >= s.stop_at_floor:
                 state.finished = True
-
-    # -- bookkeeping ----------------------------------------------------------------------------------------
-
-    def _count(self, part: str) -> int:
-        return math.ceil(len(self._centres[part]) / self.settings.batch)
-
-    def _size(self, part: str, k: int) -> int:
-        return min(self.settings.batch, len(self._centres[part]) - k * self.settings.batch)
-
-    def _own(self, part: str, k: int) -> slice:
-        """This rank's share of mini-batch ``k``: always the same samples."""
-        start, stop = self.world.slice(self._size(part, k))
-        first = k * self.settings.batch
-        return slice(first + start, first + stop)
-
-    def _copy(self) -> dict[str, Tensor]:
-        return {k: v.detach().clone() for k, v in self.learner.module.named_parameters()}
-
-    def _restore(self, parameters: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.learner.module.named_parameters():
-                parameter.copy_(parameters[name])
-
-    def _remember(self) -> None:
-        """What an interruption within the coming mini-batch goes back to."""
-        part, k = self._place()
-        own = self._own(part, k)
-        held = self._optimiser.state[self.learner.module.logits]
-        self._before = (
-            dataclasses.replace(self.state),
-            len(self.state.history),
-            self._copy(),
-            self._best,
-            {key: torch.as_tensor(value).clone() for key, value in held.items()},
-            (part, own, self._noise[part][own].clone()),
-        )
-
-    def _rewind(self) -> None:
-        if self._before is None:
-            return
-        state, length, parameters, best, held, (part, own, noise) = self._before
-        self.state = state
-        del state.history[length:]
-        self._restore(parameters)
-        self._best = best
-        if held:
-            self._optimiser.state[self.learner.module.logits] = held
-        else:
-            self._optimiser.state.clear()
-        self._noise[part][own] = noise
-
-    # -- checkpoints ------------------------------------------------------------------------------------------
-
-    def _gathered(self, part: str) -> Tensor:
-        """The noises, each from the rank that owns it."""
-        if self.world.size == 1:
-            return self._noise[part]
-        own = torch.zeros_like(self._noise[part])
-        for k in range(self._count(part)):
-            own[self._own(part, k)] = self._noise[part][self._own(part, k)]
-        return self.world.sum_(own)
-
-    def _save(self) -> None:
-        if self._path is None:
-            return
-        tensors = {f"noise/{part}": self._gathered(part) for part in self._noise}
-        if self.world.rank != 0:
-            return
-        tensors |= {f"raw/{k}": v for k, v in self._copy().items()}
-        tensors |= {f"best/{k}": v for k, v in self._best.items()}
-        held = self._optimiser.state[self.learner.module.logits]
-        tensors |= {f"rmsprop/{k}": torch.as_tensor(v) for k, v in held.items()}
-        save_checkpoint(self._path, tensors, self.state, self._fingerprint)
-
-    def _resume(self) -> None:
-        assert self._path is not None
-        tensors, state = load_checkpoint(self._path, self._fingerprint)
-        self.state = Ld3State(**state)
-        self._noise = {part: tensors[f"noise/{part}"] for part in self._noise}
-        self._restore({k[4:]: v for k, v in tensors.items() if k.startswith("raw/")})
-        self._best = {k[5:]: v for k, v in tensors.items() if k.startswith("best/")}
-        held = {k[8:]: v for k, v in tensors.items() if k.startswith("rmsprop/")}
-        if held:
-            self._optimiser.state[self.learner.module.logits] = held

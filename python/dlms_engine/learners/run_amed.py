@@ -32,10 +32,16 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     training = TrainerSettings(seed=options.seed, **shared)
     learner = Amed(denoiser, settings, shape, seed=options.seed, **options.cond)
     fingerprint: dict[str, Any] = {
-        **learner.fingerprint(), **dataclasses.asdict(training), "shape": list(shape)
+        **learner.fingerprint(),
+        **dataclasses.asdict(training),
+        "shape": list(shape),
     }
     trainer = Trainer(
-        learner, training, shape, checkpoint=options.checkpoint, fingerprint=fingerprint,
+        learner,
+        training,
+        shape,
+        checkpoint=options.checkpoint,
+        fingerprint=fingerprint,
         world=World.current(),
     )
     state = trainer.run(resume=options.resume, progress=options.progress)

@@ -18,7 +18,7 @@ from .solver import DistilledSolver
 
 
 def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
-    """Learns a grid and network times; ``options.trajectories`` is the number of training noises."""
+    """Learns a grid and network times; ``options.trajectories`` counts the training noises."""
     (own,) = split_settings(options.settings, Ld3Settings)
     if options.trajectories is not None:
         own["train"] = options.trajectories
@@ -42,6 +42,8 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     state = loop.run(resume=options.resume, progress=options.progress)
     with torch.no_grad():
         table = learner.table().detach()
+    named = {**table.options, "solver": table.name}
+    table = dataclasses.replace(table, name="ld3", options=named)
     best = {"score": state.best_score, "set": f"raw@{state.best_update}"}
     return DistilledSolver(table, "ld3", fingerprint, state.history, best)
 

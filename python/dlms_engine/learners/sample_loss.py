@@ -103,4 +103,3 @@ def lpips_loss(weights: str | Path | None) -> SampleLoss:
         return values.flatten(1).mean(1)
 
     return distance
-

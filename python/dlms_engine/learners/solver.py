@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..amed_policy import AmedPolicy
 from ..denoiser import Denoiser
 from ..designer import DesignerPolicy
 from ..policy import Policy
@@ -46,13 +47,15 @@ class DistilledSolver:
         """The solver as a plain table; a designer's mean rows over ``noise`` ``[B, ...]``."""
         if isinstance(self.policy, SolverTable):
             return self.policy
-        if not isinstance(self.policy, DesignerPolicy):
+        if not isinstance(self.policy, (AmedPolicy, DesignerPolicy)):
             raise ValueError(f"{self.method} solvers have no static table")
         if denoiser is None or noise is None:
             raise ValueError(
                 "a per-sample solver becomes a table by averaging: pass the denoiser and some start "
                 "noise, solver.table(denoiser, noise)"
             )
+        if isinstance(self.policy, AmedPolicy):
+            return self.policy.static_table(denoiser, noise, **cond)
         from .static import static_table
 
         return static_table(self.policy, denoiser, noise, **cond)

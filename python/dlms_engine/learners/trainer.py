@@ -124,6 +124,7 @@ class Trainer:
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.999), eps=1e-8)
         self._ema = EmaSets(learner.module, settings.ema_kimg)
         self._best = self._copy()
+        self._before = (0, self._tensors())  # as the current update began
 
     def run(self, *, resume: bool = False, progress: bool = True) -> Progress:
         """Trains to the end and loads the best parameters into the module.
@@ -133,7 +134,7 @@ class Trainer:
         """
         if resume:
             self._resume()
-        if self.state.update == 0:
+        if not self.state.history:
             self._validate()
         total = self.settings.updates
         saved = time.monotonic()
@@ -150,6 +151,7 @@ class Trainer:
                     self._save()
                     saved = time.monotonic()
         except KeyboardInterrupt:
+            self._rewind()
             self._save()
             if self._path is not None:
                 log.warning("interrupted: %s is saved, resume continues it", self._path)
@@ -163,6 +165,7 @@ class Trainer:
     # -- one update -----------------------------------------------------------------------------
 
     def _update(self) -> dict[str, float]:
+        self._before = (self.state.update, self._tensors())
         for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._rate(self.state.update)
         noise = self._noise()
@@ -254,30 +257,43 @@ class Trainer:
     def _save(self) -> None:
         if self._path is None or self.world.rank != 0:
             return
-        tensors = {f"raw/{k}": v for k, v in self._copy().items()}
-        tensors |= {f"best/{k}": v for k, v in self._best.items()}
-        tensors |= {f"ema/{k}": v for k, v in self._ema.tensors().items()}
-        names = [n for n, _ in self.learner.module.named_parameters()]
-        slots = {id(p): n for n, p in self.learner.module.named_parameters()}
-        assert len(names) == len(slots)
-        for parameter, held in self.optimiser.state.items():
-            for key, value in held.items():
-                tensors[f"adam/{slots[id(parameter)]}/{key}"] = torch.as_tensor(value)
+        tensors = self._tensors() | {f"best/{k}": v for k, v in self._best.items()}
         save_checkpoint(self._path, tensors, self.state, self._fingerprint)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Copies of all that an update changes."""
+        tensors = {f"raw/{k}": v for k, v in self._copy().items()}
+        tensors |= {f"ema/{k}": v.clone() for k, v in self._ema.tensors().items()}
+        for name, parameter in self.learner.module.named_parameters():
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                tensors[f"adam/{name}/{key}"] = torch.as_tensor(value).clone()
+        return tensors
+
+    def _load(self, tensors: dict[str, Tensor]) -> None:
+        """Inverse of ``_tensors``."""
+        self._restore(_part(tensors, "raw/"))
+        self._ema.load(_part(tensors, "ema/"))
+        for name, parameter in self.learner.module.named_parameters():
+            held = _part(tensors, f"adam/{name}/")
+            if held:
+                self.optimiser.state[parameter] = held
+            else:
+                self.optimiser.state.pop(parameter, None)
+
+    def _rewind(self) -> None:
+        """Back to where the current update began: cut short, it is done again after resuming."""
+        self.state.update, tensors = self._before
+        self.state.history = [e for e in self.state.history if e["update"] <= self.state.update]
+        self._load(tensors)
 
     def _resume(self) -> None:
         if self._path is None or not self._path.exists():
             return
         tensors, state = load_checkpoint(self._path, self._fingerprint)
         self.state = Progress(**state)
-        parts = {k: _part(tensors, k + "/") for k in ("raw", "best", "ema", "adam")}
-        self._restore(parts["raw"])
-        self._best = parts["best"]
-        self._ema.load(parts["ema"])
-        for name, parameter in self.learner.module.named_parameters():
-            held = _part(parts["adam"], name + "/")
-            if held:
-                self.optimiser.state[parameter] = held
+        self._best = _part(tensors, "best/")
+        self._load(tensors)
+        self._before = (self.state.update, self._tensors())
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

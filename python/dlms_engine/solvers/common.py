@@ -99,7 +99,7 @@ class Run:
                 f"network_times have shape {tuple(asked.shape)}, expected that of the grid, "
                 f"{tuple(grid.shape)}"
             )
-        batch = torch.broadcast_shapes(grid.shape[:-1], asked.shape[:-1])
+        batch = (grid[..., 0] + asked[..., 0]).shape
         self.grid = grid
         self.nodes = make_nodes(process, grid.expand(*batch, -1))
         self.asked = asked.expand(*batch, -1).unbind(-1)

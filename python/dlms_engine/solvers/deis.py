@@ -32,7 +32,7 @@ def deis(
         grid: float64 ``[*batch, steps + 1]``, decreasing; may require grad.
         order: 1..4, one more than the degree ("tAB3" is order 4).
         variant: ``"tab"`` interpolates in the process's time (EDM: the VP time fitted to its
-            range, as in ``grids.time_uniform``), ``"rhoab"`` in sigma / alpha, which is ``ipndm_v``.
+            range, as in ``grids.time_uniform``), ``"rhoab"`` in sigma / alpha (= ``ipndm_v``).
         afs, network_times, store: as for ``ipndm``.
     """
     if variant not in ("tab", "rhoab"):

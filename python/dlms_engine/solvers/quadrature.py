@@ -56,7 +56,7 @@ def lagrange_weights(
         clock = _identity
     else:
         inner = PANELS if breakpoints is None else breakpoints
-        inner = inner.clamp(min=end.detach().min(), max=start.detach().max()).unique()
+        inner = inner[(inner > end.detach().min()) & (inner < start.detach().max())]
         low, high = end[..., None], start[..., None]
         inner = torch.maximum(torch.minimum(inner, high), low)
         edges = torch.cat([low, inner, high], dim=-1)

@@ -56,7 +56,8 @@ SOLVERS: dict[str, Solver] = {
             f"dpm++{p}m{'' if low else '-flat'}": {"order": p, "lower_order_final": low}
             for p in (2, 3)
             for low in (True, False)
-        },
+        }
+        | {"dpm++3m-exact": {"order": 3, "exact": True}},
     ),
     "unipc": Solver(
         unipc,
@@ -131,9 +132,7 @@ def handcrafted(
     return found
 
 
-def _tables(
-    process: Process, nfe: int, grid: Grid, afs: Afs
-) -> Iterator[tuple[str, SolverTable]]:
+def _tables(process: Process, nfe: int, grid: Grid, afs: Afs) -> Iterator[tuple[str, SolverTable]]:
     for solver in SOLVERS.values():
         # infinite ends and AFS each save at most one evaluation
         base = math.ceil(nfe / solver.evaluations_per_step)

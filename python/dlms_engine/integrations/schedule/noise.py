@@ -87,6 +87,20 @@ def make_alphas_cumprod(config: Mapping[str, Any], betas: Tensor) -> Tensor:
     return alphas_cumprod
 
 
+def strictly_falling(alphas_cumprod: list[float]) -> list[float]:
+    """The same values, raised at the noisy end where they do not fall.
+
+    With zero terminal SNR the replaced last value can lie above its neighbours, all of which are
+    noise to any network.
+    """
+    values = list(alphas_cumprod)
+    for i in range(len(values) - 2, -1, -1):
+        if values[i] > values[i + 1]:
+            break
+        values[i] = values[i + 1] * (1 + 1e-6)
+    return values
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseModel:
     """A process together with what its network predicts and is told.
@@ -124,9 +138,12 @@ class NoiseModel:
             prediction, sigma_data = "edm", float(config["sigma_data"])
         else:
             assert alphas_cumprod is not None
-            process = VPDiscrete(alphas_cumprod=alphas_cumprod.tolist())
+            process = VPDiscrete(alphas_cumprod=strictly_falling(alphas_cumprod.tolist()))
         denoiser = Denoiser(_never, process, prediction, sigma_data=sigma_data)
         return cls(kind, process, int(config["num_train_timesteps"]), denoiser)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoiseModel:
+        return self  # immutable
 
     def timestep(self, t: Tensor) -> Tensor:
         """float64: what the network is told at process time ``t``."""

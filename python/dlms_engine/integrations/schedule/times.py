@@ -124,13 +124,15 @@ def _indices(config: Config, process: VPDiscrete, solver: str, steps: int) -> Te
     offset = int(config.get("steps_offset") or 0)
     count = torch.arange(steps, dtype=torch.float64)
     if spacing == "linspace":
-        found = (last - 1) - count * ((last - 1) / steps)
+        found = (steps - count) * ((last - 1) / steps)
     elif spacing == "leading":
         parts = steps if solver == "ddim" else steps + 1
         ratio = last // parts or last / parts
         found = (parts - 1 - count) * ratio + offset
     elif spacing == "trailing":
-        found = last - count * (levels / steps) - 1
+        # rounded before the subtraction: halves go to even
+        found = last - count * (levels / steps)
+        found = found.round() - 1 if bool((found.round().diff() < 0).all()) else found - 1
     else:
         raise ValueError(
             f"timestep_spacing is {spacing!r}, expected 'linspace', 'leading' or 'trailing'"
@@ -193,7 +195,7 @@ def _flow_times(
         sigmas = _dynamic(str(config.get("time_shift_type") or "exponential"), mu, custom)
     else:
         sigmas = shift * custom / (1 + (shift - 1) * custom)
-    if config.get("shift_terminal"):
+    if config.get("shift_terminal") and float(sigmas[-1]) < 1:
         rest = 1 - sigmas
         sigmas = 1 - rest * ((1 - float(config["shift_terminal"])) / rest[-1])
     modifier = _modifier(config)

@@ -1,0 +1,371 @@
+"""Any solver of the engine as a diffusers scheduler, and whole pipelines through the engine.
+
+    import dlms_engine
+    from dlms_engine.integrations.diffusers import DLMSScheduler
+
+    pipe.scheduler = DLMSScheduler.from_config(pipe.scheduler.config, solver="unipc")
+
+The class lives at this module path for good: saved pipelines name it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from diffusers import ConfigMixin, SchedulerMixin
+    from diffusers.configuration_utils import register_to_config
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+except ImportError as exc:
+    raise ImportError(
+        "dlms_engine.integrations.diffusers needs diffusers: pip install 'dlms-engine[diffusers]'"
+    ) from exc
+
+from .schedule.adopt import adopt, is_foreign
+from .schedule.noise import NoiseModel, kind_of, make_alphas_cumprod, make_betas
+from .schedule.runner import Runner, SolverLike, load_source
+
+SOLVER_FILE = "dlms_solver.safetensors"
+
+
+class DLMSScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """Runs a solver of the engine in a diffusers pipeline; one network call per step.
+
+    Arguments not listed here mean what they mean in diffusers' own schedulers.
+
+    Args:
+        solver: a name (``"dpm_solver_pp"``, ``"unipc"``, ``"deis"``, ``"ddim"``, ``"ipndm"``, ...), the
+            path of a solver file, or a ``SolverTable``, policy or ``DistilledSolver``. A learned
+            solver brings its own times and its own number of steps.
+        solver_order: order of multistep solvers; None is 2 for DPM-Solver++, UniPC and DEIS.
+        solver_options: further keyword arguments of the solver's maker.
+        final_sigmas_type: ``"zero"`` or ``"sigma_min"``; None follows the solver (DEIS ends at the
+            smallest training level, DDIM follows ``set_alpha_to_one``, the others end at zero).
+        shift, flow_shift: the static shift of flow models, under either name.
+        sigma_data: set for EDM models, whose range is ``sigma_min`` .. ``sigma_max``.
+
+    State and history are float32 also under half-precision pipelines; ``step`` never reads a
+    tensor's value. ``scheduler.watch(pipe.unet)`` lets a per-sample solver see the bottleneck.
+    """
+
+    # without DPMSolverSDE, which cannot be built unless torchsde is installed
+    _compatibles = [
+        *(kind.name for kind in KarrasDiffusionSchedulers if "SDE" not in kind.name),
+        "FlowMatchEulerDiscreteScheduler",
+    ]
+    order = 1  # step() calls per timestep, not the order of accuracy
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Any = None,
+        solver: Any = "dpm_solver_pp",
+        solver_order: int | None = None,
+        solver_options: dict[str, Any] | None = None,
+        prediction_type: str = "epsilon",
+        timestep_spacing: str = "linspace",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        final_sigmas_type: str | None = None,
+        set_alpha_to_one: bool = True,
+        lower_order_final: bool = True,
+        use_karras_sigmas: bool = False,
+        use_exponential_sigmas: bool = False,
+        use_beta_sigmas: bool = False,
+        use_lu_lambdas: bool = False,
+        lambda_min_clipped: float | None = None,
+        variance_type: str | None = None,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        sample_max_value: float = 1.0,
+        shift: float | None = None,
+        flow_shift: float | None = None,
+        use_dynamic_shifting: bool = False,
+        base_shift: float | None = 0.5,
+        max_shift: float | None = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
+        shift_terminal: float | None = None,
+        time_shift_type: str = "exponential",
+        invert_sigmas: bool = False,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sigma_data: float | None = None,
+        sigma_schedule: str = "karras",
+        rho: float = 7.0,
+    ) -> None:
+        self._source = load_source(solver)
+        self._name_solver()
+        if kind_of(self.config) == "vp":
+            self.betas = make_betas(self.config)
+            self.alphas = 1.0 - self.betas
+            self.alphas_cumprod = make_alphas_cumprod(self.config, self.betas)
+            sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
+        else:
+            sigmas = torch.arange(1, num_train_timesteps + 1) / num_train_timesteps
+        self.sigmas = sigmas.flip(0)
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+        self.num_inference_steps: int | None = None
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._runner: Runner | None = None
+        self._watch: Any = None
+
+    def _name_solver(self) -> None:
+        """Keeps the config JSON-able, and ``solver`` in it even where it is the default.
+
+        A key that is always explicit survives a detour through another class: by it ``from_config``
+        tells our own configs from others.
+        """
+        name = SOLVER_FILE if not isinstance(self._source, str) else self._source
+        defaults = self.config.get("_use_default_values")
+        explicit = {} if defaults is None else {"_use_default_values": sorted({*defaults} - {"solver"})}
+        self.register_to_config(solver=name, **explicit)
+
+    # -- loading and saving -----------------------------------------------------------------------
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """A scheduler from another one's config, e.g. ``from_config(pipe.scheduler.config, solver=s)``.
+
+        ``solver`` is anything the constructor takes. The grid stays that of the other scheduler,
+        its defaults included. With a learned solver, clipping is only done when asked for here.
+        """
+        if isinstance(config, dict) and is_foreign(config):
+            config = adopt(config)
+            kwargs.setdefault("solver", "dpm_solver_pp")
+        if isinstance(config, dict) and not isinstance(load_source(kwargs.get("solver", "ddim")), str):
+            config = {k: v for k, v in config.items() if k not in ("clip_sample", "thresholding")}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any = None, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As in diffusers; a learned solver is read from the safetensors file beside the JSON."""
+        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder)
+        if config.get("solver") == SOLVER_FILE and "solver" not in kwargs:
+            folder = Path(str(pretrained_model_name_or_path), subfolder or "")
+            if folder.is_dir():
+                kwargs["solver"] = str(folder / SOLVER_FILE)
+            else:
+                from huggingface_hub import hf_hub_download
+
+                kwargs["solver"] = hf_hub_download(
+                    str(pretrained_model_name_or_path), SOLVER_FILE, subfolder=subfolder
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_config(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Writes the JSON and, for a learned solver, ``dlms_solver.safetensors`` beside it."""
+        if not isinstance(self._source, str):
+            from ..solver_file import save_solver
+
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_solver(folder / SOLVER_FILE, self._source)
+        super().save_config(save_directory, push_to_hub, **kwargs)
+
+    @property
+    def solver(self) -> str | SolverLike:
+        """The solver's name, or the learned solver itself."""
+        return self._source
+
+    # -- before the loop --------------------------------------------------------------------------
+
+    @property
+    def noise_model(self) -> NoiseModel:
+        """Process, prediction and time unit this config describes."""
+        model: NoiseModel | None = self.__dict__.get("_noise_model")
+        if model is None:
+            model = NoiseModel.from_config(self.config, self.__dict__.get("alphas_cumprod"))
+            self.__dict__["_noise_model"] = model
+        return model
+
+    def watch(self, network: torch.nn.Module, features: str = "mid_block") -> None:
+        """Hooks ``network`` (``pipe.unet``), so that a per-sample solver sees its bottleneck."""
+        from .schedule.watch import Watch
+
+        self.unwatch()
+        self._watch = Watch(network, features)
+
+    def unwatch(self) -> None:
+        """Takes the hooks of ``watch`` away."""
+        if self._watch is not None:
+            self._watch.remove()
+        self._watch = None
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """Makes the table and forgets the last run.
+
+        Args:
+            num_inference_steps: solver steps; a learned solver accepts its own number only.
+            device: where ``timesteps`` go; the latents' device is found at the first step.
+            timesteps: custom network times, used as given, fractions included.
+            sigmas: custom noise levels, N or N + 1 with the final 0; flow shifts apply to them.
+            mu: dynamic shift of flow models.
+
+        Raises:
+            ValueError: missing or contradicting arguments, a step number the solver cannot run.
+        """
+        self._runner = runner = Runner(
+            self._source, self.config, self.noise_model, num_inference_steps, timesteps, sigmas, mu,
+            self._watch,
+        )
+        self.timesteps = runner.timesteps.to(device)
+        self.sigmas = runner.sigmas
+        self.num_inference_steps = len(runner.timesteps)
+        self._step_index = None
+        self._begin_index = None
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """The first step of the loop (image-to-image starts late)."""
+        self._begin_index = begin_index
+        if self._runner is not None:
+            self._runner.prepare(begin_index)
+
+    @property
+    def begin_index(self) -> int | None:
+        """What ``set_begin_index`` was given."""
+        return self._begin_index
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next step; None before the first."""
+        return self._step_index
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the start noise: 1, or that of EDM's first level."""
+        if kind_of(self.config) != "edm":
+            return 1.0
+        return float((self.noise_model.process.t_max**2 + 1) ** 0.5)
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
+        """Index of ``timestep``; a view into the schedule is found without reading its value.
+
+        A foreign tensor on an accelerator is taken for the first step, because reading it would
+        wait for the device: pipelines that start elsewhere call ``set_begin_index``.
+        """
+        base = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        if isinstance(timestep, Tensor):
+            if timestep.numel() == 1 and _shares_memory(timestep, base):
+                return int(timestep.storage_offset() - base.storage_offset())
+            if timestep.device.type != "cpu":
+                return 0
+            timestep = float(timestep.reshape(-1)[0])
+        values = base.tolist() if schedule_timesteps is not None or self._runner is None else None
+        known = values if values is not None else self._runner.host_timesteps  # type: ignore[union-attr]
+        return known.index(timestep) if timestep in known else 0
+
+    # -- the loop -----------------------------------------------------------------------------------
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The network's input for latents ``[k * B, ...]``: unchanged except for EDM and AFS."""
+        if self._runner is None:
+            return sample
+        return self._runner.scaled(self._now(timestep), sample)
+
+    def _now(self, timestep: Any) -> int:
+        if self._step_index is not None:
+            return self._step_index
+        if self._begin_index is not None:
+            return self._begin_index
+        return 0 if timestep is None else self.index_for_timestep(timestep)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
+        generator: Any = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """One row of the table: latents ``[B, ...]`` after this step, in ``sample``'s dtype.
+
+        ``timestep`` is only looked at before the first step of a run without a begin index, and
+        then not its value if it is an element of ``timesteps``. The solvers are deterministic:
+        ``generator`` is not used and ``eta`` must be 0.
+
+        Raises:
+            ValueError: ``set_timesteps`` was not called, all steps were taken, or eta is not 0.
+        """
+        if eta or variance_noise is not None:
+            raise ValueError(f"eta is {eta}, expected 0: the engine's solvers are deterministic")
+        if self._runner is None:
+            raise ValueError("call set_timesteps before step")
+        if self._step_index is None:
+            self._step_index = self._now(timestep)
+            self._runner.begin(self._step_index)
+        latents = self._runner.advance(self._step_index, model_output, sample)
+        self._step_index += 1
+        return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
+
+    # -- noise ----------------------------------------------------------------------------------------
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha * original + sigma * noise at ``timesteps`` ``[B]`` or ``[1]``.
+
+        With a begin index the level is that of the begin (before the loop) or of the next step
+        (in it), whatever ``timesteps`` says, as in diffusers.
+        """
+        if self._begin_index is None or self._runner is None:
+            t = self._times_of(timesteps)
+        else:
+            n = self._begin_index if self._step_index is None else self._step_index
+            t = self._runner.levels[n].reshape(1)
+        process = self.noise_model.process
+        shape = (-1,) + (1,) * (original_samples.ndim - 1)
+        alpha, sigma = (
+            value.to(original_samples).reshape(shape) for value in (process.alpha(t), process.sigma(t))
+        )
+        return alpha * original_samples + sigma * noise.to(original_samples)
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
+        """``add_noise`` under the name and argument order of the flow-matching pipelines."""
+        assert noise is not None
+        return self.add_noise(sample, noise, torch.as_tensor(timestep))
+
+    def _times_of(self, timesteps: Tensor) -> Tensor:
+        values = torch.as_tensor(timesteps).reshape(-1).detach().cpu()
+        if self._runner is None:
+            return self.noise_model.time(values)
+        known, levels = self._runner.host_timesteps, self._runner.levels
+        own = self.noise_model.time(values)
+        for i, value in enumerate(values.tolist()):
+            if value in known:
+                own[i] = levels[known.index(value)]
+        return own
+
+    def __len__(self) -> int:
+        return int(self.config.num_train_timesteps)
+
+
+def _shares_memory(timestep: Tensor, base: Tensor) -> bool:
+    own, other = timestep.untyped_storage(), base.untyped_storage()
+    return own.data_ptr() == other.data_ptr() and own.nbytes() == other.nbytes() and own.nbytes() > 0

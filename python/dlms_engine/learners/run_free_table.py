@@ -1,0 +1,44 @@
+"""``distill(method="free_table")``: settings in, table out."""
+
+from __future__ import annotations
+
+import torch
+
+from ..denoiser import Denoiser
+from ..parallel import World
+from . import RunOptions, split_settings
+from .free_table import FreeTable, FreeTableSettings
+from .run_ld3 import plain
+from .solver import DistilledSolver
+from .trainer import Trainer, TrainerSettings
+
+
+def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+    """Trains the table with the shared trainer; ``options.trajectories`` are start noises."""
+    own, shared = split_settings(options.settings, FreeTableSettings, TrainerSettings)
+    if options.trajectories is not None:
+        shared["trajectories"] = options.trajectories
+    settings = FreeTableSettings(nfe=options.nfe, **own)
+    training = TrainerSettings(**{"seed": options.seed, "decay": "cosine", **shared})
+    learner = FreeTable(
+        denoiser, settings, shape, feature_network=options.feature_network, **options.cond
+    )
+    fingerprint = {
+        "method": "free_table",
+        **plain(settings),
+        **plain(training),
+        "shape": list(shape),
+    }
+    trainer = Trainer(
+        learner,
+        training,
+        shape,
+        checkpoint=options.checkpoint,
+        fingerprint=fingerprint,
+        world=World.current(),
+    )
+    state = trainer.run(resume=options.resume, progress=options.progress)
+    with torch.no_grad():
+        table = learner.module().detach()
+    best = {"score": state.best_score, "set": state.best_set}
+    return DistilledSolver(table, "free_table", fingerprint, state.history, best)

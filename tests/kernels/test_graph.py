@@ -1,0 +1,236 @@
+"""The sampling loop: plain on the CPU, one CUDA graph on a GPU."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlms_engine import graph
+from dlms_engine.graph import GraphCaptureError, GraphedLoop
+from dlms_engine.graph_cache import GraphCache
+from dlms_engine.ops import layout, reference
+
+ROWS, DEPTH, SHAPE = 4, 3, (3, 2, 5)
+
+
+def make_rows(seed: int, batch: int | None = None) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    size = (ROWS, layout.row_width(DEPTH)) if batch is None else (ROWS, batch, 6 + DEPTH)
+    rows = torch.randn(*size, generator=g)
+    for n in range(ROWS):
+        rows[n, ..., layout.SLOT] = n % DEPTH
+        rows[n, ..., layout.B + n + 1 :] = 0.0  # no history before the start
+    return rows
+
+
+def step_network(n: int, network_input: Tensor, inputs) -> Tensor:
+    return torch.tanh(network_input * inputs["levels"][n]) + 0.1 * n
+
+
+def guided_network(n: int, network_input: Tensor, inputs) -> tuple[Tensor, Tensor]:
+    f = step_network(n, network_input, inputs)
+    return f, f.flip(0)
+
+
+def expected(x: Tensor, rows: Tensor, levels: Tensor, scale, network=step_network) -> Tensor:
+    ring = torch.full((DEPTH, *x.shape), float("nan"))
+    network_input = scale * x
+    for n in range(ROWS):
+        out = network(n, network_input, {"levels": levels})
+        f, f_cond = out if isinstance(out, tuple) else (out, None)
+        x, m, network_input = reference.fused_row(f, f_cond, x, ring, rows[n])
+        reference.write_slot(ring, rows[n], m)
+    return x
+
+
+@pytest.mark.parametrize("network", [step_network, guided_network])
+@pytest.mark.parametrize("batch", [None, 3], ids=["shared", "each"])
+def test_plain_loop(network, batch):
+    x, rows, levels = torch.randn(SHAPE), make_rows(0, batch), torch.rand(ROWS)
+    kept = x.clone()
+    loop = GraphedLoop(network, None, SHAPE, DEPTH, ROWS, backend="eager")
+    got = loop.run(x, rows, first_scale=0.5, inputs={"levels": levels})
+    assert torch.equal(got, expected(x, rows, levels, 0.5, network))
+    assert torch.equal(x, kept), "x0 must be left alone"
+
+
+def test_rows_computed_while_running():
+    x, rows, levels = torch.randn(SHAPE), make_rows(1, 3), torch.rand(ROWS)
+    asked = []
+
+    def row_fn(n, inputs):
+        asked.append(n)
+        return rows[n] * inputs["gain"]
+
+    loop = GraphedLoop(step_network, row_fn, SHAPE, DEPTH, ROWS, backend="eager")
+    got = loop.run(x, inputs={"levels": levels, "gain": torch.ones(())})
+    assert asked == list(range(ROWS))
+    assert torch.equal(got, expected(x, rows, levels, 1.0))
+
+
+def test_per_sample_scale_of_the_first_input():
+    x, rows, levels = torch.randn(SHAPE), make_rows(2), torch.rand(ROWS)
+    scale = torch.rand(3)
+    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, backend="eager")
+    got = loop.run(x, rows, first_scale=scale, inputs={"levels": levels})
+    assert torch.equal(got, expected(x, rows, levels, scale.reshape(3, 1, 1)))
+
+
+def test_always_says_why_it_cannot():
+    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, mode="always")
+    with pytest.raises(GraphCaptureError, match="NVIDIA GPU, these are on cpu"):
+        loop.run(torch.randn(SHAPE), make_rows(0), inputs={"levels": torch.rand(ROWS)})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"x0": torch.zeros(2, 2, 5), "rows": make_rows(0)}, "this loop was made for"),
+        ({"x0": torch.zeros(SHAPE)}, "give rows to run"),
+        ({"x0": torch.zeros(SHAPE), "rows": make_rows(0)[:2]}, "expected \\[4, R\\]"),
+        ({"x0": torch.zeros(SHAPE), "rows": make_rows(0), "inputs": {"x": torch.ones(1)}}, "'x'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, match):
+    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS)
+    with pytest.raises(ValueError, match=match):
+        loop.run(**arguments)
+
+
+def test_unknown_mode():
+    with pytest.raises(ValueError, match="'sometimes'"):
+        GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, mode="sometimes")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("operation not permitted when stream is capturing", ".item()"),
+        ("Cannot copy between CPU and CUDA tensors during CUDA graph capture", "CPU memory"),
+        ("Offset increment outside graph capture encountered", "random numbers"),
+        ("CUDA out of memory. Tried to allocate", "lower the batch size"),
+        ("something else\nmore", "RuntimeError: something else"),
+    ],
+)
+def test_reasons(message, reason):
+    assert reason in graph.explain(RuntimeError(message))
+
+
+class FakeCapture(graph.CapturedRun):
+    """Stands in for a capture on a machine without a GPU."""
+
+    made = 0
+    broken = False
+
+    def __init__(self, body, inputs, warmup=3):
+        if FakeCapture.broken:
+            raise GraphCaptureError("the run cannot be captured: host read")
+        FakeCapture.made += 1
+        self._body = body
+        self.nbytes = 1
+
+    def __call__(self, inputs):
+        return self._body({name: t.clone() for name, t in inputs.items()})
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    monkeypatch.setattr(graph, "obstacle", lambda device: None)
+    monkeypatch.setattr(graph, "CapturedRun", FakeCapture)
+    FakeCapture.made, FakeCapture.broken = 0, False
+
+
+def test_new_tables_and_inputs_reuse_the_capture(fake_gpu):
+    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, backend="eager")
+    for seed in range(3):
+        x, rows, levels = torch.randn(SHAPE), make_rows(seed), torch.rand(ROWS)
+        got = loop.run(x, rows, inputs={"levels": levels})
+        assert torch.equal(got, expected(x, rows, levels, 1.0))
+    assert FakeCapture.made == 1
+    loop.run(x, make_rows(0, 3), inputs={"levels": levels})
+    assert FakeCapture.made == 2
+
+
+def test_auto_falls_back_and_tries_once(fake_gpu, caplog):
+    FakeCapture.broken = True
+    x, rows, levels = torch.randn(SHAPE), make_rows(0), torch.rand(ROWS)
+    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, backend="eager")
+    for _ in range(3):
+        got = loop.run(x, rows, inputs={"levels": levels})
+        assert torch.equal(got, expected(x, rows, levels, 1.0))
+    assert [r.message for r in caplog.records] == [
+        "sampling without a CUDA graph: the run cannot be captured: host read"
+    ]
+    loop.mode = "always"
+    with pytest.raises(GraphCaptureError, match="host read; pass mode='auto'"):
+        loop.run(x, rows, inputs={"levels": levels})
+
+
+def cuda_run(loop: GraphedLoop, seed: int) -> tuple[Tensor, Tensor]:
+    """(graph, plain loop) on fresh inputs."""
+    g = torch.Generator().manual_seed(seed)
+    x, levels = torch.randn(SHAPE, generator=g).cuda(), torch.rand(ROWS, generator=g).cuda()
+    rows = make_rows(seed).cuda()
+    plain = GraphedLoop(loop.step_network, None, SHAPE, DEPTH, ROWS, mode="never")
+    return (
+        loop.run(x, rows, inputs={"levels": levels}),
+        plain.run(x, rows, inputs={"levels": levels}),
+    )
+
+
+@pytest.mark.needs_cuda
+def test_replay_equals_the_plain_loop_on_new_inputs():
+    cache = GraphCache()
+    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, mode="always", cache=cache)
+    for seed in range(5):
+        got, want = cuda_run(loop, seed)
+        assert torch.equal(got, want), f"seed {seed}"
+    assert len(cache) == 1 and cache.nbytes > 0
+
+
+@pytest.mark.needs_cuda
+def test_a_host_read_is_named_and_auto_falls_back(caplog):
+    def reads(n, network_input, inputs):
+        return network_input * float(inputs["levels"][n].item())
+
+    loop = GraphedLoop(reads, None, SHAPE, DEPTH, ROWS, mode="auto")
+    got, want = cuda_run(loop, 0)
+    assert torch.equal(got, want) and "sampling without a CUDA graph" in caplog.text
+    loop.mode = "always"
+    with pytest.raises(GraphCaptureError, match="item"):
+        cuda_run(loop, 0)
+    assert torch.ones(3, device="cuda").sum().item() == 3, "the device must be usable afterwards"
+
+
+@pytest.mark.needs_cuda
+def test_two_threads_through_one_loop():
+    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, mode="always")
+    wrong: list[int] = []
+
+    def work(first: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for seed in range(first, first + 40):
+                got, want = cuda_run(loop, seed)
+                if not torch.equal(got, want):
+                    wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(1000 * i,)) for i in range(2)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert wrong == []
+
+
+@pytest.mark.needs_cuda
+def test_a_copied_loop_captures_again():
+    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, mode="always")
+    cuda_run(loop, 0)
+    other = copy.deepcopy(loop)
+    assert len(loop.cache) == 1 and len(other.cache) == 0
+    got, want = cuda_run(other, 1)
+    assert torch.equal(got, want)

@@ -1,0 +1,67 @@
+"""The public surface: promised names, a light import, and the README's example."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dlms_engine
+
+ROOT = Path(__file__).parent.parent
+PROMISED = (
+    "Denoiser",
+    "Sampler",
+    "SolverTable",
+    "distill",
+    "embedded",
+    "grids",
+    "load_solver",
+    "processes",
+    "save",
+    "solvers",
+)
+
+
+@pytest.mark.parametrize("name", sorted({*PROMISED, *dlms_engine.__all__}))
+def test_name_is_there(name: str) -> None:
+    assert getattr(dlms_engine, name) is not None
+    assert name in dir(dlms_engine) and name in dlms_engine.__all__
+
+
+def test_unknown_name_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(AttributeError, match=r"no attribute 'Sampelr'.*Sampler"):
+        _ = dlms_engine.Sampelr
+
+
+def _loaded(code: str) -> set[str]:
+    """Top-level packages a fresh interpreter has after ``code``."""
+    command = f"import sys; {code}; print(' '.join(m.partition('.')[0] for m in sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_import_is_light() -> None:
+    heavy = {"torch", "numpy", "typer", "matplotlib", "diffusers", "torchmetrics"}
+    assert not _loaded("import dlms_engine") & heavy
+    # planted: the probe sees what a used name brings, and no extra comes with it
+    assert _loaded("import dlms_engine; dlms_engine.Sampler") & heavy == {"torch", "numpy"}
+
+
+def test_readme_example_prints_what_it_says() -> None:
+    """Runs the README's first Python block as a newcomer would."""
+    pytest.importorskip("diffusers")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    code = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0]
+    promised = re.search(r"prints `(NFE [^`]+)`", text)
+    assert promised is not None
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == promised[1]
