@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -58,7 +59,7 @@ def main() -> None:
             if key.startswith("ema.")
         }
     channels = tuple(int(c) for c in state["channels"].split(","))
-    network = build_network(state["size"], channels)
+    network: Any = build_network(state["size"], channels)  # also a diffusers ModelMixin
     network.load_state_dict(weights)
     network.save_config(args.assets)
     save_file(weights, args.assets / WEIGHTS, metadata={"format": "pt"})

@@ -33,6 +33,7 @@ from diffusers import UNet2DModel
 from image_source import load_images
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 SIGMA_DATA = 0.5
@@ -42,9 +43,10 @@ P_MEAN, P_STD = -1.2, 1.2
 C_NOISE_SCALE = 100.0
 
 
-def build_network(size: int, channels: tuple[int, ...]) -> UNet2DModel:
+def build_network(size: int, channels: tuple[int, ...]) -> nn.Module:
     """A small U-Net with one attention head in the middle; the output convolution starts at 0."""
-    network = UNet2DModel(
+    factory: Any = UNet2DModel  # untyped in diffusers
+    network = factory(
         sample_size=size,
         in_channels=3,
         out_channels=3,
@@ -57,9 +59,10 @@ def build_network(size: int, channels: tuple[int, ...]) -> UNet2DModel:
         # "fourier" would take the logarithm of c_noise, which is negative for sigma < 1.
         time_embedding_type="positional",
     )
-    torch.nn.init.zeros_(network.conv_out.weight)
-    torch.nn.init.zeros_(network.conv_out.bias)
-    return network.to(memory_format=torch.channels_last)
+    nn.init.zeros_(network.conv_out.weight)
+    nn.init.zeros_(network.conv_out.bias)
+    built: nn.Module = network.to(memory_format=torch.channels_last)
+    return built
 
 
 def denoise(network: Any, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
@@ -68,7 +71,7 @@ def denoise(network: Any, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
     total = s**2 + SIGMA_DATA**2
     with torch.autocast(x.device.type, torch.bfloat16):
         timestep = C_NOISE_SCALE * sigma.log() / 4
-        raw = network(x / total.sqrt(), timestep, return_dict=False)[0]
+        raw: torch.Tensor = network(x / total.sqrt(), timestep, return_dict=False)[0]
     return SIGMA_DATA**2 / total * x + s * SIGMA_DATA / total.sqrt() * raw.float()
 
 
@@ -121,7 +124,7 @@ def learning_rate(seen: int, budget: int, peak: float, warmup: int) -> float:
 class State:
     """Everything a resumed run needs: network, EMA copy, Adam moments, step and loss history."""
 
-    def __init__(self, network: UNet2DModel, ema: UNet2DModel, peak: float) -> None:
+    def __init__(self, network: nn.Module, ema: nn.Module, peak: float) -> None:
         self.network, self.ema, self.step = network, ema, 0
         self.history: list[tuple[int, float]] = []  # (images seen, mean loss since the last)
         self.seconds = 0.0

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from dlms_engine.embedded import FEATURES, FeatureNetwork
 from image_source import load_images
 from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
+
+from dlms_engine.embedded import FEATURES, FeatureNetwork
 
 
 def to_batch(images: np.ndarray) -> torch.Tensor:

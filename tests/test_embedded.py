@@ -9,6 +9,7 @@ import sys
 
 import pytest
 import torch
+
 from dlms_engine import embedded
 
 diffusers = pytest.importorskip("diffusers")

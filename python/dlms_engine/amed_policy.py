@@ -90,6 +90,7 @@ class AmedPolicy:
             "features": self.predictor.features,
             "scale_dir": self.predictor.scale_dir,
             "scale_time": self.predictor.scale_time,
+            "bottleneck": self.predictor.bottleneck,
             "double": self.predictor.fc_r.weight.dtype == torch.float64,
         }
         return tensors, {

@@ -32,12 +32,18 @@ class AmedPredictor(nn.Module):
         features: length F of the bottleneck feature vector (the published 8x8 grid is 64).
         scale_dir: a >= 0, c_n lies in (1 - a, 1 + a); 0 leaves the head out and c_n = 1.
         scale_time: the same for a_n.
+        bottleneck: False puts zeros for the features, so that all samples are told the same.
     """
 
     rates: Tensor
 
     def __init__(
-        self, features: int = 64, scale_dir: float = 0.01, scale_time: float = 0.0
+        self,
+        features: int = 64,
+        scale_dir: float = 0.01,
+        scale_time: float = 0.0,
+        *,
+        bottleneck: bool = True,
     ) -> None:
         super().__init__()
         if features < 1:
@@ -46,6 +52,7 @@ class AmedPredictor(nn.Module):
             if not 0 <= value < 1:
                 raise ValueError(f"{name} is {value}, expected a number in [0, 1)")
         self.features = features
+        self.bottleneck = bottleneck
         self.scale_dir = float(scale_dir)
         self.scale_time = float(scale_time)
         self.map_layer0 = _linear(TIME_CHANNELS, TIME_CHANNELS, xavier=True)
@@ -67,7 +74,7 @@ class AmedPredictor(nn.Module):
             level, level_next: ``[B]`` float64 sigma / alpha at both ends.
         """
         dtype = self.fc_r.weight.dtype
-        if features is None:
+        if features is None or not self.bottleneck:
             features = self.fc_r.weight.new_zeros(level.shape[0], self.features)
         elif features.shape[1:] != (self.features,):
             raise ValueError(

@@ -27,6 +27,28 @@ class Preconditioning(NamedTuple):
     c_noise: Tensor
 
 
+class FeatureTap:
+    """Forward hook that keeps a module's output, one for each thread; copies start empty."""
+
+    def __init__(self) -> None:
+        self._held = threading.local()
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        self._held.value = value
+
+    @property
+    def value(self) -> Tensor | None:
+        """Output of this thread's last call."""
+        return getattr(self._held, "value", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._held = threading.local()
+
+
 class Denoiser(nn.Module):
     """Wraps ``network(x, c_noise, **cond)`` so that every solver sees the same thing.
 
@@ -84,31 +106,22 @@ class Denoiser(nn.Module):
         self.unconditional = dict(unconditional or {})
         self.dynamic_thresholding = dynamic_thresholding
         self._time_input = time_input
-        self._tap = threading.local()
+        self._tap = FeatureTap()
         self.features = features
-        self._hook = self._attach(features) if features is not None else None
+        if features is not None:
+            find_module(self.network, features).register_forward_hook(self._tap)
 
     # -- feature tap ------------------------------------------------------------------------
-
-    def _attach(self, path: str) -> torch.utils.hooks.RemovableHandle:
-        module = find_module(self.network, path)
-
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-            self._tap.value = value
-
-        return module.register_forward_hook(keep)
 
     @property
     def bottleneck(self) -> Tensor:
         """Raw output of the tapped module in this thread's last call, conditional half only."""
-        value = getattr(self._tap, "value", None)
-        if value is None:
+        tensor = self._tap.value
+        if tensor is None:
             raise RuntimeError(
                 "no bottleneck: construct the Denoiser with features='mid_block' (a module path) "
                 "and call it first"
             )
-        tensor = cast(Tensor, value)
         return tensor.chunk(2)[1] if self.guidance_scale is not None else tensor
 
     @property

@@ -28,6 +28,8 @@ class DesignerSettings:
         time_range: R, bound of the learned offset of the logit of the step fraction; 0 freezes times.
         scale_range: rho, the network is asked at s * t with s in 1 +- rho; 0 freezes s = 1.
         coordinate: steps are fractions of what remains of log t or of t.
+        time_gain: factor of the head's outputs for times and scalings: as Adam moves every output
+            at one rate, less than 1 lets the times move slower than the weights.
     """
 
     steps: int
@@ -38,6 +40,7 @@ class DesignerSettings:
     time_range: float = 0.7
     scale_range: float = 0.2
     coordinate: TimeCoordinate = "log"
+    time_gain: float = 1.0
 
     @property
     def nfe(self) -> int:
@@ -117,9 +120,10 @@ class Designer(nn.Module):
         if n == self.settings.steps:
             end = self.grid[-1].expand(t.shape[0])
             return Design(weights, end, end)
-        time = self._next_time(raw[:, -2], t, n)
-        scale = 1 + self.settings.scale_range * torch.tanh(raw[:, -1])
-        network_time = (scale * time).clamp(float(self.grid[-1]), float(self.grid[0]))
+        gain = self.settings.time_gain
+        time = self._next_time(gain * raw[:, -2], t, n)
+        scale = 1 + self.settings.scale_range * torch.tanh(gain * raw[:, -1])
+        network_time = torch.clamp(scale * time, min=self.grid[-1], max=self.grid[0])
         return Design(weights, time, network_time)
 
     def _next_time(self, raw: Tensor, t: Tensor, n: int) -> Tensor:
@@ -192,6 +196,7 @@ class DesignerPolicy:
         return design
 
     def start(self, batch: int, device: torch.device) -> DesignerRun:
+        self.designer.to(device)
         return DesignerRun(self, batch, device)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

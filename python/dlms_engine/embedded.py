@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -106,7 +105,8 @@ def assets_path() -> Path:
     Raises:
         FileNotFoundError: the installation lacks the files.
     """
-    path = Path(str(resources.files("dlms_engine"))) / "assets" / "embedded"
+    # Not importlib.resources: an editable install's multiplexed path is no folder on disk.
+    path = Path(__file__).resolve().parent / "assets" / "embedded"
     if not (path / "config.json").exists():
         raise FileNotFoundError(
             f"the embedded model is missing from {path}: reinstall dlms_engine, or train it with "

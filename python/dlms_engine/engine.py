@@ -33,6 +33,11 @@ def available() -> bool:
     return _native is not None
 
 
+def cpu_isa() -> str | None:
+    """Instruction set of the CPU kernels in use ("avx512", "avx2", "baseline"); None without them."""
+    return None if _native is None else str(_native.cpu_isa())
+
+
 class Engine:
     """Runs rows on states of one shape; all memory is allocated here, none while sampling.
 
@@ -98,7 +103,13 @@ class Engine:
             ValueError: a tensor of the wrong shape, dtype, device or layout; the message has both.
             RuntimeError: the engine is running already.
         """
-        first = torch.as_tensor(c_in, dtype=self.state_dtype)
-        self.loop.run(x0, first.contiguous(), rows, network, row_fn, callback)
-        state: Tensor = self.loop.state
-        return state.clone() if out is None else out.copy_(state)
+        if x0.requires_grad:
+            raise ValueError(
+                "x0 requires grad, but the compiled loop keeps no graph: pass x0.detach(), or use "
+                "dlms_engine.rollout for gradients"
+            )
+        first = torch.as_tensor(c_in, dtype=self.state_dtype).contiguous()
+        with torch.no_grad():
+            self.loop.run(x0, first, rows, network, row_fn, callback)
+            state: Tensor = self.loop.state
+            return state.clone() if out is None else out.copy_(state)

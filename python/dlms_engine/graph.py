@@ -259,3 +259,25 @@ class GraphedLoop:
             f_cond = None if f_cond is None else f_cond.to(self.network_dtype)
             fused_row_(f, f_cond, x, ring, row.to(self.dtype), network_input)
         return x
+
+
+def run_captured(
+    cache: GraphCache, network: Any, options: tuple[Any, ...], body: Body, inputs: Inputs
+) -> Tensor:
+    """``body(inputs)``, replayed as a graph where it can be captured; the plain call elsewhere.
+
+    ``body`` may overwrite its inputs. A capture that fails is tried once, told once and remembered.
+    """
+    device = next(iter(inputs.values())).device
+    if obstacle(device) is None:
+        key = graph_key(network, inputs, options)
+        if cache.failure(key) is None:
+            try:
+                captured = cache.get(key, lambda: CapturedRun(body, inputs))
+                assert isinstance(captured, CapturedRun)
+                return captured(inputs)
+            except GraphCaptureError as exc:
+                cache.fail(key, str(exc))
+                log.warning("sampling without a CUDA graph: %s", exc)
+    with torch.no_grad():
+        return body({**inputs, "x": inputs["x"].clone()})

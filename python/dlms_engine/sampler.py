@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from . import ops
+from . import engine, ops
 from .denoiser import Denoiser, per_sample
-from .ops import layout
-from .policy import Policy, PolicyRun, TableRun
+from .graph import run_captured
+from .graph_cache import GraphCache, identity
+from .loops import (
+    AfterRow,
+    EnginePool,
+    Plan,
+    Steps,
+    PolicySteps,
+    TableSteps,
+    guidance,
+    plan_table,
+    run_plain,
+)
+from .policy import Policy, TableRun
 from .table import SolverTable
 
 
@@ -27,12 +39,8 @@ class Step(NamedTuple):
 Callback = Callable[[Step], None]
 
 
-class Plan(NamedTuple):
-    """A static table made ready for one device and one denoiser."""
-
-    rows: Tensor  # [nfe, R] or [nfe, B, R], state dtype
-    c_noise: Tensor  # [nfe] or [nfe, B], float64
-    c_in: Tensor  # [] or [B], float64: scale of the first network input, initial_scale included
+GRAPHS = GraphCache()
+"""Captured runs of all samplers of this process; bounded, least recently used first out."""
 
 
 class Sampler(nn.Module):
@@ -70,10 +78,11 @@ class Sampler(nn.Module):
         self.policy = policy
         self.dtype = dtype
         self.backend = backend
-        ops.select(backend, torch.device("cpu") if backend in ("auto", "eager", "cpu") else None)
+        ops.select(backend)
+        self._engines = EnginePool()
         self._plans: dict[torch.device, Plan] = {}
         if isinstance(policy, SolverTable):
-            self._plans[torch.device("cpu")] = self._plan(policy, torch.device("cpu"))
+            self._plan(torch.device("cpu"))
 
     @property
     def nfe(self) -> int:
@@ -110,112 +119,87 @@ class Sampler(nn.Module):
         Returns:
             ``[B, ...]`` in the state dtype, or ``(sample, trajectory)``.
         """
-        states: list[Tensor] = []
-        calls: list[Callback] = [callback] if callback is not None else []
-        if return_trajectory:
-            states.append(noise.to(self.dtype, copy=True))
-            calls.append(lambda step: states.append(step.x.clone()))
-        if progress:
-            bar = tqdm(total=self.nfe, desc="sampling", unit="eval", leave=False)
-            calls.append(lambda _step: bool(bar.update()) or None)  # type: ignore[func-returns-value]
         x = noise.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
-        if self.denoiser.dynamic_thresholding is not None:
-            x = self._run_predictions(x, calls, cond)
-        elif isinstance(self.policy, SolverTable):
-            x = self._run_table(x, calls, cond)
-        else:
-            x = self._run_policy(x, calls, cond)
-        if progress:
+        states: list[Tensor] = [x.clone()] if return_trajectory else []
+        bar = tqdm(total=self.nfe, desc="sampling", unit="eval", leave=False) if progress else None
+
+        def after(n: int, state: Tensor) -> None:
+            if return_trajectory:
+                states.append(state.clone())
+            if callback is not None:
+                callback(Step(n, self.nfe, state))
+            if bar is not None:
+                bar.update()
+
+        watched = return_trajectory or callback is not None or progress
+        x = self._run(x, after if watched else None, cond)
+        if bar is not None:
             bar.close()
         return (x, torch.stack(states)) if return_trajectory else x
 
-    # -- static tables ------------------------------------------------------------------------
+    def _run(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
+        if self.denoiser.dynamic_thresholding is not None:
+            return self._run_predictions(x, after, cond)
+        backend = ops.select(self.backend, x.device)
+        network_dtype = self.denoiser.network_dtype or x.dtype
+        if network_dtype == torch.float64:
+            network_dtype = x.dtype  # the rows' network side is never wider than the state
+        if torch.compiler.is_compiling():
+            return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
+        if backend.name == "cpu" and engine.available() and x.numel():
+            return self._engines.run(self._steps(x, cond), x, network_dtype, after)
+        if x.is_cuda and after is None and backend.name != "eager":
+            return self._run_graph(x, network_dtype, backend, cond)
+        return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
 
-    def _plan(self, table: SolverTable, device: torch.device) -> Plan:
-        times = table.times.detach()
-        pre = self.denoiser.preconditioning(times, table.prediction)
-        scale = table.initial_scale.detach()
-        c_skip, a = pre.c_skip.clone(), table.a.detach().clone()
-        c_skip[..., 0] *= scale
-        a[..., 0] *= scale
-        c_in_next = torch.cat([pre.c_in[..., 1:], torch.zeros_like(pre.c_in[..., :1])], -1)
-        rows = layout.pack_rows(
-            c_skip, pre.c_out, a, c_in_next, self._guidance(), table.b.detach(), dtype=self.dtype
-        )
-        c_noise = pre.c_noise
-        if rows.ndim == 3:  # batched tables: [B, nfe, R] -> one block a row
-            rows, c_noise = rows.transpose(0, 1).contiguous(), c_noise.transpose(0, 1).contiguous()
-        return Plan(rows.to(device), c_noise.to(device), (pre.c_in[..., 0] * scale).to(device))
+    # -- steps --------------------------------------------------------------------------------
 
-    def _guidance(self) -> float:
-        scale = self.denoiser.guidance_scale
-        return 1.0 if scale is None else float(scale)
-
-    def _run_table(self, x: Tensor, calls: list[Callback], cond: dict[str, Any]) -> Tensor:
-        assert isinstance(self.policy, SolverTable)
-        plan = self._plans.get(x.device)
+    def _plan(self, device: torch.device) -> Plan:
+        plan = self._plans.get(device)
         if plan is None:
-            plan = self._plans[x.device] = self._plan(self.policy, x.device)
-        step = ops.select(self.backend, x.device)
-        ring = x.new_empty((self.policy.depth, *x.shape))
-        network_input = self._first_input(x, plan.c_in)
-        for n in range(self.nfe):
-            f, f_cond = self._evaluate(network_input, plan.c_noise[n], cond)
-            step(f, f_cond, x, ring, plan.rows[n], network_input)
-            for call in calls:
-                call(Step(n, self.nfe, x))
-        return x
+            assert isinstance(self.policy, SolverTable)
+            plan = self._plans[device] = plan_table(self.denoiser, self.policy, self.dtype, device)
+        return plan
 
-    def _first_input(self, x: Tensor, c_in: Tensor) -> Tensor:
-        dtype = self.denoiser.network_dtype or x.dtype
-        return (per_sample(c_in, x) * x).to(dtype)
-
-    def _evaluate(
-        self, network_input: Tensor, c_noise: Tensor, cond: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        out = self.denoiser.network_output(network_input, c_noise, **cond)
-        if isinstance(out, Tensor):
-            return out.to(network_input.dtype).contiguous(), None
-        dtype = network_input.dtype
-        return out[0].to(dtype).contiguous(), out[1].to(dtype).contiguous()
-
-    # -- policies -----------------------------------------------------------------------------
-
-    def _start(self, x: Tensor) -> PolicyRun:
+    def _steps(self, x: Tensor, cond: dict[str, Any], plan: Plan | None = None) -> Steps:
         if isinstance(self.policy, SolverTable):
-            return TableRun(self.policy, x.device)
-        return self.policy.start(x.shape[0], x.device)
+            return TableSteps(self.denoiser, plan or self._plan(x.device), self.policy.depth, cond)
+        run = self.policy.start(x.shape[0], x.device)
+        return PolicySteps(self.denoiser, self.policy, run, self.dtype, cond)
 
-    def _run_policy(self, x: Tensor, calls: list[Callback], cond: dict[str, Any]) -> Tensor:
-        run = self._start(x)
-        step = ops.select(self.backend, x.device)
-        depth = int(self.policy.depth)
-        ring = x.new_empty((depth, *x.shape))
-        pre = self.denoiser.preconditioning(run.time, self.policy.prediction)
-        scale = run.initial_scale
-        network_input = self._first_input(x, pre.c_in * scale)
-        for n in range(self.nfe):
-            f, f_cond = self._evaluate(network_input, pre.c_noise, cond)
-            features = self.denoiser.last_features if self.denoiser.features else None
-            a, b, next_time = run.row(n, features)
-            c_skip, c_out = pre.c_skip * scale, pre.c_out
-            a = a * scale
-            if next_time is not None:
-                pre = self.denoiser.preconditioning(next_time, self.policy.prediction)
-            row = layout.pack_row(
-                c_skip, c_out, a, pre.c_in, self._guidance(), n % depth, b, dtype=self.dtype
-            )
-            step(f, f_cond, x, ring, row.contiguous(), network_input)
-            scale = torch.ones_like(scale)
-            for call in calls:
-                call(Step(n, self.nfe, x))
-        return x
+    def _run_graph(
+        self, x: Tensor, network_dtype: torch.dtype, backend: ops.Backend, cond: dict[str, Any]
+    ) -> Tensor:
+        """The whole run as one CUDA graph where it can be captured, else the plain loop.
+
+        Rows and noise levels are inputs of the graph: other tables of this depth and length replay
+        the same capture.
+        """
+        inputs = {"x": x, **{f"cond/{k}": v for k, v in cond.items() if isinstance(v, Tensor)}}
+        fixed = {k: v for k, v in cond.items() if not isinstance(v, Tensor)}
+        options: tuple[Any, ...] = (backend.name, self.dtype, guidance(self.denoiser), repr(fixed))
+        if isinstance(self.policy, SolverTable):
+            inputs |= {f"plan/{k}": v for k, v in self._plan(x.device)._asdict().items()}
+            options = (*options, self.policy.depth)
+        else:
+            options = (*options, identity(getattr(self.policy, "designer", self.policy)))
+
+        def body(given: Mapping[str, Tensor]) -> Tensor:
+            tensors = {k[5:]: v for k, v in given.items() if k.startswith("cond/")}
+            plan = None
+            if "plan/rows" in given:
+                plan = Plan(given["plan/rows"], given["plan/c_noise"], given["plan/c_in"])
+            steps = self._steps(given["x"], {**fixed, **tensors}, plan)
+            return run_plain(steps, given["x"], network_dtype, backend, None)
+
+        return run_captured(GRAPHS, self.denoiser, options, body, inputs)
 
     # -- runs that change the prediction (thresholding) -----------------------------------------
 
-    def _run_predictions(self, x: Tensor, calls: list[Callback], cond: dict[str, Any]) -> Tensor:
+    def _run_predictions(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
         """Slow path: the prediction is formed, altered and only then handed to the row."""
-        run = self._start(x)
+        table = isinstance(self.policy, SolverTable)
+        run = TableRun(self.policy, x.device) if table else self.policy.start(len(x), x.device)
         history: list[Tensor] = []
         time = run.time
         x = per_sample(run.initial_scale, x) * x
@@ -227,8 +211,8 @@ class Sampler(nn.Module):
             for k, m in enumerate(history[: b.shape[-1]]):
                 x = x + per_sample(b[..., k], x) * m
             time = time if next_time is None else next_time
-            for call in calls:
-                call(Step(n, self.nfe, x))
+            if after is not None:
+                after(n, x)
         return x
 
 

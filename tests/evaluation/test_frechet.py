@@ -6,6 +6,8 @@ import sys
 
 import pytest
 import torch
+from torch import nn
+
 from dlms_engine.embedded import ReferenceStatistics
 from dlms_engine.evaluation import (
     FrechetDistance,
@@ -15,7 +17,6 @@ from dlms_engine.evaluation import (
     frechet_distance,
     sums_from_moments,
 )
-from torch import nn
 
 pytest.importorskip("torchmetrics")
 

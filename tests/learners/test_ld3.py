@@ -1,12 +1,10 @@
-"""LD3: parameterisation against the reference, gradients, soft forcing, loop, resume."""
+"""LD3: soft forcing, loop, resume, settings, composition."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import types
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,42 +12,22 @@ import numpy as np
 import pytest
 import torch
 from analytic import GaussianMixture
-from dlms_engine import grids, solvers
+from torch import Tensor, nn
+
+from dlms_engine import grids
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.learners import distill
-from dlms_engine.learners.adjoint import solve, walk
-from dlms_engine.learners.base_table import Base
+from dlms_engine.learners.adjoint import walk
 from dlms_engine.learners.grid_tools import refine, start_times
 from dlms_engine.learners.ld3 import Ld3, Ld3Settings
 from dlms_engine.learners.ld3_data import project
 from dlms_engine.learners.ld3_grid import (
     LearnedGrid,
-    decoupled_times,
-    grid_logits,
-    natural_coordinate,
-    softmax_grid,
 )
 from dlms_engine.learners.ld3_loop import Ld3Loop
 from dlms_engine.learners.sample_loss import sample_loss
-from dlms_engine.processes import EDM, VP, RectifiedFlow
-from dlms_engine.rollout import rollout
+from dlms_engine.processes import EDM, RectifiedFlow
 from dlms_engine.sampler import Sampler
-from torch import Tensor, nn
-
-DATA = Path(__file__).parents[1] / "data"
-CASES = ["lambda-init-N6", "lambda-rand-N6", "time-init-N6", "time-rand-N6"]
-STUDENTS = {
-    "uni_pc-bh1-f64-o2": Base("unipc", 2, "bh1"),
-    "uni_pc-bh2-f64-o2": Base("unipc", 2, "bh2"),
-    "uni_pc-bh1-f64-o3": Base("unipc", 3, "bh1"),
-    "uni_pc-bh2-f64-o3": Base("unipc", 3, "bh2"),
-    "dpm_solverpp-o2": Base("dpm_solver_pp", 2),
-    "dpm_solverpp-o3": Base("dpm_solver_pp", 3),
-    "ipndm-o2": Base("ipndm", 2),
-    "ipndm-o3": Base("ipndm", 3),
-    "ipndm-o4": Base("ipndm", 4),
-    "euler": Base("euler"),
-}
 
 
 def mixture(process: Any = None) -> tuple[GaussianMixture, Denoiser]:
@@ -57,231 +35,6 @@ def mixture(process: Any = None) -> tuple[GaussianMixture, Denoiser]:
     process = process or EDM()
     network = GaussianMixture(process)
     return network, Denoiser(network, process, "data")
-
-
-def reference(case: str) -> dict[str, Tensor]:
-    with np.load(DATA / "ld3_parameterisation.npz") as file:
-        return {
-            k.split("/")[1]: torch.from_numpy(file[k])
-            for k in file.files
-            if k.startswith(case + "/")
-        }
-
-
-def start_noise() -> Tensor:
-    return torch.from_numpy(np.random.default_rng(1).normal(size=(8, 16)))
-
-
-# -- parameterisation --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_parameterisation_equals_the_reference(case: str) -> None:
-    """t, tc and their VJPs (cotangent 1, 2, .., 7), with the official bound of the offsets."""
-    ref, process = reference(case), EDM()
-    coordinate: Any = case.split("-")[0]
-    xi = ref["xi"].clone().requires_grad_()
-    xi_c = ref["xi_c"].clone().requires_grad_()
-    ends = torch.tensor([80.0, 0.002], dtype=torch.float64)
-    t = softmax_grid(process, xi[1:], coordinate, ends[0], ends[1])
-    official = 0.5 * float(ref["xi"].diff().abs().min()) if coordinate == "lambda" else None
-    tc = decoupled_times(process, t, xi_c[1:-1], coordinate, limit=official)
-    weight = torch.arange(1, 8, dtype=torch.float64)
-    grads = torch.autograd.grad(t @ weight, xi, retain_graph=True)
-    grads += torch.autograd.grad(tc @ weight, (xi, xi_c))
-    found = dict(
-        zip(("t", "tc", "vjp_t_xi", "vjp_tc_xi", "vjp_tc_xic"), (t, tc, *grads), strict=True)
-    )
-    for name, value in found.items():
-        value = value.detach()
-        worst = float(((value - ref[name]).abs() / ref[name].abs().clamp_min(1)).max())
-        assert worst < 1e-10, f"{name}: {worst:.2e}"
-    assert t[0] == 80.0 and t[-1] == 0.002, "the ends are exact"
-
-
-def test_the_clamp_is_the_only_difference() -> None:
-    """With the bound from lambda_'s gaps only the entry the official code clamps differs."""
-    ref, process = reference("lambda-rand-N6"), EDM()
-    tc = decoupled_times(process, ref["t"], ref["xi_c"][1:-1], "lambda")
-    differs = ((tc - ref["tc"]).abs() / ref["tc"] > 1e-10).nonzero().flatten().tolist()
-    assert differs == [4]
-    unclamped = process.inverse_lambda(process.lambda_(ref["t"][4]) + ref["xi_c"][4])
-    assert abs(float(tc[4] - unclamped)) < 1e-12
-
-
-@pytest.mark.parametrize("coordinate", ["lambda", "time"])
-def test_any_grid_is_representable(coordinate: Any) -> None:
-    process = VP()
-    grid = grids.polynomial(process, 6)
-    logits = grid_logits(process, grid, coordinate)
-    back = softmax_grid(process, logits, coordinate, grid[0], grid[-1])
-    assert float((back - grid).abs().max()) < 1e-13
-    assert back[0] == grid[0] and back[-1] == grid[-1]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_steps_are_positive_and_offsets_bounded(seed: int) -> None:
-    """Extreme logits keep the order; offsets never reach a neighbour's window."""
-    torch.manual_seed(seed)
-    module = LearnedGrid(EDM(), grids.polynomial(EDM(), 7))
-    with torch.no_grad():
-        module.logits.copy_(4 * torch.randn(7))
-        module.offsets.copy_(100 * torch.randn(6))
-    times = module()
-    assert bool((times.grid.diff() < 0).all())
-    # two neighbours may meet half way
-    assert bool((times.network.log().diff() < 1e-9).all())
-    lam, asked = EDM().lambda_(times.grid), EDM().lambda_(times.network)
-    assert float((asked - lam).abs().max()) <= 0.5 * float(lam.diff().min()) + 1e-12
-
-
-def test_flow_uses_time() -> None:
-    process = RectifiedFlow()
-    module = LearnedGrid(process, grids.time_uniform(process, 4))
-    assert (
-        module.coordinate == "time" == natural_coordinate(process, grids.time_uniform(process, 4))
-    )
-    with pytest.raises(ValueError, match="coordinate='time'"):
-        LearnedGrid(process, grids.time_uniform(process, 4), coordinate="lambda")
-
-
-# -- students and gradients ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", STUDENTS)
-def test_student_with_decoupled_times_equals_the_reference(name: str) -> None:
-    with np.load(DATA / "ld3.npz") as file:
-        prefix = f"{name}-N5-edm-pert_interior/"
-        ref = {
-            k[len(prefix) :]: torch.from_numpy(file[k]) for k in file.files if k.startswith(prefix)
-        }
-    network, denoiser = mixture()
-    t, tc = ref["t"].requires_grad_(), ref["tc"].requires_grad_()
-    table = STUDENTS[name].table(denoiser.process, t, tc)
-    end = solve(denoiser, table, 80.0 * start_noise())[-1]
-    # the reference rounds UniPC's contraction to single precision
-    bound = 2e-6 if name.startswith("uni_pc") else 1e-10
-    assert float((end.detach() - ref["x_final"]).abs().max()) < bound
-    assert network.calls == 5 == table.nfe
-
-
-def test_unipc_time_gradient_is_exact() -> None:
-    """Order 3, log-time gradient against central differences (the reference is 9-25 % off)."""
-    _, denoiser = mixture()
-    base, grid = Base("unipc", 3, "bh1"), grids.polynomial(EDM(), 5)
-
-    def loss(log_t: Tensor) -> Tensor:
-        t = torch.cat([grid[:1], log_t.exp(), grid[-1:]])
-        return solve(denoiser, base.table(EDM(), t, t), 80.0 * start_noise())[-1].square().mean()
-
-    at = grid[1:-1].log()
-    leaf = at.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(loss(leaf), leaf)
-    with torch.no_grad():
-        for i in range(len(at)):
-            step = torch.zeros_like(at)
-            step[i] = 1e-5
-            central = float(loss(at + step) - loss(at - step)) / 2e-5
-            assert abs(float(grad[i]) - central) < 1e-6 * float(grad.abs().max())
-
-
-@pytest.mark.parametrize("batched", [False, True])
-@pytest.mark.parametrize("prediction", ["data", "noise"])
-def test_sweep_equals_autograd(batched: bool, prediction: str) -> None:
-    """All gradients of the hand-written sweep, with losses on inner states too."""
-    _, denoiser = mixture()
-    grid = grids.polynomial(EDM(), 4)
-    made = (
-        solvers.dpm_solver_pp(EDM(), grid, order=3, afs=True)
-        if prediction == "data"
-        else solvers.ipndm(EDM(), grid, order=3)
-    )
-    x = 80.0 * start_noise()
-    lead = (8,) if batched else ()
-    names = ("a", "b", "times", "initial_scale", "grid", "t_start", "t_end")
-
-    def gradients(own: bool) -> list[Tensor]:
-        parts = {
-            k: getattr(made, k).expand((*lead, *getattr(made, k).shape)).clone() for k in names
-        }
-        leaves = [parts[k].requires_grad_() for k in names[:4]]
-        table, start = dataclasses.replace(made, **parts), x.clone().requires_grad_()
-        if own:
-            states = solve(denoiser, table, start)
-            end, inner = states[-1], states[1]
-        else:
-            end, states, _ = rollout(denoiser, table, start)
-            inner = states[1]
-        loss = end.square().sum() + (0.01 * inner).sin().sum()
-        return list(torch.autograd.grad(loss, [*leaves, start]))
-
-    for name, left, right in zip((*names[:4], "x"), gradients(True), gradients(False), strict=True):
-        scale = float(right.abs().max())
-        assert scale > 0, name
-        # a slot from before the first evaluation has no weight to learn
-        assert float((left - right).abs().max()) < 1e-12 * scale, name
-
-
-class Wide(nn.Module):
-    """A network whose graph dwarfs a state; counts the graphs alive at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up, self.down = nn.Linear(16, 4096).double(), nn.Linear(4096, 16).double()
-        self.requires_grad_(False)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.down(torch.tanh(self.up(x) + t[:, None]))
-
-
-def peak_bytes(run: Any) -> int:
-    """Most bytes autograd keeps at once beyond small tensors."""
-    alive, peak = 0, 0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal alive, peak
-        size = tensor.numel() * tensor.element_size()
-        if size >= 4096 * 8 and not isinstance(tensor, nn.Parameter) and tensor.shape[0] == 8:
-            copy = tensor.clone()
-            alive += size
-            peak = max(peak, alive)
-
-            def freed(size: int = size) -> None:
-                nonlocal alive
-                alive -= size
-
-            weakref.finalize(copy, freed)
-            return copy
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return peak
-
-
-def test_memory_is_flat_in_nfe() -> None:
-    """Network activations kept by the sweep: the same for 3 and 12 evaluations; autograd's grow."""
-    denoiser = Denoiser(Wide(), EDM(), "data")
-
-    def run(nfe: int, own: bool) -> int:
-        grid = grids.polynomial(EDM(), nfe).requires_grad_()
-        table = solvers.ipndm(EDM(), grid, order=3)
-
-        def step() -> None:
-            if own:
-                end = solve(denoiser, table, 80.0 * start_noise())[-1]
-            else:
-                end = rollout(denoiser, table, 80.0 * start_noise())[0]
-            end.square().sum().backward()
-
-        return peak_bytes(step)
-
-    assert run(3, True) == run(12, True) > 0
-    assert run(12, False) >= 3.9 * run(3, False) > 0, "the fault: one graph per evaluation"
-
-
-# -- soft forcing and loop --------------------------------------------------------------------------
 
 
 def test_projection() -> None:
@@ -407,8 +160,10 @@ def test_learning_beats_the_start(student: str) -> None:
     """Fresh noises, endpoint error against the closed form, on data of many scales."""
     network = Scales()
     denoiser = Denoiser(network, EDM(), "data")
-    settings = {"train": 20, "validation": 10, "batch": 4, "rounds": 3, "rounds_times": 3,
-                "loss": "l2", "radius": 0.01, "lr": 0.02, "student": student, "whole": True}  # fmt: skip
+    settings = tiny(
+        train=20, validation=10, batch=4, rounds=3, rounds_times=3, radius=0.01, lr=0.02,
+        student=student, whole=True,
+    )  # fmt: skip
     solver = distill(denoiser, "ld3", nfe=5, shape=(16,), progress=False, **settings)
     table = solver.table()
     start = Ld3(denoiser, Ld3Settings(nfe=5, **settings)).table().detach()
@@ -503,29 +258,6 @@ def test_bad_settings_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             distill(denoiser, "ld3", nfe=3, shape=(16,), progress=False, **tiny(**bad))
-
-
-def test_lpips_goes_through_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from safetensors.torch import save_file
-
-    class LPIPS(nn.Module):
-        def __init__(self, **options: Any) -> None:
-            super().__init__()
-            assert options["net"] == "vgg" and options["pretrained"] is False
-            self.weight = nn.Parameter(torch.zeros(1))
-
-        def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return (self.weight * (a - b).square()).mean(dim=(1, 2, 3), keepdim=True)
-
-    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=LPIPS))  # type: ignore[arg-type]
-    path = tmp_path / "lpips.safetensors"
-    save_file({"weight": torch.full((1,), 3.0)}, path)
-    loss = sample_loss("lpips", float_problem(), lpips_weights=str(path))
-    a, b = torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4)
-    assert torch.equal(loss(a, b), torch.full((2,), 3.0))
-    save_file({"other": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match=r"weights of lpips\.LPIPS"):
-        sample_loss("lpips", float_problem(), lpips_weights=str(path))
 
 
 def test_a_callable_is_a_loss() -> None:

@@ -36,9 +36,7 @@ def row_gradcheck(function, case):
     rest = torch.cat([row[..., : layout.SLOT], row[..., layout.B :]], -1).requires_grad_()
 
     def call(f, f_cond, x, ring, rest):
-        return function(
-            f, f_cond, x, ring, torch.cat([rest[..., :5], slot, rest[..., 5:]], -1)
-        )
+        return function(f, f_cond, x, ring, torch.cat([rest[..., :5], slot, rest[..., 5:]], -1))
 
     return torch.autograd.gradcheck(call, (*inputs, rest))
 
@@ -65,10 +63,10 @@ def test_the_gradient_check_can_fail():
 
         @staticmethod
         def backward(ctx, grad):
-            return 1.001 * grad
+            return 1.01 * grad
 
     case = make_case(2, False, False)
-    with pytest.raises(torch.autograd.gradcheck.GradcheckError):
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         row_gradcheck(lambda f, c, x, h, r: ops.fused_row(f, c, Wrong.apply(x), h, r), case)
 
 
@@ -85,7 +83,9 @@ def test_gradient_of_an_unwritten_slot_is_finite():
 def test_second_derivatives_are_refused():
     f, _, x, ring, row = make_case(1, False, False)
     x.requires_grad_()
-    (grad,) = torch.autograd.grad(ops.fused_row(f, None, x, ring, row)[0].sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        ops.fused_row(f, None, x, ring, row)[0].sum(), x, create_graph=True
+    )
     with pytest.raises(NotImplementedError, match="differentiable once"):
         grad.sum().backward()
 
@@ -152,7 +152,10 @@ def test_errors_name_what_was_given_and_what_was_expected(name):
         ({"ring": torch.zeros(2, 3, 3)}, r"ring is [\[(]2, 3, 3[\])]"),
         ({"row": torch.zeros(7)}, r"row is [\[(]7,?[\])], expected \[8\] or \[2, 8\]"),
         ({"row": torch.zeros(3, 8)}, r"row is [\[(]3, 8[\])]"),
-        ({"row": torch.zeros(8, dtype=torch.float64)}, "ring.*row.*dtype|ring is .*row is .*float64"),
+        (
+            {"row": torch.zeros(8, dtype=torch.float64)},
+            "ring.*row.*dtype|ring is .*row is .*float64",
+        ),
         ({"f": torch.zeros(2, 3, dtype=torch.float64), "f_cond": None}, "float64"),
         ({"x": torch.zeros(2, 3, dtype=torch.int32)}, "x "),
     ]

@@ -141,7 +141,10 @@ def test_half_conversions_agree_with_torch_on_every_pattern(dtype):
     values = torch.cat([between, wild, -wild, torch.tensor([float("nan"), float("inf")])])[None]
     row = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0])
     _, _, out = ops.fused_row(values.to(dtype), None, values, torch.zeros(1, *values.shape), row)
-    assert torch.equal(out.view(torch.int16), values.to(dtype).view(torch.int16))
+    want = values.to(dtype)
+    nan = want.isnan()  # torch itself has two bit patterns for it, by vector and by scalar code
+    assert torch.equal(out.isnan(), nan)
+    assert torch.equal(out[~nan].view(torch.int16), want[~nan].view(torch.int16))
 
 
 @needs_cpu_library

@@ -10,15 +10,12 @@ The class lives at this module path for good: saved pipelines name it.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 try:
-    from diffusers import ConfigMixin, SchedulerMixin
     from diffusers.configuration_utils import register_to_config
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 except ImportError as exc:
@@ -26,14 +23,13 @@ except ImportError as exc:
         "dlms_engine.integrations.diffusers needs diffusers: pip install 'dlms-engine[diffusers]'"
     ) from exc
 
-from .schedule.adopt import adopt, is_foreign
-from .schedule.noise import NoiseModel, kind_of, make_alphas_cumprod, make_betas
-from .schedule.runner import Runner, SolverLike, load_source
+from .schedule.accelerate import Acceleration, LoopRunner
+from .schedule.base import EngineScheduler
+from .schedule.noise import kind_of, make_alphas_cumprod, make_betas
+from .schedule.runner import Runner, load_source, needs_features
 
-SOLVER_FILE = "dlms_solver.safetensors"
 
-
-class DLMSScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class DLMSScheduler(EngineScheduler):
     """Runs a solver of the engine in a diffusers pipeline; one network call per step.
 
     Arguments not listed here mean what they mean in diffusers' own schedulers.
@@ -121,81 +117,9 @@ class DLMSScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._begin_index: int | None = None
         self._runner: Runner | None = None
         self._watch: Any = None
-
-    def _name_solver(self) -> None:
-        """Keeps the config JSON-able, and ``solver`` in it even where it is the default.
-
-        A key that is always explicit survives a detour through another class: by it ``from_config``
-        tells our own configs from others.
-        """
-        name = SOLVER_FILE if not isinstance(self._source, str) else self._source
-        defaults = self.config.get("_use_default_values")
-        explicit = {} if defaults is None else {"_use_default_values": sorted({*defaults} - {"solver"})}
-        self.register_to_config(solver=name, **explicit)
-
-    # -- loading and saving -----------------------------------------------------------------------
-
-    @classmethod
-    def from_config(
-        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
-    ) -> Any:
-        """A scheduler from another one's config, e.g. ``from_config(pipe.scheduler.config, solver=s)``.
-
-        ``solver`` is anything the constructor takes. The grid stays that of the other scheduler,
-        its defaults included. With a learned solver, clipping is only done when asked for here.
-        """
-        if isinstance(config, dict) and is_foreign(config):
-            config = adopt(config)
-            kwargs.setdefault("solver", "dpm_solver_pp")
-        if isinstance(config, dict) and not isinstance(load_source(kwargs.get("solver", "ddim")), str):
-            config = {k: v for k, v in config.items() if k not in ("clip_sample", "thresholding")}
-        return super().from_config(config, return_unused_kwargs, **kwargs)
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: Any = None, subfolder: str | None = None, **kwargs: Any
-    ) -> Any:
-        """As in diffusers; a learned solver is read from the safetensors file beside the JSON."""
-        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder)
-        if config.get("solver") == SOLVER_FILE and "solver" not in kwargs:
-            folder = Path(str(pretrained_model_name_or_path), subfolder or "")
-            if folder.is_dir():
-                kwargs["solver"] = str(folder / SOLVER_FILE)
-            else:
-                from huggingface_hub import hf_hub_download
-
-                kwargs["solver"] = hf_hub_download(
-                    str(pretrained_model_name_or_path), SOLVER_FILE, subfolder=subfolder
-                )
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-
-    def save_config(
-        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
-    ) -> None:
-        """Writes the JSON and, for a learned solver, ``dlms_solver.safetensors`` beside it."""
-        if not isinstance(self._source, str):
-            from ..solver_file import save_solver
-
-            folder = Path(save_directory)
-            folder.mkdir(parents=True, exist_ok=True)
-            save_solver(folder / SOLVER_FILE, self._source)
-        super().save_config(save_directory, push_to_hub, **kwargs)
-
-    @property
-    def solver(self) -> str | SolverLike:
-        """The solver's name, or the learned solver itself."""
-        return self._source
+        self._loop: tuple[Any, Any] | None = None  # (Loop, GraphCache) under accelerate()
 
     # -- before the loop --------------------------------------------------------------------------
-
-    @property
-    def noise_model(self) -> NoiseModel:
-        """Process, prediction and time unit this config describes."""
-        model: NoiseModel | None = self.__dict__.get("_noise_model")
-        if model is None:
-            model = NoiseModel.from_config(self.config, self.__dict__.get("alphas_cumprod"))
-            self.__dict__["_noise_model"] = model
-        return model
 
     def watch(self, network: torch.nn.Module, features: str = "mid_block") -> None:
         """Hooks ``network`` (``pipe.unet``), so that a per-sample solver sees its bottleneck."""
@@ -209,6 +133,10 @@ class DLMSScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if self._watch is not None:
             self._watch.remove()
         self._watch = None
+
+    def run_with(self, loop: Any, cache: Any) -> None:
+        """Makes later runs take the pipeline's network from ``loop``; used by ``accelerate``."""
+        self._loop = (loop, cache)
 
     def set_timesteps(
         self,
@@ -230,10 +158,19 @@ class DLMSScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: missing or contradicting arguments, a step number the solver cannot run.
         """
-        self._runner = runner = Runner(
-            self._source, self.config, self.noise_model, num_inference_steps, timesteps, sigmas, mu,
+        kind = Runner if self._loop is None else LoopRunner
+        self._runner = runner = kind(
+            self._source,
+            self.config,
+            self.noise_model,
+            num_inference_steps,
+            timesteps,
+            sigmas,
+            mu,
             self._watch,
         )
+        if isinstance(runner, LoopRunner) and self._loop is not None:
+            runner.loop, runner.cache = self._loop
         self.timesteps = runner.timesteps.to(device)
         self.sigmas = runner.sigmas
         self.num_inference_steps = len(runner.timesteps)
@@ -262,23 +199,6 @@ class DLMSScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         if kind_of(self.config) != "edm":
             return 1.0
         return float((self.noise_model.process.t_max**2 + 1) ** 0.5)
-
-    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
-        """Index of ``timestep``; a view into the schedule is found without reading its value.
-
-        A foreign tensor on an accelerator is taken for the first step, because reading it would
-        wait for the device: pipelines that start elsewhere call ``set_begin_index``.
-        """
-        base = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        if isinstance(timestep, Tensor):
-            if timestep.numel() == 1 and _shares_memory(timestep, base):
-                return int(timestep.storage_offset() - base.storage_offset())
-            if timestep.device.type != "cpu":
-                return 0
-            timestep = float(timestep.reshape(-1)[0])
-        values = base.tolist() if schedule_timesteps is not None or self._runner is None else None
-        known = values if values is not None else self._runner.host_timesteps  # type: ignore[union-attr]
-        return known.index(timestep) if timestep in known else 0
 
     # -- the loop -----------------------------------------------------------------------------------
 
@@ -326,46 +246,33 @@ class DLMSScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._step_index += 1
         return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
 
-    # -- noise ----------------------------------------------------------------------------------------
-
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """alpha * original + sigma * noise at ``timesteps`` ``[B]`` or ``[1]``.
-
-        With a begin index the level is that of the begin (before the loop) or of the next step
-        (in it), whatever ``timesteps`` says, as in diffusers.
-        """
-        if self._begin_index is None or self._runner is None:
-            t = self._times_of(timesteps)
-        else:
-            n = self._begin_index if self._step_index is None else self._step_index
-            t = self._runner.levels[n].reshape(1)
-        process = self.noise_model.process
-        shape = (-1,) + (1,) * (original_samples.ndim - 1)
-        alpha, sigma = (
-            value.to(original_samples).reshape(shape) for value in (process.alpha(t), process.sigma(t))
-        )
-        return alpha * original_samples + sigma * noise.to(original_samples)
-
-    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
-        """``add_noise`` under the name and argument order of the flow-matching pipelines."""
-        assert noise is not None
-        return self.add_noise(sample, noise, torch.as_tensor(timestep))
-
-    def _times_of(self, timesteps: Tensor) -> Tensor:
-        values = torch.as_tensor(timesteps).reshape(-1).detach().cpu()
-        if self._runner is None:
-            return self.noise_model.time(values)
-        known, levels = self._runner.host_timesteps, self._runner.levels
-        own = self.noise_model.time(values)
-        for i, value in enumerate(values.tolist()):
-            if value in known:
-                own[i] = levels[known.index(value)]
-        return own
-
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
 
-def _shares_memory(timestep: Tensor, base: Tensor) -> bool:
-    own, other = timestep.untyped_storage(), base.untyped_storage()
-    return own.data_ptr() == other.data_ptr() and own.nbytes() == other.nbytes() and own.nbytes() > 0
+def accelerate(pipe: Any, solver: Any = "dpm_solver_pp", **settings: Any) -> Acceleration:
+    """Runs ``pipe``'s denoising loop in the engine; the pipeline is called as before.
+
+    Network, guidance and step of every evaluation are one loop (one CUDA graph where the device
+    allows it). Calls whose arguments need the pipeline's own loop (callbacks, inpainting masks,
+    ``denoising_end``, guidance rescaling, adapters) run step by step, with the same solver.
+
+    Args:
+        pipe: a diffusers pipeline with a ``unet`` or ``transformer``.
+        solver: anything ``DLMSScheduler`` takes; a per-sample solver watches the network's
+            bottleneck (``mid_block``) and runs step by step.
+        settings: further arguments of ``DLMSScheduler``.
+
+    Returns:
+        the ``Acceleration``; its ``undo()`` restores the pipeline.
+
+    Raises:
+        ValueError: the pipeline has neither a ``unet`` nor a ``transformer``.
+    """
+    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+    if not isinstance(network, torch.nn.Module):
+        raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer")
+    scheduler = DLMSScheduler.from_config(pipe.scheduler.config, solver=solver, **settings)
+    if not isinstance(scheduler.solver, str) and needs_features(scheduler.solver):
+        scheduler.watch(network)
+    return Acceleration(pipe, network, scheduler)

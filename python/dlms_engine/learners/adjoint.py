@@ -79,7 +79,7 @@ class _Solve(torch.autograd.Function):
         return tuple(states)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         denoiser, prediction, cond, rows = ctx.run
         x, a, b, times, scale, *kept = ctx.saved_tensors

@@ -53,7 +53,9 @@ class Amed:
         size = feature_size(denoiser, shape, self.grid[0], cond) if settings.bottleneck else 64
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            predictor = AmedPredictor(size, settings.scale_dir, settings.scale_time)
+            predictor = AmedPredictor(
+                size, settings.scale_dir, settings.scale_time, bottleneck=settings.bottleneck
+            )
         self.module: nn.Module = predictor
         self.policy = AmedPolicy(predictor, settings.base(), process, self.grid)
         self._validation = Validation(

@@ -56,7 +56,7 @@ class DlmsSettings:
         feature_sigma: noise level at which the bottleneck of a finished sample is read.
         last_step_weight: factor of the last step's distance.
         detach_features: the features are data for the designer, not a path for gradients.
-        time_lr: factor of the learning rate for times and scalings.
+        time_gain: less than 1 lets times and scalings move slower than the weights.
         validation_samples, validation_steps: fixed set and the evaluations of its exact solution.
         score: what chooses among the parameter sets, "rmse", "features" or "product" of both.
     """
@@ -77,7 +77,7 @@ class DlmsSettings:
     feature_sigma: float = 0.1
     last_step_weight: float = 1.0
     detach_features: bool = True
-    time_lr: float = 1.0
+    time_gain: float = 1.0
     validation_samples: int = 64
     validation_steps: int = 48
     score: Literal["rmse", "features", "product"] = "rmse"
@@ -165,6 +165,7 @@ class Dlms:
             time_range=s.time_range if s.adaptive_times else 0.0,
             scale_range=s.scale_range if s.time_scaling else 0.0,
             coordinate=coordinate,
+            time_gain=s.time_gain,
         )
 
     # -- learner protocol ---------------------------------------------------------------------

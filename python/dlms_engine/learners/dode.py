@@ -148,7 +148,7 @@ def teacher_states(
         options["prediction"] = settings.resolved_prediction(process)
     table = make_solver(settings.resolved_teacher, process, times, **options)
     kept: dict[int, list[Tensor]] = {place: [] for place in places}
-    parts = x.split(settings.chunk)
+    parts = torch.split(x, settings.chunk)
     bar = tqdm(
         total=table.nfe * len(parts), desc="teacher", unit="eval", leave=False, disable=not progress
     )

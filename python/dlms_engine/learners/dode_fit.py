@@ -1,8 +1,8 @@
 """Fitting and replaying D-ODE corrections on traced values.
 
-A program (``dode_programs``) writes the solver once; handed a ``Fit`` it is run on a batch and every
-lambda is the closed-form least squares of one row, handed a ``Replay`` it becomes a table for given
-lambdas.
+A program (``dode_programs``) writes the solver once: handed a ``Fit`` it is run on a batch and
+every lambda is the closed-form least squares of one row, handed a ``Replay`` it becomes the table
+for given lambdas.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Fit(Replay):
             torch.cat(
                 [
                     self._denoiser.predict(part, t, self.trace.store, **self._cond)
-                    for part in state.split(self._chunk)
+                    for part in torch.split(state, self._chunk)
                 ]
             )
         )
@@ -168,4 +168,6 @@ def _least_squares(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     if size == 1:
         bottom = gram[0, 0] + ridge
         return right / bottom if float(bottom) > 0 else torch.zeros_like(right)
-    return torch.linalg.pinv(gram + ridge * torch.eye(size, dtype=gram.dtype), rtol=1e-14) @ right
+    gram = gram + ridge * torch.eye(size, dtype=gram.dtype)
+    inverse: Tensor = torch.linalg.pinv(gram, rtol=1e-14)
+    return inverse @ right

@@ -1,6 +1,6 @@
 """D-ODE solvers as programs over traced values: every row's base step and its directions.
 
-d is the prediction of an evaluation, d_prev the one before it in sampling order, and a row of a base
+d is the prediction of an evaluation, d_prev the one before it in sampling order; a row of a base
 solver that weighs d by c becomes base + c * lambda * (d - d_prev) (supplement, eq. 4-33).
 """
 
@@ -120,16 +120,16 @@ def heun(recorder: Recorder, process: Process, grid: Tensor, nfe: int) -> Form:
     the corrected inner state. An odd ``nfe`` ends with an Euler step.
     """
     nodes = make_nodes(process, grid)
-    x, before = recorder.start(), None
+    x, before = recorder.start(), list[Form]()
     for i in range(len(nodes) - 1):
         start, end = nodes[i], nodes[i + 1]
         out = recorder.evaluate(x, start.t)
         step = ExponentialStep(start, end, "data")
-        directions = [] if before is None else [out.data - before]
+        directions = [out.data - other for other in before]
         x = recorder.correct(
             out.x * step.base + out.data * step.first, step.first, out.data, directions
         )
-        before = out.data
+        before = [out.data]
         if i == len(nodes) - 2 and nfe % 2:
             break
         if end.last or start.ratio is None or end.ratio is None:
@@ -142,5 +142,5 @@ def heun(recorder: Recorder, process: Process, grid: Tensor, nfe: int) -> Form:
         mean = (out.noise + inner.noise) * 0.5
         x = noise_step(start, end, out.x, mean)
         x = recorder.correct(x, c, inner.data, [inner.data - out.data])
-        before = inner.data
+        before = [inner.data]
     return x

@@ -138,7 +138,7 @@ def student_grid(settings: DodeSettings, process: Process) -> Tensor:
     if settings.alignment == "official":
         return official_grid(process, settings.solver, settings.steps)
     default = "polynomial" if isinstance(process, EDM) else "time_uniform"
-    return start_times(process, settings.grid or default, settings.steps).grid  # type: ignore[arg-type]
+    return start_times(process, settings.grid or default, settings.steps).grid
 
 
 def official_grid(process: Process, solver: str, steps: int) -> Tensor:

@@ -1,9 +1,9 @@
 """A free table: additive corrections to closed-form coefficients on learned times.
 
 The coefficients stay those of a handcrafted solver *at the learned grid*, plus corrections that
-start at zero, over all earlier outputs; network times are learned apart from the grid. This is the
-parameterisation that won in Generalized Solvers (arXiv:2510.17699): fitted freely without the
-closed form the same numbers do worse, and fitted one by one they diverge (D-ODE, Table 1).
+start at zero, over all earlier outputs; network times are learned apart from the grid. It is the
+parameterisation of Generalized Solvers (GS, ICLR 2026): coefficients learned without the closed
+form do worse, and fitted row by row on one batch they diverge (D-ODE, Table 1).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .. import solvers
 from ..denoiser import Denoiser
 from ..designer import step_coefficients
-from ..solvers.common import Afs, afs_kind
 from ..sampler import Sampler
+from ..solvers.common import Afs
 from ..table import Prediction, SolverTable
 from .adjoint import solve, walk
 from .base_table import Base, BaseName
@@ -117,8 +117,8 @@ class FreeTableModule(nn.Module):
 
     Attributes:
         times: grid and network times.
-        outputs: ``[nfe, depth]`` corrections of the output weights, in units of the row's first-order
-            weight, zero at the start and where a row has no output that old.
+        outputs: ``[nfe, depth]`` corrections of the output weights, in units of the row's
+            first-order weight; without effect where a row has no output that old.
         state: ``[nfe]`` corrections of the state's weight, in the same unit at unit variance.
     """
 
@@ -183,8 +183,9 @@ class FreeTable:
         self.denoiser = denoiser
         self.settings = settings
         self.cond = cond
-        self.module = FreeTableModule(denoiser, settings)
-        self._start = float(denoiser.process.sigma(self.module.times.t_max))
+        self.free = FreeTableModule(denoiser, settings)
+        self.module: nn.Module = self.free
+        self._start = float(denoiser.process.sigma(self.free.times.t_max))
         self._distance: FeatureDistance | None = last_step_distance(
             denoiser, settings.last_step, settings.feature_sigma, feature_network
         )
@@ -201,7 +202,7 @@ class FreeTable:
     # -- learner protocol --------------------------------------------------------------------------
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
-        s, m = self.settings, self.module
+        s, m = self.settings, self.free
         groups = [
             (s.learn_times, m.times.logits, s.times_lr),
             (s.learn_network_times, m.times.offsets, s.network_times_lr),
@@ -215,7 +216,7 @@ class FreeTable:
     def iteration(self, noise: Tensor) -> Iterator[dict[str, float]]:
         """One batch: the whole run, one reverse sweep."""
         x = self._start * noise
-        table = self.module()
+        table = self.free()
         states = solve(self.denoiser, table, x, **self.cond)
         if self.settings.loss == "endpoint":
             target = exact_solution(self.denoiser, x, self.settings.teacher_steps, **self.cond)
@@ -275,17 +276,21 @@ class FreeTable:
         with torch.enable_grad():
             at = t.detach().clone().requires_grad_()
             alpha, sigma = process.alpha(at), process.sigma(at)
-            (d_alpha,) = torch.autograd.grad(alpha, at, allow_unused=True, materialize_grads=True)
-            (d_sigma,) = torch.autograd.grad(sigma, at)
-        noise = (x - float(alpha) * data) / float(sigma)
-        return float(d_alpha) * data + float(d_sigma) * noise
+            rates = [
+                float(torch.autograd.grad(value, at, retain_graph=True)[0])
+                if value.requires_grad  # EDM's alpha is a constant
+                else 0.0
+                for value in (alpha, sigma)
+            ]
+        noise = (x - float(alpha.detach()) * data) / float(sigma.detach())
+        return rates[0] * data + rates[1] * noise
 
     def validate(self) -> dict[str, float]:
         with torch.no_grad():
-            table = self.module()
+            table = self.free()
         return self._validation.measure(Sampler(self.denoiser, table), self.cond)
 
     def describe(self) -> dict[str, Any]:
         with torch.no_grad():
-            table = self.module()
+            table = self.free()
         return {"grid": table.grid.tolist(), "network_times": table.times.tolist()}

@@ -49,7 +49,7 @@ class Pairs:
         return min(self.batch, len(self.centres) - k * self.batch)
 
     def own(self, k: int) -> slice:
-        """This rank's share of mini-batch ``k``; may be empty."""
+        """The rank's share of mini-batch ``k``; may be empty."""
         start, stop = self._world.slice(self.size(k))
         return slice(k * self.batch + start, k * self.batch + stop)
 
@@ -80,6 +80,6 @@ class Pairs:
 def project(noise: Tensor, centre: Tensor, radius: float) -> Tensor:
     """The point of the ball of ``radius`` around ``centre`` nearest to ``noise``, per sample."""
     offset = (noise - centre).flatten(1)
-    norm = offset.norm(dim=1, keepdim=True)
+    norm = offset.square().sum(1, keepdim=True).sqrt()
     shrink = (radius / norm.clamp_min(1e-30)).clamp_max(1.0)
     return centre + (offset * shrink).reshape_as(centre)

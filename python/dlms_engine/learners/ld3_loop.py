@@ -241,7 +241,7 @@ class Ld3Loop:
             torch.nn.utils.clip_grad_norm_([module.offsets], self.settings.clip)
             assert module.offsets.grad is not None
             with torch.no_grad():
-                module.offsets -= self.state.lr_times * module.offsets.grad
+                module.offsets.sub_(self.state.lr_times * module.offsets.grad)
         return True
 
     def _move(self, part: str, k: int, graded: Graded) -> bool:

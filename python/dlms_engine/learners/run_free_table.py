@@ -39,6 +39,6 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     )
     state = trainer.run(resume=options.resume, progress=options.progress)
     with torch.no_grad():
-        table = learner.module().detach()
+        table = learner.free().detach()
     best = {"score": state.best_score, "set": state.best_set}
     return DistilledSolver(table, "free_table", fingerprint, state.history, best)

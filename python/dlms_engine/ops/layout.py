@@ -1,13 +1,13 @@
 """Columns of a row: the vector of `6 + depth` numbers that one fused row reads.
 
-    column     name       meaning
-    0          c_skip     m = c_skip * x + c_out * F
-    1          c_out
-    2          a          weight of x_n in x_{n+1}
-    3          c_in       scale of the *next* network input, c_in[n+1] * x_{n+1}
-    4          guidance   F = F_uncond + guidance * (F_cond - F_uncond)
-    5          slot       ring slot that m is written to: a small integer, exact in float32
-    6 + k      b_k        weight of m_{n-k}, which lies in ring slot (slot - k) mod depth
+column     name       meaning
+0          c_skip     m = c_skip * x + c_out * F
+1          c_out
+2          a          weight of x_n in x_{n+1}
+3          c_in       scale of the *next* network input, c_in[n+1] * x_{n+1}
+4          guidance   F = F_uncond + guidance * (F_cond - F_uncond)
+5          slot       ring slot that m is written to: a small integer, exact in float32
+6 + k      b_k        weight of m_{n-k}, which lies in ring slot (slot - k) mod depth
 """
 
 from __future__ import annotations

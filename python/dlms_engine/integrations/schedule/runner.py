@@ -44,7 +44,9 @@ def load_source(solver: Any) -> Source:
         return load_solver(name)
     policy = getattr(solver, "policy", solver)
     if not isinstance(policy, (SolverTable, Policy)):
-        raise TypeError(f"solver is {type(solver).__name__}, expected a name, path, table or policy")
+        raise TypeError(
+            f"solver is {type(solver).__name__}, expected a name, path, table or policy"
+        )
     return solver
 
 
@@ -113,9 +115,7 @@ class Runner:
         # an analytical first step is no evaluation: one grid step more for as many evaluations
         afs = (self._config["solver_options"] or {}).get("afs", False)
         count = None if steps is None else steps + (afs is not False)
-        self._times = run_times(
-            self._config, self._model, self._name, count, timesteps, sigmas, mu
-        )
+        self._times = run_times(self._config, self._model, self._name, count, timesteps, sigmas, mu)
         grid = self._times.grid
         return table_rows(self._table(grid, len(grid) - 1), self._times.padding)
 
@@ -126,7 +126,7 @@ class Runner:
             rows = table_rows(policy)
         else:
             rows = policy_rows(policy)
-            self._policy = policy if _reads_features(policy) else None
+            self._policy = policy if needs_features(policy) else None
         if self._policy is not None and self._watch is None:
             raise ValueError(
                 "this solver computes its rows from the network's bottleneck: call "
@@ -134,7 +134,9 @@ class Runner:
                 "solver.table(denoiser, noise)"
             )
         if self._policy is not None and self._model.kind == "edm":
-            raise ValueError("per-sample solvers are not supported on EDM pipelines: use accelerate")
+            raise ValueError(
+                "per-sample solvers are not supported on EDM pipelines: use accelerate"
+            )
         if timesteps is not None or (sigmas is not None and not _is_default(sigmas)):
             raise ValueError("a learned solver has its own times: leave timesteps and sigmas out")
         asked = steps if sigmas is None else len(sigmas)
@@ -258,10 +260,16 @@ PROCESS_KEYS = (
 
 
 def _hashable(value: Any) -> Any:
-    return value if value is None or isinstance(value, (int, float, str, bool)) else str(list(value))
+    return (
+        value if value is None or isinstance(value, (int, float, str, bool)) else str(list(value))
+    )
 
 
-def _reads_features(policy: Policy) -> bool:
+def needs_features(solver: SolverLike) -> bool:
+    """Whether ``solver`` computes its rows from the network's bottleneck."""
+    policy = getattr(solver, "policy", solver)
+    if isinstance(policy, SolverTable):
+        return False
     settings = getattr(getattr(policy, "designer", None), "settings", None)
     return settings is None or bool(settings.features)
 

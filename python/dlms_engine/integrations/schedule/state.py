@@ -33,7 +33,12 @@ class State:
         self._version = -1
 
     def advance(
-        self, n: int, output: Tensor, sample: Tensor, row: Tensor | None = None, clip: Clip | None = None
+        self,
+        n: int,
+        output: Tensor,
+        sample: Tensor,
+        row: Tensor | None = None,
+        clip: Clip | None = None,
     ) -> Tensor:
         """Row ``n`` (or ``row`` ``[B, 6 + depth]``): latents ``[B, ...]`` after it, new memory."""
         x, ring, backend = self._ready(sample)
@@ -109,7 +114,11 @@ def _network_dtype(output: Tensor, sample: Tensor, state: torch.dtype) -> Tensor
     """``output`` in a dtype the fused row takes and the latents can be returned in."""
     if state == torch.float64 or sample.dtype not in HALF:
         return output.to(state).contiguous()
-    return output.contiguous() if output.dtype == torch.float32 else output.to(sample.dtype).contiguous()
+    return (
+        output.contiguous()
+        if output.dtype == torch.float32
+        else output.to(sample.dtype).contiguous()
+    )
 
 
 def _tracked(x: Tensor, sample: Tensor) -> bool:

@@ -1,0 +1,93 @@
+"""Timing shared by the benchmarks: interleaved rounds, medians, and the machine they ran on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlms_engine import __version__
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]], *, rounds: int, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Microseconds per call of each candidate: `best` (lowest round median), `median`, `p80`.
+
+    A round times every candidate in turn for about `seconds`, so that a busy phase of the machine
+    falls on all of them. The lowest round median is the figure that other load disturbs least; ratios
+    between candidates are taken within a round.
+    """
+    samples: dict[str, list[list[float]]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        for _ in range(3):
+            call()
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            samples[name].append(_round(call, seconds))
+    result = {}
+    for name, per_round in samples.items():
+        medians = [statistics.median(r) for r in per_round]
+        pooled = sorted(value for r in per_round for value in r)
+        result[name] = {
+            "best": min(medians),
+            "median": statistics.median(pooled),
+            "p80": pooled[int(0.8 * (len(pooled) - 1))],
+            "repeats": len(pooled),
+        }
+    return result
+
+
+def _round(call: Callable[[], object], seconds: float) -> list[float]:
+    values: list[float] = []
+    end = time.perf_counter_ns() + int(seconds * 1e9)
+    while (start := time.perf_counter_ns()) < end or len(values) < 5:
+        call()
+        values.append((time.perf_counter_ns() - start) / 1e3)
+    return values
+
+
+def conditions() -> dict[str, Any]:
+    """Machine, versions, commit and load: without them a figure is not one."""
+    from dlms_engine import engine
+
+    return {
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "isa": engine.cpu_isa(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dlms_engine": __version__,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a checkout, or nothing committed
+    return done.stdout.strip()
