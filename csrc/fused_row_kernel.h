@@ -178,7 +178,14 @@ void scale_typed(const RowArgs& args, const S* factor, int64_t begin, int64_t en
   const S* x = static_cast<const S*>(args.x);
   N* out = static_cast<N*>(args.network_input);
   const int64_t size = segment_size(args);
-  for (int64_t i = begin; i < end; ++i) out[i] = narrow<N>(factor[i / size] * x[i]);
+  while (begin < end) {
+    const int64_t index = begin / size;
+    const int64_t stop = (index + 1) * size < end ? (index + 1) * size : end;
+    const S c = factor[index];
+#pragma GCC ivdep
+    for (int64_t i = begin; i < stop; ++i) out[i] = narrow<N>(c * x[i]);
+    begin = stop;
+  }
 }
 
 void scale(const RowArgs& args, const void* factor, int64_t begin, int64_t end) {

@@ -15,6 +15,7 @@ from dlms_engine.denoiser import Denoiser
 from dlms_engine.designer import parameter_count, step_coefficients
 from dlms_engine.learners import distill
 from dlms_engine.learners.dlms import Dlms, DlmsSettings
+from dlms_engine.learners.endpoint import endpoint_loss, student_end
 from dlms_engine.learners.ema import EmaSets
 from dlms_engine.learners.teacher import Teacher, TeacherSettings
 from dlms_engine.learners.trainer import unit_noise
@@ -165,9 +166,9 @@ def test_gradients_equal_central_differences_of_the_stopped_objective():
 def hold(made: Dlms, n: int, carry):
     """(n, carry, t_{n-1}, t_n, features, target) at the recorded parameters."""
     before = made.module(carry.features, carry.t, n - 1)
-    x1 = made._advance(carry.x, carry.t, before.time, before.weights, carry.queue)
-    made._predict(x1, before.network_time)
-    features = made._features()
+    x1 = made.advance(carry.x, carry.t, before.time, before.weights, carry.queue)
+    made.predict(x1, before.network_time)
+    features = made.features()
     after = made.module(features, before.time, n)
     return n, carry, before.time, after.time, features, teacher_trail(made)[n - 1]
 
@@ -197,11 +198,11 @@ def teacher_trail(made: Dlms) -> list[Tensor]:
 
 def stopped_loss(made: Dlms, n, carry, t1, t2, features, target) -> Tensor:
     before = made.module(carry.features, carry.t, n - 1)
-    x1 = made._advance(carry.x, carry.t, before.time, before.weights, carry.queue)
-    output = made._predict(x1, before.network_time)
+    x1 = made.advance(carry.x, carry.t, before.time, before.weights, carry.queue)
+    output = made.predict(x1, before.network_time)
     queue = [output, *carry.queue][: made.settings.resolved_order]
     after = made.module(features, t1, n)  # features and t_{n-1} are data for the second call
-    x2 = made._advance(x1, before.time, t2, after.weights, queue)
+    x2 = made.advance(x1, before.time, t2, after.weights, queue)
     return (x2 - target).square().flatten(1).sum(1).mean()
 
 
@@ -338,6 +339,30 @@ def test_memory_does_not_grow_with_the_number_of_evaluations():
         return peak
 
     assert saved(9) <= 1.2 * saved(5)
+
+
+def test_the_endpoint_phase_sees_what_sampling_gives_and_trains_everything():
+    made = learner(nfe=4, endpoint_share=1.0)
+    randomise(made)
+    made.progress = 0.5
+    x = 80.0 * NOISE
+    end = student_end(made, x)
+    sampled = Sampler(made.denoiser, made.policy, dtype=torch.float64)(x)
+    torch.testing.assert_close(end, sampled, rtol=0, atol=1e-8)
+    for numbers in made.iteration(NOISE):
+        assert math.isfinite(numbers["endpoint"])
+    grad = made.module.bias.grad
+    assert (grad[:-1, -2].abs() > 0).all()
+    for index in [(0, -2), (2, 1), (3, 0)]:
+        values = []
+        for sign in (1, -1):
+            with torch.no_grad():
+                made.module.bias[index] += sign * 1e-6
+                values.append(float(endpoint_loss(made, x)))
+                made.module.bias[index] -= sign * 1e-6
+        numeric = (values[0] - values[1]) / 2e-6
+        # the features are data for the designer: differences see them move, gradients do not
+        assert math.isclose(numeric, float(grad[index]), rel_tol=0.2, abs_tol=0.02), index
 
 
 def test_unknown_settings_are_named_with_the_known_ones(tmp_path):

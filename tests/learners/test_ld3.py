@@ -174,10 +174,8 @@ def test_learning_beats_the_start(student: str) -> None:
     assert network.calls == 5 == solver.nfe
     before = (list(walk(denoiser, start, x))[-1][2] - exact).square().mean()
     after = (learned - exact).square().mean()
-    print(student, float(before), float(after))
     assert float(after) < 0.5 * float(before), (float(before), float(after))
     assert table.name == "ld3" and table.options["solver"] == start.name
-    assert float((table.times - table.grid[:-1]).abs().max()) > 0
 
 
 def run_to(path: Path | None, *, stop_after: int | None = None, resume: bool = False) -> Ld3Loop:
@@ -280,7 +278,7 @@ def test_learned_times_feed_any_maker(tmp_path: Path) -> None:
         assert torch.equal(times.grid, table.grid)
         assert times.network is not None and torch.equal(times.network[:-1], table.times)
     module = LearnedGrid(EDM(), times.grid, network_times=times.network)
-    assert float((module().network - times.network).abs().max() / 80) < 1e-12
+    assert float((module().network.detach() - times.network).abs().max() / 80) < 1e-12
     again = distill(float_problem(), "ld3", nfe=4, shape=(16,), progress=False,
                     **tiny(init=path, rounds_times=0))  # fmt: skip
     first = again.history[0]["grid"]

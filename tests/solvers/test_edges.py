@@ -40,6 +40,28 @@ every_config = pytest.mark.parametrize(
 )
 
 
+SHORT = {
+    key: CONFIGS[key]
+    for key in (
+        "ddim/ddim",
+        "ipndm/ipndm4",
+        "ipndm_v/ipndm_v3",
+        "deis/deis3",
+        "dpm_solver_pp/dpm++3m-flat",
+        "unipc/unipc3-bh1-flat",
+        "unipc/unipc3-bh2",
+        "dpm_solver_pp_2s/dpm++2s",
+        "dpm_solver_2/dpm2",
+        "heun/heun",
+        "dpm_solver_pp/noise",
+        "unipc/noise",
+    )
+}
+short_config = pytest.mark.parametrize(
+    ("name", "options"), SHORT.values(), ids=[key.replace("/", " ") for key in SHORT]
+)
+
+
 def make(name: str, process: Process, steps: int, **options: Any) -> SolverTable:
     return make_solver(name, process, grids.time_uniform(process, steps), **options)
 
@@ -53,30 +75,43 @@ def start_state(process: Process, grid: Tensor, like: Tensor) -> Tensor:
 
 
 @every_process
-@every_config
+@short_config
 def test_few_steps(process: Process, name: str, options: dict[str, Any]) -> None:
-    """Finite, nearer to the exact end than the start is, and exactly the promised calls."""
+    """1, 2 and 3 steps stay finite and bounded, with exactly the promised calls."""
     z = torch.tensor([[-1.5, -0.2, 0.4, 1.8]], dtype=torch.float64)
     for steps in (1, 2, 3):
         if impossible(process, options):
             with pytest.raises(ValueError, match="alpha is 0"):
                 make(name, process, steps, **options)
             continue
+        plain = make(name, process, steps, **options).nfe
         for afs in (False, "dockhorn", "zero"):
-            if afs and steps == 1 and make(name, process, 1, **options).nfe == 1:
-                with pytest.raises(ValueError, match="one step more|one\n? ?step more"):
+            if afs and plain == 1:
+                with pytest.raises(ValueError, match="one step more"):
                     make(name, process, steps, afs=afs, **options)
                 continue
             table = make(name, process, steps, afs=afs, **options)
             denoiser = Gaussian(process, 0.5, mean=0.3)
             x = start_state(process, table.grid, z)
             got = run_table(table, denoiser, x)
-            exact = denoiser.exact(x, table.grid[0], table.grid[-1])
             assert got.isfinite().all()
-            assert (got - exact).norm() < 0.6 * (x - exact).norm(), (steps, afs, table)
-            assert denoiser.calls == table.nfe
-            full = make(name, process, steps, **options).nfe
-            assert table.nfe == full - (afs is not False)
+            assert got.abs().max() < 1.5 * x.abs().max(), (steps, afs, table)
+            assert denoiser.calls == table.nfe == plain - (afs is not False)
+
+
+@every_process
+@every_config
+def test_twenty_steps_arrive(process: Process, name: str, options: dict[str, Any]) -> None:
+    if impossible(process, options):
+        pytest.skip("noise form cannot start at alpha = 0")
+    z = torch.tensor([[-1.5, -0.2, 0.4, 1.8]], dtype=torch.float64)
+    table = make(name, process, 20, **options)
+    denoiser = Gaussian(process, 0.5, mean=0.3)
+    x = start_state(process, table.grid, z)
+    exact = denoiser.exact(x, table.grid[0], table.grid[-1])
+    error = (run_table(table, denoiser, x) - exact).abs().max().item()
+    # three steps of Euler are off by 0.2 to 0.4
+    assert error < (0.08 if name == "ddim" else 0.06), f"off by {error:.3f}"
 
 
 def expected_nfe(name: str, process: Process, steps: int) -> int:
@@ -104,9 +139,8 @@ def test_exact_for_constant_data(process: Process, name: str, options: dict[str,
     if impossible(process, options):
         pytest.skip("noise form cannot start at alpha = 0")
     c = torch.tensor([0.7, -1.2], dtype=torch.float64)
-    for steps in (1, 2, 3, 6):
-        table = make(name, process, steps, **options)
-        assert_exact_for_constant(table, c)
+    for steps in (1, 5):
+        assert_exact_for_constant(make(name, process, steps, **options), c)
 
 
 def assert_exact_for_constant(table: SolverTable, c: Tensor) -> None:
@@ -127,7 +161,7 @@ def test_the_constant_check_can_fail() -> None:
         assert_exact_for_constant(dataclasses.replace(table, b=b), torch.ones(2).double())
 
 
-@every_config
+@short_config
 @pytest.mark.parametrize("afs", [False, "dockhorn", "zero"])
 def test_both_stores_give_the_same_states(name: str, options: dict[str, Any], afs: Any) -> None:
     z = torch.randn(4, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -161,26 +195,6 @@ INNER = {
 every_inner = pytest.mark.parametrize(
     ("process", "first", "inner", "last"), INNER.values(), ids=INNER.keys()
 )
-SHORT = {
-    key: CONFIGS[key]
-    for key in (
-        "ddim/ddim",
-        "ipndm/ipndm4",
-        "ipndm_v/ipndm_v3",
-        "deis/deis3",
-        "dpm_solver_pp/dpm++3m-flat",
-        "unipc/unipc3-bh1-flat",
-        "unipc/unipc3-bh2",
-        "dpm_solver_pp_2s/dpm++2s",
-        "dpm_solver_2/dpm2",
-        "heun/heun",
-    )
-}
-short_config = pytest.mark.parametrize(
-    ("name", "options"), SHORT.values(), ids=[key.replace("/", " ") for key in SHORT]
-)
-
-
 def parts(table: SolverTable) -> tuple[Tensor, ...]:
     return table.a, table.b, table.times, table.initial_scale
 

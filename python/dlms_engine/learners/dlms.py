@@ -23,6 +23,7 @@ from ..designer import (
     step_coefficients,
 )
 from ..sampler import Sampler
+from .endpoint import endpoint_loss, endpoint_numbers
 from .initial import initial_grid, initial_weights
 from .losses import FeatureDistance, last_step_distance
 from .static import static_table
@@ -54,6 +55,9 @@ class DlmsSettings:
             Inception), "bottleneck" (the network's own bottleneck at ``feature_sigma``: needs no
             other network) or "features" (``feature_network``, e.g. Inception or the embedded one).
         feature_sigma: noise level at which the bottleneck of a finished sample is read.
+        endpoint_share: fraction of the updates, the last ones, that train on the end of the whole run
+            instead (not in the paper, see ``endpoint``); 0 is Algorithm 1.
+        endpoint_steps: evaluations of the exact solution in that phase.
         last_step_weight: factor of the last step's distance.
         detach_features: the features are data for the designer, not a path for gradients.
         time_gain: less than 1 lets times and scalings move slower than the weights.
@@ -75,6 +79,8 @@ class DlmsSettings:
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     last_step: Literal["pixels", "bottleneck", "features"] = "pixels"
     feature_sigma: float = 0.1
+    endpoint_share: float = 0.0
+    endpoint_steps: int = 24
     last_step_weight: float = 1.0
     detach_features: bool = True
     time_gain: float = 1.0
@@ -85,6 +91,8 @@ class DlmsSettings:
     def __post_init__(self) -> None:
         if self.nfe < 1:
             raise ValueError(f"nfe is {self.nfe}, expected at least 1")
+        if not 0.0 <= self.endpoint_share <= 1.0:
+            raise ValueError(f"endpoint_share is {self.endpoint_share}, expected 0 to 1")
         if self.init == "ipndm" and self.prediction != "noise":
             raise ValueError(
                 "init='ipndm' is exact in noise form only: set prediction='noise', or init='ab' "
@@ -134,6 +142,7 @@ class Dlms:
         self.denoiser = denoiser
         self.settings = settings
         self.cond = cond
+        self.progress = 0.0  # share of the run that is done, set by the trainer
         process = denoiser.process
         grid = initial_grid(process, settings.grid, settings.steps)
         with torch.random.fork_rng(devices=[]):
@@ -145,12 +154,12 @@ class Dlms:
                 initial_weights(process, grid, settings),
             )
         self.policy = DesignerPolicy(self.module)
-        self._distance: FeatureDistance | None = last_step_distance(
+        self.distance: FeatureDistance | None = last_step_distance(
             denoiser, settings.last_step, settings.feature_sigma, feature_network
         )
         self._validation = Validation(
             denoiser, shape, settings.validation_samples, settings.validation_steps,
-            self._distance, settings.score, cond,
+            self.distance, settings.score, cond,
         )
 
     def _designer_settings(self, grid: Tensor) -> DesignerSettings:
@@ -178,7 +187,12 @@ class Dlms:
         settings = self.settings
         x = noise * float(self.denoiser.process.sigma(self.module.grid[0]))
         t = self.module.grid[0].expand(x.shape[0])
-        carry = self._first(x, t)
+        carry = self.first(x, t)
+        if self.progress >= 1 - settings.endpoint_share:
+            loss = endpoint_loss(self, x)
+            loss.backward()  # type: ignore[no-untyped-call]
+            yield endpoint_numbers(loss)
+            return
         teacher = Teacher(self.denoiser, settings.teacher, x, settings.steps, self.cond)
         losses: dict[str, float] = {}
         for n in range(2, settings.steps + 1):
@@ -201,25 +215,25 @@ class Dlms:
     # -- Algorithm 1 --------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _first(self, x: Tensor, t: Tensor) -> _Carry:
+    def first(self, x: Tensor, t: Tensor) -> _Carry:
         """The first output: the analytic one (data prediction 0) or an evaluation at t_0."""
         if not self.settings.afs:
-            output = self._predict(x, t)
-            return _Carry(x, t, self._features(), [output])
+            output = self.predict(x, t)
+            return _Carry(x, t, self.features(), [output])
         if self.settings.prediction == "data":
             return _Carry(x, t, None, [torch.zeros_like(x)])
         return _Carry(x, t, None, [x / per_sample(self.denoiser.process.sigma(t), x)])
 
-    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
         return self.denoiser.predict(x, t, self.settings.prediction, **self.cond)
 
-    def _features(self) -> Tensor | None:
+    def features(self) -> Tensor | None:
         if not self.settings.bottleneck:
             return None
         features = self.denoiser.last_features
         return features.detach() if self.settings.detach_features else features
 
-    def _advance(self, x: Tensor, t: Tensor, t_next: Tensor, weights: Tensor, queue: list[Tensor]) -> Tensor:
+    def advance(self, x: Tensor, t: Tensor, t_next: Tensor, weights: Tensor, queue: list[Tensor]) -> Tensor:
         a, c = step_coefficients(self.denoiser.process, self.settings.prediction, t, t_next)
         x = per_sample(a, x) * x
         for k in range(weights.shape[1]):
@@ -231,18 +245,18 @@ class Dlms:
         settings = self.settings
         before = self.module(carry.features, carry.t, n - 1)
         t1 = before.time
-        x1 = self._advance(carry.x, carry.t, t1, before.weights, carry.queue)
-        output = self._predict(x1, before.network_time)
-        features = self._features()
+        x1 = self.advance(carry.x, carry.t, t1, before.weights, carry.queue)
+        output = self.predict(x1, before.network_time)
+        features = self.features()
         queue = [output, *carry.queue][: settings.resolved_order]
         after = self.module(features, t1.detach(), n)
         t2 = after.time.detach()
-        x2 = self._advance(x1, t1, t2, after.weights, queue)
+        x2 = self.advance(x1, t1, t2, after.weights, queue)
         if n == 2:
             teacher.advance(carry.t, t1.detach())
         target = teacher.advance(t1.detach(), t2)
-        if n == settings.steps and self._distance is not None:
-            loss = settings.last_step_weight * self._distance(x2, target).mean()
+        if n == settings.steps and self.distance is not None:
+            loss = settings.last_step_weight * self.distance(x2, target).mean()
         else:
             loss = (x2 - target).square().flatten(1).sum(1).mean()
         kept = features.detach() if features is not None else None

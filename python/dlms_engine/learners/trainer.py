@@ -25,6 +25,7 @@ class Learner(Protocol):
     """An objective over solver parameters."""
 
     module: nn.Module
+    progress: float  # share of the updates that are done, set before each iteration
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]: ...
 
@@ -168,6 +169,7 @@ class Trainer:
         self._before = (self.state.update, self._tensors())
         for group, rate in zip(self.optimiser.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._rate(self.state.update)
+        self.learner.progress = self.state.update / self.settings.updates
         noise = self._noise()
         logged: dict[str, float] = {}
         self.optimiser.zero_grad(set_to_none=True)
