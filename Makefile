@@ -60,7 +60,7 @@ gpu: $(DEV)
 	VENV=$(VENV) bash scripts/gpu_check.sh $(ARGS)
 
 docs: $(VENV)/.stamp-docs
-	$(BIN)/mkdocs build --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache

@@ -29,6 +29,10 @@ struct RowArgs {
   int64_t batch = 0;
   int64_t inner = 0;
   int64_t depth = 1;
+  // Results that nobody will read need not be written: m when no later row weighs it, the input
+  // after the last row. The loop knows; the operators always write.
+  bool store_m = true;
+  bool store_input = true;
   const void* row = nullptr;     // [6 + depth], or [batch, 6 + depth]; state dtype
   bool per_sample = false;       // which of the two
   const void* f = nullptr;       // [batch, inner], network dtype
@@ -73,7 +77,8 @@ struct Kernels {
   void (*forward)(const RowArgs& args, int64_t begin, int64_t end);
   // Chunks [begin, end) of segments(args) * chunks(args).
   void (*backward)(const BackwardArgs& args, int64_t begin, int64_t end);
-  // out[i] = (network dtype) (scale * x[i]): the first network input of a run.
+  // x_next = x and network_input = scale * x: the start of a run. scale: [] or, per sample,
+  // [batch].
   void (*scale)(const RowArgs& args, const void* scale, int64_t begin, int64_t end);
 };
 

@@ -28,21 +28,23 @@ struct Streams {
   const N* f_cond;
   const S* x;
   S* x_next;
-  S* m;
-  N* input;
+  S* m;     // null: not stored
+  N* input; // null: not stored
 };
 
 // The loop of every specialised depth. x_next may be x and input may be f, element for element, so
 // there is no dependence between iterations (ivdep), though the pointers are not `restrict`.
-template <class S, class N, bool kGuided, int kPast>
+template <class S, class N, bool kGuided, int kPast, bool kStoreM, bool kStoreInput>
 void segment(const Weights<S>& w, const Streams<S, N>& s, int64_t n) {
   const S c_skip = w.c_skip, c_out = w.c_out, a = w.a, c_in = w.c_in, guidance = w.guidance;
   const S b0 = w.b0, b1 = w.b[0], b2 = w.b[1], b3 = w.b[2];
   const S *h1 = w.slot[0], *h2 = w.slot[1], *h3 = w.slot[2];
-  const N *f = s.f, *f_cond = s.f_cond;
+  const N* f = s.f;
+  [[maybe_unused]] const N* f_cond = s.f_cond;
   const S* x = s.x;
-  S *x_next = s.x_next, *m_out = s.m;
-  N* input = s.input;
+  S* x_next = s.x_next;
+  [[maybe_unused]] S* m_out = s.m;
+  [[maybe_unused]] N* input = s.input;
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     S out = widen<S>(f[i]);
@@ -52,9 +54,9 @@ void segment(const Weights<S>& w, const Streams<S, N>& s, int64_t n) {
     if constexpr (kPast > 0) next = next + b1 * h1[i];
     if constexpr (kPast > 1) next = next + b2 * h2[i];
     if constexpr (kPast > 2) next = next + b3 * h3[i];
-    m_out[i] = m;
+    if constexpr (kStoreM) m_out[i] = m;
     x_next[i] = next;
-    input[i] = narrow<N>(c_in * next);
+    if constexpr (kStoreInput) input[i] = narrow<N>(c_in * next);
   }
 }
 
@@ -77,22 +79,31 @@ void segment_any(const Weights<S>& w, const Streams<S, N>& s, int64_t n) {
       const S* past = w.slot[k] + at;
       for (int64_t i = 0; i < size; ++i) next[i] = next[i] + b * past[i];
     }
-    for (int64_t i = 0; i < size; ++i) {
-      s.m[at + i] = m[i];
-      s.x_next[at + i] = next[i];
-      s.input[at + i] = narrow<N>(w.c_in * next[i]);
-    }
+    for (int64_t i = 0; i < size; ++i) s.x_next[at + i] = next[i];
+    if (s.m != nullptr)
+      for (int64_t i = 0; i < size; ++i) s.m[at + i] = m[i];
+    if (s.input != nullptr)
+      for (int64_t i = 0; i < size; ++i) s.input[at + i] = narrow<N>(w.c_in * next[i]);
   }
+}
+
+template <class S, class N, bool kGuided, int kPast>
+void segment_of_stores(const Weights<S>& w, const Streams<S, N>& s, int64_t n) {
+  if (s.input == nullptr && s.m == nullptr)
+    return segment<S, N, kGuided, kPast, false, false>(w, s, n);
+  if (s.input == nullptr) return segment<S, N, kGuided, kPast, true, false>(w, s, n);
+  if (s.m == nullptr) return segment<S, N, kGuided, kPast, false, true>(w, s, n);
+  segment<S, N, kGuided, kPast, true, true>(w, s, n);
 }
 
 template <class S, class N, bool kGuided>
 void segment_of_depth(const Weights<S>& w, const Streams<S, N>& s, int64_t n) {
   if (w.b0 == S(0) || w.past > 3) return segment_any<S, N, kGuided>(w, s, n);
   switch (w.past) {
-    case 0: return segment<S, N, kGuided, 0>(w, s, n);
-    case 1: return segment<S, N, kGuided, 1>(w, s, n);
-    case 2: return segment<S, N, kGuided, 2>(w, s, n);
-    default: return segment<S, N, kGuided, 3>(w, s, n);
+    case 0: return segment_of_stores<S, N, kGuided, 0>(w, s, n);
+    case 1: return segment_of_stores<S, N, kGuided, 1>(w, s, n);
+    case 2: return segment_of_stores<S, N, kGuided, 2>(w, s, n);
+    default: return segment_of_stores<S, N, kGuided, 3>(w, s, n);
   }
 }
 
@@ -112,10 +123,15 @@ void run_segment<float, Half>(const Weights<float>& all, const Streams<float, Ha
     const int64_t size = n - at < kTile ? n - at : kTile;
     widen_half(s.f + at, f, size);
     if (s.f_cond != nullptr) widen_half(s.f_cond + at, f_cond, size);
-    const Streams<float, float> tile = {
-        f, s.f_cond != nullptr ? f_cond : nullptr, s.x + at, s.x_next + at, s.m + at, input};
+    Streams<float, float> tile;
+    tile.f = f;
+    tile.f_cond = s.f_cond != nullptr ? f_cond : nullptr;
+    tile.x = s.x + at;
+    tile.x_next = s.x_next + at;
+    tile.m = s.m != nullptr ? s.m + at : nullptr;
+    tile.input = s.input != nullptr ? input : nullptr;
     run_segment<float, float>(w, tile, size);
-    narrow_half(input, s.input + at, size);
+    if (s.input != nullptr) narrow_half(input, s.input + at, size);
     for (int k = 0; k < w.past; ++k) w.slot[k] += size;
   }
 }
@@ -155,10 +171,13 @@ void forward_typed(const RowArgs& args, int64_t begin, int64_t end) {
     S* m = args.m != nullptr ? static_cast<S*>(args.m)
                              : static_cast<S*>(const_cast<void*>(args.ring)) + slot * stride;
     const N* f_cond = static_cast<const N*>(args.f_cond);
-    const Streams<S, N> s = {static_cast<const N*>(args.f) + begin,
-        f_cond != nullptr ? f_cond + begin : nullptr, static_cast<const S*>(args.x) + begin,
-        static_cast<S*>(args.x_next) + begin, m + begin,
-        static_cast<N*>(args.network_input) + begin};
+    Streams<S, N> s;
+    s.f = static_cast<const N*>(args.f) + begin;
+    s.f_cond = f_cond != nullptr ? f_cond + begin : nullptr;
+    s.x = static_cast<const S*>(args.x) + begin;
+    s.x_next = static_cast<S*>(args.x_next) + begin;
+    s.m = args.store_m ? m + begin : nullptr;
+    s.input = args.store_input ? static_cast<N*>(args.network_input) + begin : nullptr;
     run_segment<S, N>(w, s, stop - begin);
     begin = stop;
   }
@@ -176,6 +195,7 @@ void forward(const RowArgs& args, int64_t begin, int64_t end) {
 template <class S, class N>
 void scale_typed(const RowArgs& args, const S* factor, int64_t begin, int64_t end) {
   const S* x = static_cast<const S*>(args.x);
+  S* copy = static_cast<S*>(args.x_next);
   N* out = static_cast<N*>(args.network_input);
   const int64_t size = segment_size(args);
   while (begin < end) {
@@ -183,7 +203,11 @@ void scale_typed(const RowArgs& args, const S* factor, int64_t begin, int64_t en
     const int64_t stop = (index + 1) * size < end ? (index + 1) * size : end;
     const S c = factor[index];
 #pragma GCC ivdep
-    for (int64_t i = begin; i < stop; ++i) out[i] = narrow<N>(c * x[i]);
+    for (int64_t i = begin; i < stop; ++i) {
+      const S value = x[i];
+      copy[i] = value;
+      out[i] = narrow<N>(c * value);
+    }
     begin = stop;
   }
 }

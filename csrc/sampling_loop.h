@@ -49,9 +49,10 @@ class SamplingLoop {
   void start(pybind11::handle x, pybind11::handle c_in);
   // One row on the network's output. row: [R] or [B, R].
   void step(pybind11::handle f, pybind11::handle f_cond, pybind11::handle row);
-  // start, then for every row n: f = network(n, network_input), step, callback(n, state).
-  // rows: [n, R] or [n, B, R]; with row_fn, rows is the number of rows and row_fn(n) is asked for
-  // row n after evaluation n.
+  // start, then for every row n: f = network(n, network_input), step, callback(n, state). An m that
+  // no later row weighs is not stored in the ring, and the last row writes no network input. rows:
+  // [n, R] or [n, B, R]; with row_fn, rows is the number of rows and row_fn(n) is asked for row n
+  // after evaluation n.
   void run(pybind11::handle x, pybind11::handle c_in, pybind11::handle rows,
       pybind11::handle network, pybind11::handle row_fn, pybind11::handle callback);
 
@@ -65,6 +66,9 @@ class SamplingLoop {
   void take_output(pybind11::handle f, pybind11::handle f_cond);
   void take_row(pybind11::handle row);
   void check_row_shape(const TensorView& view, pybind11::handle object, int leading) const;
+  // Whether a row after n weighs the m of row n.
+  bool read_later(
+      const char* table, int64_t row_bytes, int64_t n, int64_t count, bool per_sample) const;
   void run_row();
 
   std::vector<int64_t> shape_;

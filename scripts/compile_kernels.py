@@ -2,8 +2,8 @@
 """Compiles every GPU kernel without a GPU and checks what the compiler reports.
 
 CUDA: each kernels/cuda/*.cu for sm_80 and sm_90, warnings as errors; every kernel must have no
-stack frame, no spills and no local memory. Triton: each kernel to a cubin for the same targets; without
-contraction (no fma of the state's arithmetic) and without spills in the assembler's report.
+stack frame, no spills and no local memory. Triton: each kernel to a cubin for the same targets;
+without contraction (no fma of the state's arithmetic) and without spills in the report.
 
     scripts/compile_kernels.py [--cuda] [--triton] [--arch 80 --arch 90] [--json FILE]
 

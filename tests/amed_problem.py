@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor, nn
+
 from dlms_engine.amed_predictor import AmedPredictor, Choice
 from dlms_engine.amed_steps import AmedBase
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.processes import EDM, Process
-from torch import Tensor, nn
 
 DATA = Path(__file__).parent / "data" / "amed.npz"
 SUFFIX = "__both__poly7__N4__afs0"
+KINDS: dict[str, Literal["data", "noise"]] = {"x0": "data", "eps": "noise"}
 CASES: dict[str, AmedBase] = {
     "amed": AmedBase("amed"),
     "euler": AmedBase("ddim"),
@@ -22,7 +25,7 @@ CASES: dict[str, AmedBase] = {
     **{
         f"dpmpp_{p}m_{kind}_lof{int(low)}": AmedBase("dpm_solver_pp", p, prediction, low)
         for p in (2, 3)
-        for kind, prediction in (("x0", "data"), ("eps", "noise"))
+        for kind, prediction in KINDS.items()
         for low in (True, False)
     },
 }

@@ -219,7 +219,8 @@ def test_record_is_complete_and_resumes(
 ) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "record"
-    sizes = ("--samples", 8, "--screen-samples", 4, "--exact-nfe", 8, "--accurate-nfe", 6)
+    sizes = ("--samples", 8, "--screen-samples", 4, "--compared-samples", 6)
+    sizes = (*sizes, "--exact-nfe", 8, "--accurate-nfe", 6, "--full-nfes", "3")
     arguments = ("evaluate", "--record", *TINY, *sizes, "--nfes", "3", "--batch", 4)
     first = answer(capsys, *arguments, "--solver", solver, "--folder", folder)
     rows = first["rows"]

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from dlms_engine import grids
 from dlms_engine.processes import EDM, VP, Cosine, Process, RectifiedFlow, VPDiscrete
 

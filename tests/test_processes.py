@@ -6,10 +6,11 @@ import json
 
 import pytest
 import torch
-from dlms_engine import processes
-from dlms_engine.processes import EDM, VP, Cosine, Process, RectifiedFlow, VPDiscrete
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dlms_engine import processes
+from dlms_engine.processes import EDM, VP, Cosine, Process, RectifiedFlow, VPDiscrete
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 ALL = [EDM(), VP(), VPDiscrete(betas=BETAS), Cosine(), RectifiedFlow()]
@@ -39,9 +40,7 @@ def test_coefficients_agree_with_each_other(process: Process) -> None:
     torch.testing.assert_close(process.lambda_(t), (alpha / sigma).log(), rtol=1e-12, atol=1e-12)
     assert (process.lambda_(t).diff() < 0).all()
     if process.name in ("vp", "vp_discrete", "cosine"):
-        torch.testing.assert_close(
-            alpha**2 + sigma**2, torch.ones_like(t), rtol=0, atol=4e-16 * 4
-        )
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=0, atol=4e-16 * 4)
 
 
 @settings(deadline=None, max_examples=60)
@@ -81,7 +80,9 @@ def test_floats_and_float32_become_float64_without_losing_the_graph() -> None:
 def test_edm_is_exact() -> None:
     t = torch.tensor([0.002, 1.0, 80.0], dtype=torch.float64)
     process = EDM()
-    assert torch.equal(process.sigma(t), t) and torch.equal(process.alpha(t), torch.ones(3).double())
+    assert torch.equal(process.sigma(t), t) and torch.equal(
+        process.alpha(t), torch.ones(3).double()
+    )
     assert torch.equal(process.inverse_sigma(t), t)
 
 

@@ -65,3 +65,22 @@ def test_readme_example_prints_what_it_says() -> None:
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == promised[1]
+
+
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", "README.md", "docs/index.md", "docs/install.md"]
+)
+def test_pages_name_only_files_that_exist(page: str) -> None:
+    """Every file of the repository that a page names, in backticks or as a link, is there."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    quoted = re.findall(r"`([\w/.-]+(?:\.(?:py|md|h|cpp|txt|cff|sh)|/))`", text)
+    linked = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    bases = (ROOT, ROOT / "python/dlms_engine", (ROOT / page).parent)
+    made = {"demo-out/", "site/"}  # written by the commands the pages describe
+    missing = [
+        name
+        for name in {*quoted, *linked} - made
+        if not any((base / name).exists() for base in bases)
+    ]
+    assert quoted or linked
+    assert not missing

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from dlms_engine import grids
 from dlms_engine.processes import EDM
 from dlms_engine.solvers import ipndm, unipc

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
+
 from dlms_engine.processes import EDM, RectifiedFlow
 from dlms_engine.trace import Form, Trace
 
@@ -45,7 +48,7 @@ def test_a_two_stage_step_is_eliminated_through_its_middle() -> None:
 def test_older_states_in_data_form_bring_every_older_output_in() -> None:
     trace, x = Trace(EDM(), "data"), None
     older = []
-    for t, t_next in zip(GRID[:-1], GRID[1:], strict=True):
+    for t, t_next in pairwise(GRID):
         out = trace.evaluate(trace.start() if x is None else x, t)
         older.append(out.noise)
         x = out.x + (older[-1] * 1.5 - older[max(len(older) - 2, 0)] * 0.5) * (t_next - t)
@@ -56,7 +59,7 @@ def test_older_states_in_data_form_bring_every_older_output_in() -> None:
 def test_unused_history_has_weight_exactly_zero() -> None:
     trace, x = Trace(EDM(), "noise"), None
     older = []
-    for t, t_next in zip(GRID[:-1], GRID[1:], strict=True):
+    for t, t_next in pairwise(GRID):
         out = trace.evaluate(trace.start() if x is None else x, t)
         older.append(out.noise)
         x = out.x + (older[-1] * 1.5 - older[max(len(older) - 2, 0)] * 0.5) * (t_next - t)

@@ -25,38 +25,39 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Sizes of one call. Shapes: x [batch, ...] with `per_sample` elements each, ring [depth, batch, ...].
+// Sizes of one call. Shapes: x [batch, ...] with `per_sample` elements each, ring [depth, batch,
+// ...].
 struct Sizes {
   int64_t batch;
   int64_t per_sample;
   int64_t total;
   int64_t depth;
-  int64_t row_stride;  // elements from one sample's row to the next; 0 when all share one row
+  int64_t row_stride; // elements from one sample's row to the next; 0 when all share one row
 };
 
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
 // Call right after a launch: a bad configuration shows only here.
 inline void check_launch(const char* op, int64_t blocks, const Tensor& x) {
   const cudaError_t status = cudaGetLastError();
-  STD_TORCH_CHECK(
-      status == cudaSuccess, op, ": launch of ", blocks, " blocks on cuda:",
-      x.get_device_index(), " for ", x.numel(), " elements failed: ", cudaGetErrorString(status));
+  STD_TORCH_CHECK(status == cudaSuccess, op, ": launch of ", blocks,
+      " blocks on cuda:", x.get_device_index(), " for ", x.numel(),
+      " elements failed: ", cudaGetErrorString(status));
 }
 
 inline unsigned grid_size(const char* op, int64_t blocks) {
-  STD_TORCH_CHECK(
-      blocks > 0 && blocks <= 0x7fffffff, op, ": ", blocks,
+  STD_TORCH_CHECK(blocks > 0 && blocks <= 0x7fffffff, op, ": ", blocks,
       " blocks are needed, a launch takes at most 2147483647; split the batch");
   return static_cast<unsigned>(blocks);
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
@@ -75,11 +76,9 @@ inline std::string shape_text(const Tensor& t) {
 }
 
 inline void check_like_x(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(
-      same_shape(t, x), op, ": ", name, " is ", shape_text(t), ", x is ", shape_text(x),
+  STD_TORCH_CHECK(same_shape(t, x), op, ": ", name, " is ", shape_text(t), ", x is ", shape_text(x),
       "; they must have one shape");
-  STD_TORCH_CHECK(
-      t.is_cuda() && t.get_device_index() == x.get_device_index(), op, ": ", name,
+  STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == x.get_device_index(), op, ": ", name,
       " must be on the device of x, cuda:", x.get_device_index());
 }
 
@@ -88,29 +87,25 @@ inline Sizes check_state(const char* op, const Tensor& x, const Tensor& ring, co
   STD_TORCH_CHECK(x.is_cuda(), op, ": x must be a CUDA tensor");
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have a batch dimension");
   const ScalarType state = x.scalar_type();
-  STD_TORCH_CHECK(
-      state == ScalarType::Float || state == ScalarType::Double, op,
+  STD_TORCH_CHECK(state == ScalarType::Float || state == ScalarType::Double, op,
       ": x must be float32 or float64");
-  STD_TORCH_CHECK(
-      ring.scalar_type() == state && row.scalar_type() == state, op,
+  STD_TORCH_CHECK(ring.scalar_type() == state && row.scalar_type() == state, op,
       ": ring and row must have the dtype of x");
-  STD_TORCH_CHECK(
-      ring.is_cuda() && row.is_cuda() && ring.get_device_index() == x.get_device_index() &&
-          row.get_device_index() == x.get_device_index(),
+  STD_TORCH_CHECK(ring.is_cuda() && row.is_cuda() &&
+                      ring.get_device_index() == x.get_device_index() &&
+                      row.get_device_index() == x.get_device_index(),
       op, ": ring and row must be on the device of x, cuda:", x.get_device_index());
   bool fits = ring.dim() == x.dim() + 1;
   for (int64_t d = 0; fits && d < x.dim(); ++d) fits = ring.size(d + 1) == x.size(d);
-  STD_TORCH_CHECK(
-      fits && ring.size(0) >= 1 && ring.size(0) <= kMaxDepth, op, ": ring is ", shape_text(ring),
-      ", expected [depth, *", shape_text(x), "] with 1 <= depth <= ", kMaxDepth);
+  STD_TORCH_CHECK(fits && ring.size(0) >= 1 && ring.size(0) <= kMaxDepth, op, ": ring is ",
+      shape_text(ring), ", expected [depth, *", shape_text(x), "] with 1 <= depth <= ", kMaxDepth);
 
   Sizes sizes{x.size(0), 0, x.numel(), ring.size(0), 0};
   sizes.per_sample = sizes.batch == 0 ? 0 : sizes.total / sizes.batch;
   const int64_t width = kColB + sizes.depth;
   const bool shared = row.dim() == 1 && row.size(0) == width;
   const bool each = row.dim() == 2 && row.size(0) == sizes.batch && row.size(1) == width;
-  STD_TORCH_CHECK(
-      shared || each, op, ": row is ", shape_text(row), ", expected [", width, "] or [",
+  STD_TORCH_CHECK(shared || each, op, ": row is ", shape_text(row), ", expected [", width, "] or [",
       sizes.batch, ", ", width, "]");
   sizes.row_stride = each ? width : 0;
   return sizes;
@@ -130,7 +125,9 @@ inline void check_contiguous(const char* op, const char* name, const Tensor& t) 
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " is written in place and must be contiguous");
 }
 
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : torch::stable::contiguous(t);
+}
 
 inline OptionalTensor dense(const OptionalTensor& t) {
   return t.has_value() ? OptionalTensor(dense(*t)) : t;
@@ -149,9 +146,13 @@ inline bool aligned16(std::initializer_list<const void*> pointers) {
 }
 
 template <class T>
-const T* in(const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); }
+const T* in(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
 template <class T>
-T* out(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+T* out(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
 
 // Calls body(S{}, F{}) with the C++ types of the state and of the network: float32 with float32,
 // bfloat16 or float16, or float64 with float64.
@@ -168,9 +169,8 @@ void with_types(const char* op, ScalarType state, ScalarType network, Body body)
     case ScalarType::Half: body(float{}, __half{}); break;
     case ScalarType::BFloat16: body(float{}, __nv_bfloat16{}); break;
     default:
-      STD_TORCH_CHECK(
-          false, op, ": f must be float32, bfloat16 or float16 with a float32 state");
+      STD_TORCH_CHECK(false, op, ": f must be float32, bfloat16 or float16 with a float32 state");
   }
 }
 
-}  // namespace dlms::cuda
+} // namespace dlms::cuda

@@ -18,29 +18,49 @@ constexpr int kColIn = 3;
 constexpr int kColGuidance = 4;
 constexpr int kColSlot = 5;
 constexpr int kColB = 6;
-constexpr int kMaxDepth = 512;  // bounds the shared memory of the backward kernel
+constexpr int kMaxDepth = 512; // bounds the shared memory of the backward kernel
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
-constexpr int kGroup = 4;  // history slots in flight at once when the depth is a run-time number
+constexpr int kGroup = 4; // history slots in flight at once when the depth is a run-time number
 
 // Explicitly rounded operations: the compiler may not contract them into fused multiply-adds, so
 // the result has the bits of the eager reference.
-__device__ __forceinline__ float mul(float a, float b) { return __fmul_rn(a, b); }
-__device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
-__device__ __forceinline__ float sub(float a, float b) { return __fsub_rn(a, b); }
-__device__ __forceinline__ double mul(double a, double b) { return __dmul_rn(a, b); }
-__device__ __forceinline__ double add(double a, double b) { return __dadd_rn(a, b); }
-__device__ __forceinline__ double sub(double a, double b) { return __dsub_rn(a, b); }
+__device__ __forceinline__ float mul(float a, float b) {
+  return __fmul_rn(a, b);
+}
+__device__ __forceinline__ float add(float a, float b) {
+  return __fadd_rn(a, b);
+}
+__device__ __forceinline__ float sub(float a, float b) {
+  return __fsub_rn(a, b);
+}
+__device__ __forceinline__ double mul(double a, double b) {
+  return __dmul_rn(a, b);
+}
+__device__ __forceinline__ double add(double a, double b) {
+  return __dadd_rn(a, b);
+}
+__device__ __forceinline__ double sub(double a, double b) {
+  return __dsub_rn(a, b);
+}
 
 template <class S>
-__device__ __forceinline__ S to_state(float v) { return static_cast<S>(v); }
+__device__ __forceinline__ S to_state(float v) {
+  return static_cast<S>(v);
+}
 template <class S>
-__device__ __forceinline__ S to_state(double v) { return static_cast<S>(v); }
+__device__ __forceinline__ S to_state(double v) {
+  return static_cast<S>(v);
+}
 template <class S>
-__device__ __forceinline__ S to_state(__half v) { return static_cast<S>(__half2float(v)); }
+__device__ __forceinline__ S to_state(__half v) {
+  return static_cast<S>(__half2float(v));
+}
 template <class S>
-__device__ __forceinline__ S to_state(__nv_bfloat16 v) { return static_cast<S>(__bfloat162float(v)); }
+__device__ __forceinline__ S to_state(__nv_bfloat16 v) {
+  return static_cast<S>(__bfloat162float(v));
+}
 
 template <class T>
 struct From {
@@ -67,6 +87,19 @@ struct alignas(16) Pack {
   T at[V];
 };
 
+// Spelt out, because the compiler splits an assignment into four scalar stores when the values do
+// not lie in neighbouring registers.
+__device__ __forceinline__ void store_word(uint4* p, const uint4& v) {
+#ifdef __CUDA_ARCH__
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+      :
+      : "l"(__cvta_generic_to_global(p)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+      : "memory");
+#else
+  *p = v; // the kernels also run on the CPU, emulated, in the tests
+#endif
+}
+
 // V elements from p: whole 16-byte words, or the first `count` one by one (the rest zero).
 template <class T, int V>
 __device__ __forceinline__ Pack<T, V> load(const T* p, bool whole, int count) {
@@ -92,13 +125,7 @@ __device__ __forceinline__ void store(T* p, const Pack<T, V>& v, bool whole, int
     memcpy(words, &v, sizeof(v));
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
-      // Spelt out, because the compiler splits an assignment into four scalar stores when the
-      // values do not lie in neighbouring registers.
-      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-                   :
-                   : "l"(__cvta_generic_to_global(reinterpret_cast<uint4*>(p) + i)),
-                   "r"(words[i].x), "r"(words[i].y), "r"(words[i].z), "r"(words[i].w)
-                   : "memory");
+      store_word(reinterpret_cast<uint4*>(p) + i, words[i]);
     }
   } else {
 #pragma unroll
@@ -108,8 +135,8 @@ __device__ __forceinline__ void store(T* p, const Pack<T, V>& v, bool whole, int
   }
 }
 
-// The slot number in a row modulo the depth, as the reference takes it; inside the ring whatever the
-// row holds: a wrong row must give wrong numbers, never a wild write.
+// The slot number in a row modulo the depth, as the reference takes it; inside the ring whatever
+// the row holds: a wrong row must give wrong numbers, never a wild write.
 template <class S>
 __device__ __forceinline__ int ring_slot(const S* row, int depth) {
   int slot = static_cast<int>(row[kColSlot]);
@@ -127,7 +154,8 @@ __device__ __forceinline__ int slot_back(int slot, int k, int depth) {
 }
 
 // index / count and the rest, in 32 bits when both fit (64-bit division is a long subroutine).
-__device__ __forceinline__ void split(int64_t index, int64_t count, int64_t& quotient, int64_t& rest) {
+__device__ __forceinline__ void split(
+    int64_t index, int64_t count, int64_t& quotient, int64_t& rest) {
   if (((index | count) >> 32) == 0) {
     const uint32_t q = static_cast<uint32_t>(index) / static_cast<uint32_t>(count);
     quotient = q;
@@ -138,4 +166,4 @@ __device__ __forceinline__ void split(int64_t index, int64_t count, int64_t& quo
   }
 }
 
-}  // namespace dlms::cuda
+} // namespace dlms::cuda

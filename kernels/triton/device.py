@@ -14,12 +14,12 @@ if knobs.runtime.interpret:
 
     @triton.jit
     def mul(a, b):  # type: ignore[no-untyped-def]
-        """a * b; the interpreter computes with NumPy, which does not contract."""
+        """A * b; the interpreter computes with NumPy, which does not contract."""
         return a * b
 
     @triton.jit
     def to_network(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-        """v in the network's dtype, to nearest even.
+        """V in the network's dtype, to nearest even.
 
         The interpreter cuts a float32 off to bfloat16 (and its own "rtne" loses the carry into the
         exponent), so the rounding is done on the bits first.
@@ -34,7 +34,7 @@ else:
 
     @triton.jit
     def mul(a, b):  # type: ignore[no-untyped-def]
-        """a * b, rounded before it is added to anything.
+        """A * b, rounded before it is added to anything.
 
         A plain product would become half of a fused multiply-add, with other bits than the eager
         reference. (The launch option enable_fp_fusion=False says the same for a whole kernel, but
@@ -44,7 +44,7 @@ else:
 
     @triton.jit
     def to_network(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
-        """v in the network's dtype, to nearest even as hardware does."""
+        """V in the network's dtype, to nearest even as hardware does."""
         return v.to(dtype)
 
 
@@ -57,7 +57,7 @@ def ring_slot(row, depth: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def mixed_branches(f, f_cond, guidance, guided: tl.constexpr):  # type: ignore[no-untyped-def]
-    """f + guidance * (f_cond - f), or f."""
+    """F + guidance * (f_cond - f), or f."""
     if guided:
         return f + mul(guidance, f_cond - f)
     return f

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from dlms_engine.kernels.triton import device
 from torch import Tensor
 
-from dlms_engine.kernels.triton import device
 from dlms_engine.ops import layout, reference
 
 Wrap = Callable[[Any], Any]

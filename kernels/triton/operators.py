@@ -8,11 +8,11 @@ schema, since the fake-tensor trace of a triton_op would run the interpreter on 
 from typing import Any
 
 import torch
+from dlms_engine.kernels import interpreted
+from dlms_engine.kernels.triton import launch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from dlms_engine.kernels import interpreted
-from dlms_engine.kernels.triton import launch
 from dlms_engine.ops import schema
 
 

@@ -1,8 +1,9 @@
 """A whole sampling run as one CUDA graph: network, guidance and fused rows of every evaluation.
 
 `CapturedRun` captures any function of named tensors; `GraphedLoop` is the sampling loop on top,
-with a cache of captures and, in mode "auto", the plain loop where a capture cannot be had. New tables,
-noise and conditioning of the same shapes are copied into the captured buffers: no new capture.
+with a cache of captures and, in mode "auto", the plain loop where a capture cannot be had. New
+tables, noise and conditioning of the same shapes are copied into the captured buffers: no new
+capture.
 Importing this module needs no GPU.
 """
 
@@ -91,7 +92,7 @@ class CapturedRun:
             self._inputs = {name: t.detach().clone() for name, t in inputs.items()}
             self._warm_up(body, inputs, warmup)
             self._graph = torch.cuda.CUDAGraph()
-            self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._done = torch.cuda.Event()
             try:
                 # thread_local: other threads may go on using the GPU meanwhile.
                 with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
@@ -104,7 +105,7 @@ class CapturedRun:
         self.nbytes = max(grown, held)
 
     def _warm_up(self, body: Body, inputs: Inputs, warmup: int) -> None:
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
             for _ in range(warmup):

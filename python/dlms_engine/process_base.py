@@ -44,7 +44,7 @@ class Process(ABC):
 
     @abstractmethod
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        """log alpha(t)."""
+        """Log alpha(t)."""
 
     @abstractmethod
     def sigma_over_alpha(self, t: Tensor | float) -> Tensor:

@@ -19,14 +19,15 @@ def markdown(record: Mapping[str, Any]) -> str:
     settings, rows = record["settings"], record["rows"]
     floors = record["floors"]["full"]
     parts = [
-        f"Endpoint RMSE: {settings['screen_samples']:,} samples against the exact solution "
+        f"Endpoint RMSE: {settings['compared_samples']:,} samples against the exact solution "
         f"({settings['exact_nfe']} evaluations) from the same noise. {LABEL}: "
-        f"{settings['samples']:,} samples, minus the floor, i.e. what accurate samples "
-        f"({settings['accurate_nfe']} evaluations) of the same seeds have: "
-        f"{floors['accurate']:.4g} to accurate samples of other seeds, {floors['data']:.4g} to "
-        f"the data. Handcrafted solvers were screened on {settings['screen_samples']:,} samples; "
-        f"the full figure is for the best {settings['finalists']} by that distance, the best by "
-        "RMSE and the learned ones; figures in brackets are screening figures.",
+        f"{settings['compared_samples']:,} samples, and {settings['samples']:,} at "
+        f"{', '.join(map(str, settings['full_nfes']))} evaluations, minus the floor, i.e. what "
+        f"accurate samples ({settings['accurate_nfe']} evaluations) of the same seeds have; with "
+        f"{settings['samples']:,} samples that is {floors['accurate']:.4g} to accurate samples of "
+        f"other seeds and {floors['data']:.4g} to the data. Every handcrafted solver was screened "
+        f"on {settings['screen_samples']:,} samples; compared are the best {settings['shortlist']} "
+        "by RMSE and half as many by distance. Figures in brackets are screening figures.",
         _finals(rows, settings["nfes"]),
         "Endpoint RMSE of every solver:",
         _matrix(rows, settings["nfes"], "rmse"),
@@ -42,8 +43,8 @@ def _finals(rows: Sequence[Row], nfes: Sequence[int]) -> str:
         "|---:|---|---:|---:|---:|",
     ]
     for nfe in nfes:
-        full = [row for row in rows if row["nfe"] == nfe and "full" in row]
-        for row in sorted(full, key=lambda row: (not row["learned"], figure(row, "accurate"))):
+        listed = [row for row in rows if row["nfe"] == nfe and "compared" in row]
+        for row in sorted(listed, key=lambda row: (not row["learned"], figure(row, "accurate"))):
             name = f"**{row['solver']}**" if row["learned"] else row["solver"]
             figures = " | ".join(number(figure(row, by)) for by in ("rmse", "accurate", "data"))
             lines.append(f"| {nfe} | {name} | {figures} |")
@@ -61,7 +62,7 @@ def _matrix(rows: Sequence[Row], nfes: Sequence[int], by: str) -> str:
         for rank, row in enumerate(ranked):
             shown = number(figure(row, by))
             name = f"**{row['solver']}**" if row["learned"] else str(row["solver"])
-            certain = by == "rmse" or "full" in row
+            certain = "compared" in row
             cells.setdefault(name, {})[nfe] = shown if certain else f"({shown})"
             ranks.setdefault(name, []).append(rank / len(ranked))
     lines = ["| solver | " + " | ".join(map(str, nfes)) + " |", "|---|" + "---:|" * len(nfes)]

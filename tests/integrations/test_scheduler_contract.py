@@ -148,7 +148,7 @@ def test_attributes_answer_as_a_config_mixin_should(caplog: Any) -> None:
     assert str(error.value) == "'DLMSScheduler' object has no attribute 'does_not_exist'"
 
 
-# -- beyond the ten ---------------------------------------------------------------------------------
+# -- beyond the ten ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 10, 50, 100, 999, 1000])

@@ -149,7 +149,7 @@ def test_gradients_flow_through_steps() -> None:
     assert float((grad * step).sum()) == pytest.approx(expected, rel=1e-5)
 
 
-# -- learned solvers ----------------------------------------------------------------------------------
+# -- learned solvers -----------------------------------------------------------------------------
 
 
 class Wiggle(nn.Module):

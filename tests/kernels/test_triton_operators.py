@@ -41,7 +41,8 @@ def test_gradients_are_those_of_autograd_through_the_reference(device):
         return [g.cpu() for g in torch.autograd.grad(outputs, inputs, upstream)]
 
     want = gradients(reference.fused_row, "cpu")
-    for got, expected in zip(gradients(ops.select("triton", device).fused_row, device), want):
+    found = gradients(ops.select("triton", device).fused_row, device)
+    for got, expected in zip(found, want, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -19,20 +19,24 @@ from amed_problem import (
     reference_predictor,
     start_noise,
 )
+from torch import Tensor
+
 from dlms_engine import grids, solvers
 from dlms_engine.amed_policy import AmedPolicy
 from dlms_engine.amed_predictor import AmedPredictor, Choice
 from dlms_engine.amed_steps import AmedBase, Walk
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.designer import parameter_count
-from dlms_engine.learners import distill
-from dlms_engine.learners.amed import INFINITE_GRADIENT, Amed, AmedSettings, clean_gradients
+from dlms_engine.learners import distill, split_settings
+from dlms_engine.learners.amed import INFINITE_GRADIENT, Amed, clean_gradients
+from dlms_engine.learners.amed_settings import AmedSettings
+from dlms_engine.learners.dlms import DlmsSettings
 from dlms_engine.learners.presets import PRESETS, preset
+from dlms_engine.learners.teacher import TeacherSettings
 from dlms_engine.learners.trainer import Trainer, TrainerSettings
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
 from dlms_engine.sampler import Sampler
-from dlms_engine.solver_file import load_solver
-from torch import Tensor
+from dlms_engine.solver_file import load_solver, save_solver
 
 TOLERANCE = 1e-10
 TRAINING = f"train_ipndm__both__poly7__N4__M2__{SUFFIX[-4:]}"
@@ -122,23 +126,20 @@ def test_the_training_check_can_fail(changes: dict[str, Any]) -> None:
     assert max(abs(a / b - 1) for a, b in zip(losses, wanted, strict=True)) > 1e-3
 
 
-# -- the formulas ---------------------------------------------------------------------------------
+# -- the formulas -------------------------------------------------------------------------------
 
 
 def doubled(process: Process, grid: Tensor, given: Given) -> Tensor:
     """``[B, 2 steps + 1]``: the grid with every sample's own middles."""
-    if isinstance(process, RectifiedFlow):
-        level, back = grid, lambda v: v
-    else:
-        level, back = process.sigma_over_alpha(grid).log(), lambda v: process.inverse_sigma(v.exp())
-    columns = []
+    level = process.sigma_over_alpha(grid).log()
+    columns: list[Tensor] = []
     for i, choice in enumerate(given.said):
-        middle = back(level[i] + choice.r * (level[i + 1] - level[i]))
+        middle = process.inverse_sigma((level[i] + choice.r * (level[i + 1] - level[i])).exp())
         columns += [grid[i].expand_as(middle), middle]
     return torch.stack([*columns, grid[-1].expand_as(columns[0])], dim=-1)
 
 
-PLUGINS = {
+PLUGINS: dict[str, tuple[AmedBase, Any, dict[str, Any]]] = {
     "ddim": (AmedBase("ddim"), solvers.ddim, {"prediction": "noise"}),
     **{f"ipndm{p}": (AmedBase("ipndm", p), solvers.ipndm, {"order": p}) for p in (1, 2, 3, 4)},
     **{
@@ -188,7 +189,10 @@ def test_neutral_plugin_is_the_handcrafted_solver(name: str, process: str, afs: 
     scale, a, b, times = policy_rows(policy, 5)
     width = table.depth
     for found, wanted in (
-        (scale, table.initial_scale), (a, table.a), (b[..., :width], table.b), (times, table.times)
+        (scale, table.initial_scale),
+        (a, table.a),
+        (b[..., :width], table.b),
+        (times, table.times),
     ):
         torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-11)
     assert not b[..., width:].any()
@@ -220,8 +224,13 @@ def test_two_stage_solvers_at_one_half_are_dpm_solver_2(process: Process, afs: b
 
 
 WALKS = [
-    AmedBase("amed"), AmedBase("ddim"), AmedBase("dpm_solver_2"), AmedBase("ipndm", 2),
-    AmedBase("ipndm", 4), AmedBase("dpm_solver_pp", 3), AmedBase("dpm_solver_pp", 3, "noise"),
+    AmedBase("amed"),
+    AmedBase("ddim"),
+    AmedBase("dpm_solver_2"),
+    AmedBase("ipndm", 2),
+    AmedBase("ipndm", 4),
+    AmedBase("dpm_solver_pp", 3),
+    AmedBase("dpm_solver_pp", 3, "noise"),
 ]
 
 
@@ -277,10 +286,12 @@ def test_features_come_from_the_start_of_the_step() -> None:
         torch.testing.assert_close(given.seen[i], wanted, rtol=0, atol=1e-12)
 
 
-# -- the predictor --------------------------------------------------------------------------------
+# -- the predictor ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("scales", "count"), [((0, 0), 8929), ((0.01, 0), 8950), ((0.01, 0.2), 8971)])
+@pytest.mark.parametrize(
+    ("scales", "count"), [((0, 0), 8929), ((0.01, 0), 8950), ((0.01, 0.2), 8971)]
+)
 def test_published_sizes(scales: tuple[float, float], count: int) -> None:
     predictor = AmedPredictor(64, *scales)
     assert parameter_count(predictor) == count
@@ -306,7 +317,7 @@ def test_other_bottlenecks() -> None:
         AmedPredictor(16)(torch.zeros(3, 64), torch.ones(3), torch.ones(3))
 
 
-# -- training -------------------------------------------------------------------------------------
+# -- training -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", ["amed", "dpm_solver_2", "ipndm", "dpm_solver_pp"])
@@ -325,7 +336,8 @@ def test_gradient_against_finite_differences(solver: Any) -> None:
 
     found = []
     for _ in learner.iteration(start_noise()):
-        found.append(sum(float((p.grad * w).sum()) for p, w in zip(parameters, ways, strict=True)))
+        pairs = [(p.grad, w) for p, w in zip(parameters, ways, strict=True)]
+        found.append(sum(float((g * w).sum()) for g, w in pairs if g is not None))
         learner.module.zero_grad()
     step, shifted = 1e-5, []
     for sign in (1, -1):
@@ -357,9 +369,13 @@ def test_gradients_that_are_not_finite() -> None:
 @pytest.mark.parametrize(
     ("solver", "restart", "teacher"),
     [
-        ("amed", "auto", True), ("dpm_solver_2", "auto", True), ("ddim", "auto", True),
-        ("ipndm", "auto", False), ("dpm_solver_pp", "auto", False),
-        ("amed", "student", False), ("ipndm", "teacher", True),
+        ("amed", "auto", True),
+        ("dpm_solver_2", "auto", True),
+        ("ddim", "auto", True),
+        ("ipndm", "auto", False),
+        ("dpm_solver_pp", "auto", False),
+        ("amed", "student", False),
+        ("ipndm", "teacher", True),
     ],
 )
 def test_where_the_next_step_starts(solver: Any, restart: Any, teacher: bool) -> None:
@@ -430,8 +446,15 @@ def test_resume_is_bit_identical(tmp_path: Path, stop: tuple[int, int]) -> None:
 def test_distillation_beats_its_start() -> None:
     _, denoiser = problem()
     solver = distill(
-        denoiser, "amed", nfe=6, shape=(16,), trajectories=32 * 40, batch=32, progress=False,
-        validation_samples=16, scale_dir=0.1,
+        denoiser,
+        "amed",
+        nfe=6,
+        shape=(16,),
+        trajectories=32 * 40,
+        batch=32,
+        progress=False,
+        validation_samples=16,
+        scale_dir=0.1,
     )
     first = solver.history[0]["validation/raw"]
     assert solver.best["score"] < 0.6 * first
@@ -439,7 +462,7 @@ def test_distillation_beats_its_start() -> None:
     assert len(numbers["r"]) == 3 and all(0 < r < 1 for r in numbers["r"])
 
 
-# -- files, export, settings ------------------------------------------------------------------------
+# -- files, export, settings --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -449,8 +472,6 @@ def test_solver_file_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
     base = AmedBase("dpm_solver_pp", 2, "noise", lower_order_final=False, afs=True)
     policy = AmedPolicy(predictor, base, EDM(), grids.logsnr(EDM(), 3))
     x = 80 * start_noise().float()
-    from dlms_engine.solver_file import save_solver
-
     loaded = load_solver(save_solver(tmp_path / "amed.safetensors", policy))
     assert isinstance(loaded, AmedPolicy) and loaded.base == base
     assert torch.equal(Sampler(denoiser, loaded)(x), Sampler(denoiser, policy)(x))
@@ -479,8 +500,17 @@ def test_static_table(tmp_path: Path, nfe: int) -> None:
     _, denoiser = problem()
     x = 80 * start_noise()
     alike = distill(
-        denoiser, "amed", nfe=nfe, shape=(16,), trajectories=64, progress=False, bottleneck=False,
-        solver="ipndm", scale_time=0.2, output=tmp_path / "amed.safetensors", validation_samples=2,
+        denoiser,
+        "amed",
+        nfe=nfe,
+        shape=(16,),
+        trajectories=64,
+        progress=False,
+        bottleneck=False,
+        solver="ipndm",
+        scale_time=0.2,
+        output=tmp_path / "amed.safetensors",
+        validation_samples=2,
     )
     table = alike.table(denoiser, x)
     assert table.nfe == nfe
@@ -489,11 +519,18 @@ def test_static_table(tmp_path: Path, nfe: int) -> None:
     loaded = load_solver(tmp_path / "amed.safetensors")
     assert torch.equal(run(denoiser, loaded, x)[0], end)
     varied = distill(
-        denoiser, "amed", nfe=nfe, shape=(16,), trajectories=64, progress=False,
-        solver="ipndm", scale_time=0.2, validation_samples=2,
+        denoiser,
+        "amed",
+        nfe=nfe,
+        shape=(16,),
+        trajectories=64,
+        progress=False,
+        solver="ipndm",
+        scale_time=0.2,
+        validation_samples=2,
     )
     gap = run(denoiser, varied.table(denoiser, x), x)[0] - run(denoiser, varied, x)[0]
-    assert 1e-9 < gap.abs().max()
+    assert gap.abs().max() > 1e-9
 
 
 def test_any_grid_drives_amed() -> None:
@@ -538,10 +575,19 @@ def test_a_tap_is_needed() -> None:
         Amed(Denoiser(network, EDM(), "data"), AmedSettings(), (16,))
 
 
+@pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if p["method"] == "dlms"])
+def test_dlms_presets_are_valid(name: str) -> None:
+    settings = preset(name)
+    settings.pop("method")
+    settings.pop("trajectories")
+    nested = {"teacher": TeacherSettings}
+    own, shared = split_settings(settings, DlmsSettings, TrainerSettings, nested=nested)
+    assert settings.get("order") in (None, DlmsSettings(**own).resolved_order)
+    TrainerSettings(**shared)
+
+
 @pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if p["method"] == "amed"])
 def test_presets_are_valid(name: str) -> None:
-    from dlms_engine.learners import split_settings
-
     settings = preset(name)
     settings.pop("method")
     settings.pop("trajectories")

@@ -98,7 +98,9 @@ def test_gradients_equal_central_differences(loss: Any) -> None:
 def test_trajectory_target_moves_along_the_teacher() -> None:
     """The slope is the derivative of the teacher's state in time."""
     _, denoiser = problem()
-    learner = FreeTable(denoiser, FreeTableSettings(nfe=3, loss="trajectory", interpolation=60), (16,))
+    learner = FreeTable(
+        denoiser, FreeTableSettings(nfe=3, loss="trajectory", interpolation=60), (16,)
+    )
     grid, x = learner.free.times().grid.detach(), 80.0 * noise()
     for i in (1, 2):
         h = 1e-3 * float(grid[i])
@@ -209,7 +211,9 @@ def test_starts_from_another_learner(tmp_path: Path) -> None:
     learned = ld3.table()
     assert float(((table.grid - learned.grid) / learned.grid).abs().max()) < 1e-12
     assert float(((table.times - learned.times) / learned.times).abs().max()) < 1e-12
-    made = solvers.unipc(EDM(), learned.grid, network_times=torch.cat([learned.times, learned.t_end[None]]))
+    made = solvers.unipc(
+        EDM(), learned.grid, network_times=torch.cat([learned.times, learned.t_end[None]])
+    )
     assert float((table.b[:, : made.depth] - made.b).abs().max()) < 1e-10
 
 
@@ -250,4 +254,6 @@ def test_bad_settings_are_refused() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=words):
-            distill(denoiser, "free_table", nfe=3, shape=(16,), trajectories=4, progress=False, **bad)
+            distill(
+                denoiser, "free_table", nfe=3, shape=(16,), trajectories=4, progress=False, **bad
+            )

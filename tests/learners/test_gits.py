@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from amed_problem import problem
+from torch import Tensor
+
 from dlms_engine import grids, solvers
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.learners import distill, split_settings
@@ -19,7 +21,6 @@ from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
 from dlms_engine.sampler import Sampler
 from dlms_engine.solver_file import load_solver
 from dlms_engine.table import SolverTable
-from torch import Tensor
 
 SHAPE = (16,)
 
@@ -29,7 +30,7 @@ def make(process: Process | None = None, *, samples: int = 24, **settings: Any) 
     return Gits(denoiser, GitsSettings(**{"points": 13, **settings}), SHAPE, samples)
 
 
-# -- the dynamic programme ------------------------------------------------------------------------
+# -- the dynamic programme ----------------------------------------------------------------------
 
 
 def path_cost(cost: Tensor, path: list[int], gamma: float) -> float:
@@ -82,7 +83,7 @@ def test_impossible_paths(jumps: int, first: int) -> None:
         shortest_path(torch.zeros(8, 8), jumps, 1.0, first=first)
 
 
-# -- costs ------------------------------------------------------------------------------------------
+# -- costs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", ["l1", "l2", "dev"])
@@ -139,7 +140,9 @@ def test_ranks_sum_to_the_whole() -> None:
         search = make(samples=21, batch=8)
         search.world = SilentWorld(rank, 2)
         parts += search.cost().masked_fill(torch.isinf(whole), 0)
-    torch.testing.assert_close(parts, whole.masked_fill(torch.isinf(whole), 0), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        parts, whole.masked_fill(torch.isinf(whole), 0), rtol=1e-6, atol=1e-6
+    )
 
 
 class SilentWorld(World):
@@ -149,7 +152,7 @@ class SilentWorld(World):
         return value
 
 
-# -- AFS ----------------------------------------------------------------------------------------------
+# -- AFS ----------------------------------------------------------------------------------------
 
 
 def test_the_teacher_never_uses_afs() -> None:
@@ -165,16 +168,14 @@ def test_the_teacher_never_uses_afs() -> None:
 
 @pytest.mark.parametrize("solver", ["ipndm", "dpm_solver_pp", "unipc", "ddim"])
 def test_afs_inserts_the_best_point(solver: str) -> None:
-    """One point more for the same evaluations, between 0 and the first jump, where it helps most."""
+    """One point more for the same evaluations, before the first jump, where it helps most."""
     search = make(nfe=4, afs=True, solver=solver)
     indices, report = search.search()
     plain = shortest_path(search.cost(), 4, 1.15, first=2)
     assert [0, *indices[2:]] == plain and 0 < indices[1] < plain[1]
     table = search.student(indices)
     assert (table.nfe, table.grid.shape) == (4, (6,))
-    by_hand = solvers.make_solver(
-        solver, search.denoiser.process, search.grid[indices], afs=True
-    )
+    by_hand = solvers.make_solver(solver, search.denoiser.process, search.grid[indices], afs=True)
     assert torch.equal(table.a, by_hand.a) and torch.equal(table.b, by_hand.b)
     errors = {k: end_rmse(search, [0, k, *plain[1:]]) for k in range(1, plain[1])}
     assert report["rmse"] == pytest.approx(min(errors.values()), rel=1e-4)
@@ -200,7 +201,7 @@ def test_afs_always_has_room() -> None:
     assert len(indices) == 12 and search.student(indices).nfe == 10
 
 
-# -- the result -----------------------------------------------------------------------------------------
+# -- the result ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_distilled_table(tmp_path: Path, nfe: int, settings: dict[str, Any]) -> 
     assert isinstance(solver.policy, SolverTable) and solver.nfe == nfe
     noise = 80 * torch.randn(4, *SHAPE, generator=torch.Generator().manual_seed(0))
     network.calls = 0
-    end = Sampler(denoiser, solver)(noise)
+    end = Sampler(denoiser, solver.policy)(noise)
     assert network.calls == nfe
     assert torch.equal(Sampler(denoiser, load_solver(path))(noise), end)
     assert solver.best["indices"][0] == 0 and solver.best["indices"][-1] == 14

@@ -59,5 +59,3 @@ def test_lpips_goes_through_the_library(tmp_path: Path, monkeypatch: pytest.Monk
     save_file({"other": torch.ones(1)}, path)
     with pytest.raises(ValueError, match=r"weights of lpips\.LPIPS"):
         sample_loss("lpips", float_problem(), lpips_weights=str(path))
-
-

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from analytic import GaussianMixture, run_table
+
 from dlms_engine.processes import EDM
 from dlms_engine.solvers import ddim, deis, dpm_solver_2, dpm_solver_pp, heun, ipndm, ipndm_v, unipc
 from dlms_engine.table import SolverTable
@@ -84,9 +85,7 @@ def test_the_comparison_can_fail(field: str) -> None:
     value = getattr(table, field).clone()
     value[3] *= 1 + 1e-8
     with pytest.raises(AssertionError, match="off by"):
-        assert_reproduces(
-            dataclasses.replace(table, **{field: value}), BASELINES[f"{entry}/final"]
-        )
+        assert_reproduces(dataclasses.replace(table, **{field: value}), BASELINES[f"{entry}/final"])
 
 
 # -- decoupled network times -----------------------------------------------------------------

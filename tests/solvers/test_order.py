@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from analytic import Gaussian, run_table
+from torch import Tensor
+
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
 from dlms_engine.solvers import (
     ddim,
@@ -25,7 +27,6 @@ from dlms_engine.solvers.exponential import phi
 from dlms_engine.solvers.ipndm import ADAMS_BASHFORTH
 from dlms_engine.solvers.quadrature import lagrange_weights
 from dlms_engine.table import SolverTable
-from torch import Tensor
 
 STD = torch.tensor([0.5, 1.0], dtype=torch.float64)
 FLAT = {"lower_order_final": False}
@@ -74,8 +75,12 @@ CLAIMS: list[tuple[str, int, Any, dict[str, Any]]] = [
     ("deis4", 4, deis, {"order": 4}),
     ("2M", 2, dpm_solver_pp, {"order": 2, **FLAT}),
     ("2M noise", 2, dpm_solver_pp, {"order": 2, "prediction": "noise", **FLAT}),
-    ("3M exact", 3, dpm_solver_pp, {"order": 3, "exact": True, **FLAT}),
-    ("3M exact noise", 3, dpm_solver_pp, {"order": 3, "exact": True, "prediction": "noise", **FLAT}),
+    (
+        "3M exact noise",
+        3,
+        dpm_solver_pp,
+        {"order": 3, "exact": True, "prediction": "noise", **FLAT},
+    ),
     ("3M noise", 2, dpm_solver_pp, {"order": 3, "prediction": "noise", **FLAT}),
     ("unipc1", 2, unipc, {"order": 1, **FLAT}),
     ("unipc2", 3, unipc, {"order": 2, **FLAT}),
@@ -86,7 +91,9 @@ CLAIMS: list[tuple[str, int, Any, dict[str, Any]]] = [
 BOUNDED = EDM(t_min=0.5, t_max=4.0)
 
 
-@pytest.mark.parametrize(("order", "make", "options"), [c[1:] for c in CLAIMS], ids=[c[0] for c in CLAIMS])
+@pytest.mark.parametrize(
+    ("order", "make", "options"), [c[1:] for c in CLAIMS], ids=[c[0] for c in CLAIMS]
+)
 def test_order(order: int, make: Any, options: dict[str, Any]) -> None:
     assert_order(lambda process, grid: make(process, grid, **options), BOUNDED, order)
 
@@ -191,7 +198,9 @@ def test_quadrature_is_exact_to_rounding() -> None:
 
 @pytest.mark.parametrize("process", [EDM(), VP(), RectifiedFlow()], ids=lambda p: p.name)
 def test_quadrature_does_not_depend_on_its_panels(process: Process) -> None:
-    clock = VP.fitted(0.002, 80.0).inverse_sigma if isinstance(process, EDM) else process.inverse_sigma
+    clock = (
+        VP.fitted(0.002, 80.0).inverse_sigma if isinstance(process, EDM) else process.inverse_sigma
+    )
     r = [torch.tensor(v, dtype=torch.float64) for v in (0.7, 3.0, 40.0, 75.0)]
     end = torch.tensor(0.002, dtype=torch.float64)
     fine = 1.5 ** torch.arange(-40.0, 20.0, dtype=torch.float64)

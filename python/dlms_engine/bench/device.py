@@ -79,8 +79,8 @@ def time_each(run: Callable[[int], object], repeats: int = 20, inner: int = 50) 
     torch.cuda.synchronize()
     times, turn = [], 0
     for _ in range(repeats):
-        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start = torch.cuda.Event(enable_timing=True)
+        end = torch.cuda.Event(enable_timing=True)
         start.record()
         for _ in range(inner):
             run(turn)
@@ -213,14 +213,15 @@ def main(argv: list[str] | None = None) -> int:
     for shape in SHAPES:
         results += measure(shape, torch.float32, args.depth, bandwidth)
     results += measure(LATENT, torch.bfloat16, args.depth, bandwidth)
+    here = machine()
     report = {
-        "machine": machine(),
+        "machine": here,
         "copy_bytes_per_s": bandwidth,
         "rows": [asdict(r) for r in results],
     }
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"copy {bandwidth / 1e12:.2f} TB/s on {report['machine']['gpu']}")
+    print(f"copy {bandwidth / 1e12:.2f} TB/s on {here['gpu']}")
     for r in results:
         size = "x".join(map(str, r.shape))
         print(

@@ -22,6 +22,12 @@ def distill(
         int | None, typer.Option(min=1, help="Start noises to train on; default: the method's.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the training noise.")] = 0,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Settings of a paper and data set; dlms-embedded for the embedded model."
+        ),
+    ] = None,
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint beside OUTPUT.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing OUTPUT.")] = False,
@@ -35,8 +41,16 @@ def distill(
     if not output.parent.is_dir():
         raise ValueError(f"{output.parent} is no folder: create it, or choose another --output")
     from .. import learners
+    from ..learners import presets
 
     held = load_model(model)
+    if preset is None and model == "embedded" and method == "dlms":
+        preset = "dlms-embedded"
+    if preset is not None:
+        chosen = presets.preset(preset)
+        method = chosen.pop("method")
+        trajectories = trajectories or chosen.pop("trajectories", None)
+        settings = {**{k: v for k, v in chosen.items() if k != "trajectories"}, **settings}
     if settings.get("last_step") == "features":
         if held.features is None:
             raise ValueError("last_step=features needs a model with a feature network")
@@ -63,6 +77,7 @@ def distill(
         {
             "solver": output,
             "method": method,
+            "preset": preset,
             "nfe": solver.nfe,
             "best": solver.best,
             "seconds": seconds,

@@ -46,11 +46,17 @@ def evaluate(
     ] = None,
     screen_samples: Annotated[
         int, typer.Option(min=2, help="--record: samples every solver is screened on.")
+    ] = 64,
+    compared_samples: Annotated[
+        int, typer.Option(min=2, help="--record: samples the best and the learned are compared on.")
     ] = 2000,
+    full_nfes: Annotated[
+        str, typer.Option(help="--record: evaluations with distances on all samples.")
+    ] = "5,10",
     exact_nfe: Annotated[int, typer.Option(min=1, help="Evaluations of the exact solution.")] = 200,
     accurate_nfe: Annotated[
         int, typer.Option(min=1, help="Evaluations of the accurate samples.")
-    ] = 64,
+    ] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 250,
     record: Annotated[
         bool, typer.Option("--record", help="Compare every handcrafted solver, and the files.")
@@ -78,6 +84,8 @@ def evaluate(
             samples=samples or 10_000,
             batch=batch,
             screen_samples=screen_samples,
+            compared_samples=compared_samples,
+            full_nfes=tuple(parse_seeds(full_nfes)),
             exact_nfe=exact_nfe,
             accurate_nfe=accurate_nfe,
             compile=compile_,
@@ -103,6 +111,7 @@ def evaluate(
         nfes=(int(policy.nfe),),
         samples=count,
         screen_samples=count,
+        compared_samples=count,
         batch=batch,
         exact_nfe=exact_nfe,
         accurate_nfe=accurate_nfe,

@@ -3,8 +3,8 @@
 Two figures a solver: the endpoint RMSE against the exact solution of the probability-flow ODE from
 the same noise, and the Frechet distance (embedded features) to the data and to accurate samples of
 other seeds, each also as its excess over the floor that a perfect solver would have at that number
-of samples. All solvers are screened on few samples; the finalists of each nfe (the best two by
-screening distance, the best by RMSE and every learned solver) are measured on many.
+of samples. Every solver is screened on few samples, the best of each nfe and the learned ones are
+compared on more, and at some nfe the finalists' distances are measured on the most.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ class RecordSettings:
 
     Attributes:
         nfes: evaluations compared.
-        screen_samples: samples for RMSE and screening of every solver.
+        screen_samples: samples on which every solver is screened.
+        compared_samples: samples for RMSE and distance of the shortlist and the learned solvers.
         samples: samples of the finalists' Frechet distance.
+        shortlist: handcrafted solvers compared, that many by RMSE and half of that by distance.
+        full_nfes: evaluations at which there are finalists.
         exact_nfe: evaluations of the exact solution.
         accurate_nfe: evaluations of the accurate samples the distance is taken to.
         finalists: handcrafted solvers measured in full, by screening distance.
@@ -45,10 +48,13 @@ class RecordSettings:
     """
 
     nfes: tuple[int, ...] = tuple(range(3, 11))
-    screen_samples: int = 2_000
+    screen_samples: int = 64
+    compared_samples: int = 2_000
     samples: int = 10_000
+    shortlist: int = 4
+    full_nfes: tuple[int, ...] = (5, 10)
     exact_nfe: int = 200
-    accurate_nfe: int = 64
+    accurate_nfe: int = 32
     finalists: int = 2
     batch: int = 250
     compile: bool = False
@@ -56,10 +62,10 @@ class RecordSettings:
     def __post_init__(self) -> None:
         if not self.nfes or min(self.nfes) < 1:
             raise ValueError(f"nfes is {self.nfes}, expected at least one number >= 1")
-        if not 2 <= self.screen_samples <= self.samples:
+        if not 2 <= self.screen_samples <= self.compared_samples <= self.samples:
             raise ValueError(
-                f"screen_samples is {self.screen_samples} and samples {self.samples}, expected "
-                "2 <= screen_samples <= samples"
+                f"screen_samples is {self.screen_samples}, compared_samples {self.compared_samples} "
+                f"and samples {self.samples}, expected 2 <= screen <= compared <= samples"
             )
 
 
@@ -132,15 +138,22 @@ def _work(
 ) -> int:
     """Network evaluations (per sample) in all, repeated ones included."""
     accurate = 2 * settings.samples * settings.accurate_nfe
-    exact = settings.screen_samples * settings.exact_nfe
+    exact = settings.compared_samples * settings.exact_nfe
     screened = settings.screen_samples * sum(
         entry.nfe for nfe in settings.nfes for entry in handcrafted[nfe]
     )
-    screened += settings.screen_samples * sum(entry.nfe for entry in learned)
-    full = settings.samples * sum(
-        nfe * min(settings.finalists, len(handcrafted[nfe])) for nfe in settings.nfes
+    listed = settings.shortlist + (settings.shortlist + 1) // 2
+    compared = settings.compared_samples * sum(
+        nfe * min(listed, len(handcrafted[nfe])) for nfe in settings.nfes
     )
-    return accurate + exact + screened + full + settings.samples * sum(e.nfe for e in learned)
+    compared += settings.compared_samples * sum(entry.nfe for entry in learned)
+    full = sum(
+        nfe * min(settings.finalists, len(handcrafted[nfe]))
+        for nfe in settings.nfes
+        if nfe in settings.full_nfes
+    )
+    full += sum(entry.nfe for entry in learned if entry.nfe in settings.full_nfes)
+    return accurate + exact + screened + compared + settings.samples * full
 
 
 def _measure(
@@ -151,36 +164,49 @@ def _measure(
     settings: RecordSettings,
     bar: tqdm[Any],
 ) -> dict[str, Any]:
-    few, many = range(settings.screen_samples), range(settings.samples)
+    few, some = range(settings.screen_samples), range(settings.compared_samples)
+    many = range(settings.samples)
     others = range(settings.samples, 2 * settings.samples)
     bar.set_description("exact solutions")
-    exact = measurer.endpoints(settings.exact_nfe, few)
+    exact = measurer.endpoints(settings.exact_nfe, some)
     bar.set_description("accurate samples")
     accurate = Entry("accurate", measurer.accurate_table(settings.accurate_nfe))
     own = measurer.measure("accurate-own", [accurate], many, exact)[0]
     other = measurer.measure("accurate-other", [accurate], others)[0]
-    screen = _floors(measurer.sums(exact), other.sums, reference)
-    full = _floors(own.sums, other.sums, reference)
+    floors = {
+        "screen": _floors(measurer.sums(exact[: len(few)]), other.sums, reference),
+        "compared": _floors(measurer.sums(exact), other.sums, reference),
+        "full": _floors(own.sums, other.sums, reference),
+    }
     rows: list[dict[str, Any]] = []
     for nfe in settings.nfes:
-        entries = [*handcrafted[nfe], *(entry for entry in learned if entry.nfe == nfe)]
+        hand = handcrafted[nfe]
+        mine = [entry for entry in learned if entry.nfe == nfe]
         bar.set_description(f"screening, {nfe} evaluations")
-        found = measurer.measure(f"screen-{nfe}", entries, few, exact)
-        fresh = [_row(e, m, screen) for e, m in zip(entries, found, strict=True)]
-        finalists = _finalists(fresh, settings.finalists)
-        bar.set_description(f"finalists, {nfe} evaluations")
-        chosen = [entries[index] for index in finalists]
-        more = len([e for e in chosen if not e.learned]) - settings.finalists
-        bar.total = (bar.total or 0) + settings.samples * nfe * max(0, more)
-        for index, m in zip(finalists, measurer.measure(f"full-{nfe}", chosen, many), strict=True):
-            fresh[index]["full"] = full.figures(m.sums)
+        found = measurer.measure(f"screen-{nfe}", hand, few, exact[: len(few)])
+        fresh = [_row(e, m, "screen", floors) for e, m in zip(hand, found, strict=True)]
+        listed = _shortlist(fresh, settings.shortlist)
+        bar.set_description(f"comparing, {nfe} evaluations")
+        entries = [*(hand[index] for index in listed), *mine]
+        found = measurer.measure(f"compare-{nfe}", entries, some, exact)
+        own_rows = zip(mine, found[len(listed) :], strict=True)
+        fresh += [_row(e, m, "compared", floors) for e, m in own_rows]
+        for index, m in zip(listed, found, strict=False):
+            fresh[index] |= _row(hand[index], m, "compared", floors)
+        if nfe in settings.full_nfes:
+            bar.set_description(f"finalists, {nfe} evaluations")
+            all_entries = [*hand, *mine]
+            chosen = _finalists(fresh, settings.finalists)
+            full = measurer.measure(f"full-{nfe}", [all_entries[i] for i in chosen], many)
+            for index, m in zip(chosen, full, strict=True):
+                fresh[index]["full"] = floors["full"].figures(m.sums)
         rows.extend(fresh)
     return {
-        "format": "dlms_engine.quality/1",
+        "format": "dlms_engine.quality/2",
         "settings": asdict(settings),
         "torch": torch.__version__,
         "accurate_rmse": own.rmse,
-        "floors": {"screen": dict(screen.values), "full": dict(full.values)},
+        "floors": {name: dict(floor.values) for name, floor in floors.items()},
         "rows": rows,
     }
 
@@ -244,24 +270,32 @@ def _floors(perfect: FeatureSums, other: FeatureSums, reference: ReferenceStatis
     return _Floors(references, {side: _distance(perfect, references[side]) for side in SIDES})
 
 
-def _row(entry: Entry, measured: Measured, floors: _Floors) -> dict[str, Any]:
+def _row(
+    entry: Entry, measured: Measured, size: str, floors: Mapping[str, _Floors]
+) -> dict[str, Any]:
     return {
         "nfe": entry.nfe,
         "solver": entry.label,
         "learned": entry.learned,
         "facts": entry.facts,
         "rmse": measured.rmse,
-        "screen": floors.figures(measured.sums),
+        size: floors[size].figures(measured.sums),
     }
 
 
+def _shortlist(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
+    """Indices of the best ``count`` by RMSE and half as many by distance, without repetition."""
+    by_rmse = sorted(range(len(rows)), key=lambda i: _rank(rows[i]["rmse"]))
+    by_distance = sorted(range(len(rows)), key=lambda i: _rank(rows[i]["screen"]["to_accurate"]))
+    return list(dict.fromkeys([*by_rmse[:count], *by_distance[: (count + 1) // 2]]))
+
+
 def _finalists(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
-    """Indices: the best ``count`` handcrafted by distance, the best by RMSE, every learned one."""
-    hand = [index for index, row in enumerate(rows) if not row["learned"]]
-    by_distance = sorted(hand, key=lambda index: _rank(rows[index]["screen"]["to_accurate"]))
-    by_rmse = sorted(hand, key=lambda index: _rank(rows[index]["rmse"]))
-    learned = [index for index, row in enumerate(rows) if row["learned"]]
-    return list(dict.fromkeys([*by_distance[:count], *by_rmse[:1], *learned]))
+    """Indices of the best ``count`` handcrafted by compared distance, and of every learned one."""
+    listed = [i for i, row in enumerate(rows) if "compared" in row]
+    hand = [i for i in listed if not rows[i]["learned"]]
+    ranked = sorted(hand, key=lambda i: _rank(rows[i]["compared"]["to_accurate"]))
+    return [*ranked[:count], *(i for i in listed if rows[i]["learned"])]
 
 
 def _rank(value: float) -> float:
@@ -273,8 +307,10 @@ def best(
 ) -> Mapping[str, Any] | None:
     """The best row of an nfe by ``"rmse"``, ``"accurate"`` or ``"data"`` (full figures first)."""
     pool = [row for row in rows if row["nfe"] == nfe and row["learned"] == learned]
-    if by != "rmse":
-        pool = [row for row in pool if "full" in row] or pool
+    for size in ("full", "compared") if by != "rmse" else ("compared",):
+        if any(size in row for row in pool):
+            pool = [row for row in pool if size in row]
+            break
     return min(pool, key=lambda row: _rank(figure(row, by)), default=None)
 
 
@@ -282,4 +318,5 @@ def figure(row: Mapping[str, Any], by: str) -> float:
     """RMSE, or the excess distance on the most samples there are."""
     if by == "rmse":
         return float(row["rmse"])
-    return float(row.get("full", row["screen"])[f"excess_{by}"])
+    size = next(name for name in ("full", "compared", "screen") if name in row)
+    return float(row[size][f"excess_{by}"])

@@ -10,12 +10,14 @@ The class lives at this module path for good: saved pipelines name it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 try:
+    # diffusers looks for SchedulerMixin in this module when it loads a saved pipeline
+    from diffusers import SchedulerMixin
     from diffusers.configuration_utils import register_to_config
     from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
 except ImportError as exc:
@@ -28,6 +30,8 @@ from .schedule.base import EngineScheduler
 from .schedule.noise import kind_of, make_alphas_cumprod, make_betas
 from .schedule.runner import Runner, load_source, needs_features
 
+__all__ = ["DLMSScheduler", "SchedulerMixin", "accelerate"]
+
 
 class DLMSScheduler(EngineScheduler):
     """Runs a solver of the engine in a diffusers pipeline; one network call per step.
@@ -35,9 +39,9 @@ class DLMSScheduler(EngineScheduler):
     Arguments not listed here mean what they mean in diffusers' own schedulers.
 
     Args:
-        solver: a name (``"dpm_solver_pp"``, ``"unipc"``, ``"deis"``, ``"ddim"``, ``"ipndm"``, ...), the
-            path of a solver file, or a ``SolverTable``, policy or ``DistilledSolver``. A learned
-            solver brings its own times and its own number of steps.
+        solver: a name (``"dpm_solver_pp"``, ``"unipc"``, ``"deis"``, ``"ddim"``, ``"ipndm"``, ...),
+            the path of a solver file, or a ``SolverTable``, policy or ``DistilledSolver``. A
+            learned solver brings its own times and its own number of steps.
         solver_order: order of multistep solvers; None is 2 for DPM-Solver++, UniPC and DEIS.
         solver_options: further keyword arguments of the solver's maker.
         final_sigmas_type: ``"zero"`` or ``"sigma_min"``; None follows the solver (DEIS ends at the
@@ -50,7 +54,7 @@ class DLMSScheduler(EngineScheduler):
     """
 
     # without DPMSolverSDE, which cannot be built unless torchsde is installed
-    _compatibles = [
+    _compatibles: ClassVar[list[str]] = [
         *(kind.name for kind in KarrasDiffusionSchedulers if "SDE" not in kind.name),
         "FlowMatchEulerDiscreteScheduler",
     ]
@@ -119,7 +123,7 @@ class DLMSScheduler(EngineScheduler):
         self._watch: Any = None
         self._loop: tuple[Any, Any] | None = None  # (Loop, GraphCache) under accelerate()
 
-    # -- before the loop --------------------------------------------------------------------------
+    # -- before the loop -------------------------------------------------------------------------
 
     def watch(self, network: torch.nn.Module, features: str = "mid_block") -> None:
         """Hooks ``network`` (``pipe.unet``), so that a per-sample solver sees its bottleneck."""
@@ -200,7 +204,7 @@ class DLMSScheduler(EngineScheduler):
             return 1.0
         return float((self.noise_model.process.t_max**2 + 1) ** 0.5)
 
-    # -- the loop -----------------------------------------------------------------------------------
+    # -- the loop --------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The network's input for latents ``[k * B, ...]``: unchanged except for EDM and AFS."""

@@ -47,6 +47,7 @@ class Amed:
         self.denoiser = denoiser
         self.settings = settings
         self.cond = cond
+        self.progress = 0.0  # set by the trainer; nothing here depends on it
         process = denoiser.process
         self.grid, fine = settings.grids(process)
         self._teacher = settings.teacher_table(process, fine)
@@ -84,7 +85,7 @@ class Amed:
         for i, target in enumerate(targets):
             end, choice = self.student_step(walk, i, x)
             loss = (end - target).square().flatten(1).sum(1).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             clean_gradients(self.module)
             losses[f"loss{i + 1}"] = float(loss.detach())
             yield {"loss": losses[f"loss{i + 1}"], "r": float(choice.r.mean().detach()), **losses}

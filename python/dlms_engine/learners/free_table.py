@@ -185,6 +185,7 @@ class FreeTable:
         self.cond = cond
         self.free = FreeTableModule(denoiser, settings)
         self.module: nn.Module = self.free
+        self.progress = 0.0
         self._start = float(denoiser.process.sigma(self.free.times.t_max))
         self._distance: FeatureDistance | None = last_step_distance(
             denoiser, settings.last_step, settings.feature_sigma, feature_network
@@ -223,9 +224,8 @@ class FreeTable:
             loss = self._last(states[-1], target)
         else:
             loss = self._trajectory(table, states, x)
-        loss.backward()  # type: ignore[no-untyped-call]
-        error = float(loss.detach())
-        yield {"loss": error}
+        torch.autograd.backward(loss)
+        yield {"loss": float(loss.detach())}
 
     def _last(self, student: Tensor, target: Tensor) -> Tensor:
         weight = self.settings.last_step_weight

@@ -7,7 +7,7 @@ student solver is not in the loop: the grid then feeds any table maker.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -60,7 +60,7 @@ class GitsSettings:
     teacher: str = "ipndm"
     teacher_order: int | None = None
     metric: Metric = "dev"
-    gamma: float | tuple[float, ...] = 1.15
+    gamma: float | Sequence[float] = 1.15
     batch: int = 64
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class GitsSettings:
 
     @property
     def gammas(self) -> tuple[float, ...]:
-        return self.gamma if isinstance(self.gamma, tuple) else (float(self.gamma),)
+        return tuple(self.gamma) if isinstance(self.gamma, Sequence) else (float(self.gamma),)
 
     @property
     def steps(self) -> int:

@@ -231,7 +231,7 @@ class Ld3:
         noise = noise.detach().requires_grad_()
         states = solve(self.denoiser, self.table(), self.sigma_start * noise, **self.cond)
         losses = self.loss(states[-1], target)
-        (weight * losses.sum()).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(weight * losses.sum())
         assert noise.grad is not None
         return Graded(losses.detach(), noise.grad)
 

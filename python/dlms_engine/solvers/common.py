@@ -142,7 +142,7 @@ class Run:
 
 
 def noise_step(start: Node, end: Node, x: Form, noise: Form) -> Form:
-    """x / alpha moves by ``noise`` times the change of sigma / alpha (Euler in sigma / alpha)."""
+    """X / alpha moves by ``noise`` times the change of sigma / alpha (Euler in sigma / alpha)."""
     if start.ratio is None or end.ratio is None:
         raise ValueError(
             f"alpha is 0 at t = {start.t.tolist()}: a noise prediction carries nothing there, use "

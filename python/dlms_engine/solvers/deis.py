@@ -24,7 +24,7 @@ def deis(
     network_times: Tensor | None = None,
     store: Prediction | None = None,
 ) -> SolverTable:
-    """x' / alpha' = x / alpha + sum_k noise_{i-k} integral of L_k d(sigma / alpha) (eq. 14, 15).
+    """X' / alpha' = x / alpha + sum_k noise_{i-k} integral of L_k d(sigma / alpha) (eq. 14, 15).
 
     The integrals are exact (Gauss-Legendre to rounding) and differentiable.
 
@@ -52,7 +52,7 @@ def deis(
 
 
 def _clock(process: Process) -> Callable[[Tensor], Tensor]:
-    """sigma / alpha -> the time DEIS interpolates in."""
+    """Sigma / alpha -> the time DEIS interpolates in."""
     if isinstance(process, EDM):
         return VP.fitted(process.t_min, process.t_max).inverse_sigma
     return process.inverse_sigma

@@ -80,7 +80,7 @@ def ipndm_v(
 
 
 def multistep(run: Run, order: int, weights: Weights) -> Form:
-    """x' / alpha' = x / alpha + sum_k w_k noise_{i-k}; returns the last state.
+    """X' / alpha' = x / alpha + sum_k w_k noise_{i-k}; returns the last state.
 
     ``weights`` maps the history's nodes (newest first) and the step's end to the w_k, whose sum is
     the change of sigma / alpha. A start at alpha = 0 is left by a DDIM step and not interpolated.

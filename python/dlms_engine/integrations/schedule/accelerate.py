@@ -1,8 +1,8 @@
-"""A pipeline's whole denoising loop in one run of the engine, behind the pipeline's own signature.
+"""A pipeline's denoising loop in one run of the engine, behind the pipeline's own signature.
 
-The pipeline prepares everything as always. Its network calls are answered by a probe, from which the
-scheduler reads how the pipeline mixes the guidance branches. It then runs every row itself at the
-first step, guidance fused and, on CUDA, as one graph; the rest of the pipeline's loop costs nothing.
+The pipeline prepares everything as always. Its network calls are answered by a probe, from which
+the scheduler reads how the pipeline mixes the guidance branches. It then runs every row itself at
+the first step, guidance fused and, on CUDA, as one graph; the rest of the pipeline's loop is idle.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .probe import Loop, NotPlain
 from .runner import Runner
 
 log = logging.getLogger("dlms_engine")
-# arguments with which a pipeline does more per step than guidance, and the values that turn them off
+# arguments with which a pipeline does more per step than guidance, and the values that mean "off"
 STEPWISE: dict[str, Any] = {
     "callback": None,
     "callback_on_step_end": None,

@@ -39,13 +39,13 @@ class EngineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         )
         self.register_to_config(solver=name, **explicit)
 
-    # -- loading and saving -----------------------------------------------------------------------
+    # -- loading and saving ----------------------------------------------------------------------
 
     @classmethod
     def from_config(
         cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
     ) -> Any:
-        """A scheduler from another one's config, e.g. ``from_config(pipe.scheduler.config, solver=s)``.
+        """A scheduler from another one's: ``from_config(pipe.scheduler.config, solver=...)``.
 
         ``solver`` is anything the constructor takes. The grid stays that of the other scheduler,
         its defaults included. With a learned solver, clipping is only done when asked for here.
@@ -94,7 +94,7 @@ class EngineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         """The solver's name, or the learned solver itself."""
         return self._source
 
-    # -- noise ----------------------------------------------------------------------------------------
+    # -- noise -----------------------------------------------------------------------------------
 
     @property
     def noise_model(self) -> NoiseModel:

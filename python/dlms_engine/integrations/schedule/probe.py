@@ -40,7 +40,7 @@ class Loop:
         self.enabled, self.call, self.guidance = enabled, None, None
 
     def answer(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands in for ``network.forward``: the first half of the batch is one value, the rest another."""
+        """Stands in for ``network.forward``: one value for each half of the batch."""
         if not self.enabled:
             return self.forward(*args, **kwargs)
         if self.call is None:

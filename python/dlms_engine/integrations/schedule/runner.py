@@ -37,7 +37,7 @@ def load_source(solver: Any) -> Source:
             return name
         if not os.path.isfile(name):
             raise ValueError(
-                f"solver is {name!r}, expected one of {sorted(SOLVERS)} or the path of a solver file"
+                f"solver is {name!r}, expected one of {sorted(SOLVERS)} or a solver file's path"
             )
         from ...solver_file import load_solver
 
@@ -224,7 +224,7 @@ class Runner:
 
     @torch.no_grad()
     def _policy_row(self, n: int, sample: Tensor) -> Tensor:
-        """``[B, 6 + depth]`` row of a policy that has just seen the features of evaluation ``n``."""
+        """``[B, 6 + depth]`` row of a policy that has seen the features of evaluation ``n``."""
         assert self._policy is not None and self._watch is not None
         batch, model = sample.shape[0], self._model
         if self._run is None:

@@ -1,4 +1,4 @@
-"""What a scheduler carries from step to step: state and history in float32, whatever runs around."""
+"""What a scheduler carries from step to step: state and history in float32."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class State:
         backend(f, None, x, ring, row, latents)
         return self._remember(latents, sample.dtype)
 
-    # -- the state ------------------------------------------------------------------------------
+    # -- the state -------------------------------------------------------------------------------
 
     def _ready(self, sample: Tensor) -> tuple[Tensor, Tensor, ops.Backend]:
         x, ring, backend = self._x, self._ring, self._backend
@@ -84,7 +84,7 @@ class State:
         self._version = -1 if latents.is_inference() else latents._version
         return latents
 
-    # -- slower ways through a row ----------------------------------------------------------------
+    # -- slower ways through a row ---------------------------------------------------------------
 
     def _differentiable(self, f: Tensor, x: Tensor, ring: Tensor, row: Tensor, n: int) -> Tensor:
         """The functional row, for those who differentiate through the pipeline."""

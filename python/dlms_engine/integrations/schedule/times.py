@@ -118,7 +118,7 @@ def _modifier(config: Config) -> str | None:
 
 
 def _indices(config: Config, process: VPDiscrete, solver: str, steps: int) -> Tensor:
-    """Training indices by ``timestep_spacing`` (Lin et al. 2024, Table 2), whole where they can be."""
+    """Training indices by ``timestep_spacing`` (Lin et al. 2024, Table 2); whole if they can be."""
     levels, spacing = process.levels, config["timestep_spacing"]
     last = levels - _clipped(config, process)
     offset = int(config.get("steps_offset") or 0)
@@ -163,7 +163,8 @@ def spread(kind: str, high: float, low: float, steps: int, config: Config) -> Te
         from scipy.stats import beta
     except ImportError as exc:
         raise ImportError("use_beta_sigmas needs scipy: pip install scipy") from exc
-    return torch.as_tensor(low + beta.ppf((1 - s).numpy(), 0.6, 0.6) * (high - low))
+    quantiles: Tensor = torch.as_tensor(beta.ppf((1 - s).numpy(), 0.6, 0.6))
+    return low + quantiles * (high - low)
 
 
 # -- EDM and flows ------------------------------------------------------------------------------

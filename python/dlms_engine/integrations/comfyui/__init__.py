@@ -1,0 +1,14 @@
+"""ComfyUI node pack: copy or link this folder into ``ComfyUI/custom_nodes``.
+
+It needs ``dlms_engine`` in ComfyUI's Python and nothing else. Two nodes, for SamplerCustom and
+SamplerCustomAdvanced: "DLMS Sampler" gives SAMPLER, "DLMS Sigmas" gives SIGMAS.
+"""
+
+from __future__ import annotations
+
+from dlms_engine.integrations.comfyui.nodes import DLMSSampler, DLMSSigmas
+
+NODE_CLASS_MAPPINGS = {"DLMSSampler": DLMSSampler, "DLMSSigmas": DLMSSigmas}
+NODE_DISPLAY_NAME_MAPPINGS = {"DLMSSampler": "DLMS Sampler", "DLMSSigmas": "DLMS Sigmas"}
+
+__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]

@@ -1,0 +1,90 @@
+"""The two nodes. ComfyUI is imported where it is used: the module loads without it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dlms_engine.integrations.k_diffusion import get_sigmas_dlms, is_flow, sample_dlms
+from dlms_engine.solvers import SOLVERS
+
+CATEGORY = "sampling/custom_sampling"
+
+
+class DLMSSampler:
+    """Gives a SAMPLER that runs a handcrafted solver or a solver file."""
+
+    RETURN_TYPES = ("SAMPLER",)
+    FUNCTION = "get_sampler"
+    CATEGORY: ClassVar[str] = f"{CATEGORY}/samplers"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """ComfyUI's description of the inputs."""
+        return {
+            "required": {
+                "solver": (sorted(SOLVERS), {"default": "dpm_solver_pp"}),
+                "order": ("INT", {"default": 2, "min": 1, "max": 4}),
+            },
+            "optional": {"solver_file": ("STRING", {"default": ""})},
+        }
+
+    def get_sampler(self, solver: str, order: int, solver_file: str = "") -> tuple[Any]:
+        """``solver_file`` (a path) goes before ``solver``; ``order`` is at most the solver's."""
+        import comfy.samplers
+
+        chosen = solver_file.strip() or solver
+        options: dict[str, Any] = {"solver": chosen}
+        if not solver_file.strip():
+            highest = 3 if solver in ("dpm_solver_pp", "unipc") else 4
+            options["solver_order"] = min(order, highest)
+        return (comfy.samplers.KSAMPLER(sample_dlms, options),)
+
+
+class DLMSSigmas:
+    """Gives SIGMAS: a schedule over the model's range, or those of a solver file."""
+
+    RETURN_TYPES = ("SIGMAS",)
+    FUNCTION = "get_sigmas"
+    CATEGORY: ClassVar[str] = f"{CATEGORY}/schedulers"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        """ComfyUI's description of the inputs."""
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "steps": ("INT", {"default": 6, "min": 1, "max": 1000}),
+                "denoise": ("FLOAT", {"default": 1.0, "min": 0.0, "max": 1.0, "step": 0.01}),
+            },
+            "optional": {"solver_file": ("STRING", {"default": ""})},
+        }
+
+    def get_sigmas(
+        self, model: Any, steps: int, denoise: float, solver_file: str = ""
+    ) -> tuple[Tensor]:
+        """``[steps + 1]`` on the CPU; with ``denoise`` < 1 the end of a longer schedule.
+
+        Flow models get their own (shifted) levels at uniform times, others a Karras schedule.
+        """
+        if denoise <= 0:
+            return (torch.FloatTensor([]),)
+        sampling = model.get_model_object("model_sampling")
+        total = steps if denoise >= 1 else int(steps / denoise)
+        if solver_file.strip():
+            sigmas = get_sigmas_dlms(solver=solver_file.strip())
+            keep = len(sigmas) - 1 if denoise >= 1 else max(round((len(sigmas) - 1) * denoise), 1)
+            return (sigmas[-(keep + 1) :],)
+        if is_flow(_Holder(sampling)):
+            levels = [float(sampling.percent_to_sigma(i / total)) for i in range(total)]
+            sigmas = torch.tensor([*levels, 0.0])
+        else:
+            sigmas = get_sigmas_dlms(total, float(sampling.sigma_min), float(sampling.sigma_max))
+        return (sigmas[-(steps + 1) :],)
+
+
+class _Holder:
+    def __init__(self, model_sampling: Any) -> None:
+        self.model_sampling = model_sampling

@@ -1,0 +1,238 @@
+"""The engine's solvers with k-diffusion's sampler signature (also ComfyUI's and A1111's).
+
+    from dlms_engine.integrations.k_diffusion import get_sigmas_dlms, sample_dlms
+
+    sigmas = get_sigmas_dlms(6, sigma_min, sigma_max)
+    x = sample_dlms(model, torch.randn_like(x) * sigmas[0], sigmas, solver="dpm_solver_pp")
+
+``model(x, sigma [B], **extra_args)`` returns E[x0 | x]. The state is x0 + sigma z, or
+(1 - sigma) x0 + sigma z for flow models, whose half log-SNR is log((1 - sigma) / sigma).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..denoiser import Denoiser
+from ..policy import Policy
+from ..processes import EDM, Process, RectifiedFlow
+from ..table import SolverTable
+from .schedule import tables
+from .schedule.noise import NoiseModel
+from .schedule.plan import Rows, late_start, make_plan, policy_rows, table_rows
+from .schedule.runner import load_source, needs_features
+from .schedule.state import State
+from .schedule.times import spread
+
+Schedule = Literal["karras", "exponential", "uniform", "shifted"]
+
+
+@torch.no_grad()
+def sample_dlms(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], Any] | None = None,
+    disable: bool | None = None,
+    *,
+    solver: Any = "dpm_solver_pp",
+    solver_order: int | None = None,
+    solver_options: dict[str, Any] | None = None,
+    flow: bool | None = None,
+) -> Tensor:
+    """Samples from ``x`` ``[B, ...]`` at ``sigmas[0]`` to ``sigmas[-1]``.
+
+    Args:
+        model: denoiser, called once a row with ``sigma`` ``[B]``.
+        sigmas: ``[N + 1]`` decreasing; its values are read once, before the loop.
+        callback: called before each step with ``x``, ``i``, ``sigma``, ``sigma_hat``, ``denoised``.
+        disable: hides the progress bar.
+        solver: a name, a solver file's path, a table, or a learned solver. A learned solver's own
+            sigmas must be given (``get_sigmas_dlms(solver=...)``), or their end for a late start.
+        flow: whether ``model`` is a flow model; None asks its ``model_sampling``.
+
+    Returns:
+        ``[B, ...]`` in ``x``'s dtype; state and history are float32.
+
+    Raises:
+        ValueError: sigmas that do not decrease, or are not the learned solver's.
+    """
+    levels = _levels(sigmas)
+    flow = is_flow(model) if flow is None else flow
+    noise_model = _noise_model(levels, flow)
+    source = load_source(solver)
+    if isinstance(source, str):
+        rows = _named(source, noise_model.process, levels, solver_order, solver_options)
+        begin = 0
+    else:
+        rows, begin = _learned(source, flow, levels)
+    plan = make_plan(rows, noise_model, begin)
+    state = State(plan)
+    ones = x.new_ones(x.shape[0])
+    asked = rows.times.to(device=x.device, dtype=x.dtype)
+    scale = plan.c_in[begin]
+    for i in tqdm(range(rows.count - begin), disable=disable):
+        n = begin + i
+        sigma = asked[n]
+        denoised = model(x if i or scale == 1.0 else x * scale, sigma * ones, **(extra_args or {}))
+        if callback is not None:
+            # ``sigma`` is a view of a tensor made before the loop: nothing is read here
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+        x = state.advance(n, denoised, x)
+    return x
+
+
+def get_sigmas_dlms(
+    n: int | None = None,
+    sigma_min: float = 0.03,
+    sigma_max: float = 14.6,
+    *,
+    schedule: Schedule = "karras",
+    rho: float = 7.0,
+    shift: float = 3.0,
+    solver: Any = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """``[n + 1]`` float32 sigmas ending at 0; a learned solver's own with ``solver``.
+
+    Args:
+        schedule: ``"karras"`` and ``"exponential"`` span sigma_max .. sigma_min; ``"uniform"`` and
+            ``"shifted"`` are a flow's, from sigma_max (at most 1) to 0, moved by ``shift``.
+
+    Raises:
+        ValueError: n is missing or does not fit the solver, unknown schedule, a range out of order.
+    """
+    if solver is not None:
+        found = solver_sigmas(solver)
+        if n is not None and n != len(found) - 1:
+            raise ValueError(f"n is {n}, but the solver has {len(found) - 1} steps")
+        return found.to(device=device, dtype=torch.float32)
+    if n is None or n < 1:
+        raise ValueError(f"n is {n}, expected an integer >= 1")
+    if schedule in ("uniform", "shifted"):
+        high = min(sigma_max, 1.0)
+        u = high * torch.arange(n, 0, -1, dtype=torch.float64) / n
+        sigmas = u if schedule == "uniform" else shift * u / (1 + (shift - 1) * u)
+    elif schedule in ("karras", "exponential"):
+        if not 0 < sigma_min < sigma_max:
+            raise ValueError(
+                f"sigma_min is {sigma_min}, sigma_max is {sigma_max}, expected 0 < min < max"
+            )
+        sigmas = spread(f"{schedule}_sigmas", sigma_max, sigma_min, n, {"rho": rho})
+    else:
+        raise ValueError(
+            f"schedule is {schedule!r}, expected 'karras', 'exponential', 'uniform' or 'shifted'"
+        )
+    return torch.cat([sigmas, sigmas.new_zeros(1)]).to(device=device, dtype=torch.float32)
+
+
+def solver_sigmas(solver: Any) -> Tensor:
+    """``[rows + 1]`` float64 noise levels of a learned solver's states."""
+    source = load_source(solver)
+    if isinstance(source, str):
+        raise ValueError(f"solver {source!r} has no sigmas of its own: use a schedule")
+    policy = getattr(source, "policy", source)
+    process: Process = policy.process
+    levels = _rows_of(policy).levels
+    return levels if isinstance(process, RectifiedFlow) else process.sigma_over_alpha(levels)
+
+
+def is_flow(model: Any) -> bool:
+    """Whether a wrapped model's ``model_sampling`` is a flow's (``CONST`` in its classes)."""
+    seen: Any = model
+    for _ in range(4):
+        sampling = getattr(seen, "model_sampling", None)
+        if sampling is not None:
+            return any(kind.__name__ == "CONST" for kind in type(sampling).__mro__)
+        seen = getattr(seen, "inner_model", None)
+    return False
+
+
+def _levels(sigmas: Tensor) -> Tensor:
+    levels = sigmas.detach().to(device="cpu", dtype=torch.float64)
+    if levels.ndim != 1 or len(levels) < 2 or not bool((levels.diff() < 0).all()):
+        raise ValueError(
+            f"sigmas are {levels.tolist()}, expected [N + 1] decreasing values, N >= 1"
+        )
+    return levels
+
+
+def _noise_model(levels: Tensor, flow: bool) -> NoiseModel:
+    if flow and float(levels[0]) > 1:
+        raise ValueError(f"sigmas start at {float(levels[0])}, a flow model's are at most 1")
+    lowest = float(levels[levels > 0][-1])
+    process = (
+        RectifiedFlow() if flow else EDM(min(lowest, 0.5 * float(levels[0])), float(levels[0]))
+    )
+    return NoiseModel("flow" if flow else "edm", process, 1, Denoiser(_never, process, "data"))
+
+
+def _never(*_args: Any, **_kwargs: Any) -> Any:
+    raise AssertionError("the denoiser is called by the loop")
+
+
+def _named(
+    name: str, process: Process, levels: Tensor, order: int | None, extra: dict[str, Any] | None
+) -> Rows:
+    # float32 sigmas near 1 would leave a flow an alpha of rounding errors
+    if isinstance(process, RectifiedFlow) and float(levels[0]) > 1 - 1e-6:
+        levels = torch.cat([torch.ones(1, dtype=torch.float64), levels[1:]])
+    options = tables.solver_options(name, order, True, extra, len(levels) - 1)
+    return table_rows(tables.named_table(name, process, levels, options))
+
+
+def _rows_of(policy: SolverTable | Policy) -> Rows:
+    if isinstance(policy, SolverTable):
+        return table_rows(policy)
+    if needs_features(policy):
+        raise ValueError(
+            "this solver computes its rows from the network's bottleneck, which a sampler function "
+            "does not see: use its static table, solver.table(denoiser, noise)"
+        )
+    return policy_rows(policy)
+
+
+def _learned(source: Any, flow: bool, levels: Tensor) -> tuple[Rows, int]:
+    """The solver's rows in this model's state space, and the row to begin with."""
+    policy = getattr(source, "policy", source)
+    process: Process = policy.process
+    if flow != isinstance(process, RectifiedFlow):
+        raise ValueError(f"the solver was made for {process!r}, the model is flow={flow}")
+    rows, own = _rows_of(policy), solver_sigmas(source)
+    begin = len(own) - len(levels)
+    if begin < 0 or not torch.allclose(own[begin:], levels, rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"sigmas are {levels.tolist()}, the solver's are {own.tolist()}: pass "
+            "get_sigmas_dlms(solver=...), or the end of it"
+        )
+    if not flow:
+        rows = _exploding(rows, process)
+    return (late_start(rows, begin) if begin else rows), begin
+
+
+def _exploding(rows: Rows, process: Process) -> Rows:
+    """Rows for x / alpha, the state these samplers carry; predictions are the same in both."""
+    before = process.alpha(rows.times)
+    end = rows.levels[-1:]
+    after = torch.cat([before[1:], process.alpha(end)])
+    steps = torch.stack([rows.times[1:], rows.levels[1:-1]]) if rows.count > 1 else None
+    if steps is not None and not torch.allclose(steps[0], steps[1], rtol=1e-9):
+        raise ValueError(
+            "the solver tells the network other times than the state's, which a denoiser that "
+            "scales its own input cannot be given: use Sampler, DLMSScheduler or accelerate"
+        )
+    scale = rows.scale * float(process.alpha(rows.levels[0]) / before[0])
+    return Rows(
+        a=rows.a * before / after,
+        b=rows.b / after[:, None],
+        times=process.sigma_over_alpha(rows.times),
+        levels=process.sigma_over_alpha(rows.levels),
+        scale=scale,
+        prediction=rows.prediction,
+    )

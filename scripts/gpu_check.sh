@@ -1,0 +1,166 @@
+#!/usr/bin/env bash
+# Builds the GPU engine, tests it with a GPU required, looks for memory errors and races, and times
+# it: one call, under ten minutes, offline.
+#
+#   scripts/gpu_check.sh [build|tests|sanitize|bench ...]      default: all four, in this order
+#
+# Environment: VENV (a virtual environment to use, else PYTHON or python3), OUT (build/gpu_check),
+# BUDGET (seconds in all, 570), ARCH (the GPU's own architecture, asked of torch).
+# Writes $OUT/gpu_check.log, $OUT/gpu_check.json and the benchmarks' JSON. Status 0: every phase
+# passed. 1: a phase failed or ran out of time. 2: something that is needed is not there.
+set -uo pipefail
+
+cd "$(dirname "$0")/.." || exit 2
+ROOT=$PWD
+OUT=${OUT:-$ROOT/build/gpu_check}
+BUDGET=${BUDGET:-570}
+PYTHON=${PYTHON:-python3}
+if [[ -n ${VENV:-} && -x $VENV/bin/python ]]; then
+  PYTHON=$VENV/bin/python
+fi
+mkdir -p "$OUT" || exit 2
+OUT=$(cd "$OUT" && pwd)
+LOG=$OUT/gpu_check.log
+SITE=$OUT/.site # the build is installed here, beside whatever the Python has
+RESULTS=()
+FAILED=0
+: >"$LOG"
+
+say() { printf '%s\n' "$*" | tee -a "$LOG"; }
+missing() { say "gpu_check: $1"; say "  what to do: $2"; exit 2; }
+remaining() { printf '%s' "$((BUDGET - SECONDS))"; }
+
+# phase NAME LIMIT COMMAND...: runs it under LIMIT seconds, or what the budget leaves, and records it.
+phase() {
+  local name=$1 limit=$2 left start status outcome
+  shift 2
+  left=$(remaining)
+  if ((left < 10)); then
+    say "== $name: skipped, the budget of $BUDGET s is spent"
+    RESULTS+=("{\"phase\": \"$name\", \"status\": \"out of time\", \"seconds\": 0}")
+    FAILED=1
+    return 1
+  fi
+  ((limit > left)) && limit=$left
+  say "== $name (at most $limit s)"
+  start=$SECONDS
+  timeout --kill-after=5 "$limit" "$@" 2>&1 | tee -a "$LOG"
+  status=${PIPESTATUS[0]}
+  case $status in
+    0) outcome=passed ;;
+    124 | 137) outcome="out of time" ;;
+    *) outcome="failed ($status)" ;;
+  esac
+  say "== $name: $outcome after $((SECONDS - start)) s"
+  RESULTS+=("{\"phase\": \"$name\", \"status\": \"$outcome\", \"seconds\": $((SECONDS - start))}")
+  if ((status != 0)); then
+    FAILED=1
+    return 1
+  fi
+}
+
+wanted() { [[ " $PHASES " == *" $1 "* ]]; }
+
+write_json() {
+  local joined
+  joined=$(printf ',\n  %s' "${RESULTS[@]}")
+  printf '{"machine": %s,\n "phases": [%s\n ]}\n' "$MACHINE" "${joined:1}" >"$OUT/gpu_check.json"
+  say "wrote $OUT/gpu_check.json"
+}
+
+PHASES=${*:-build tests sanitize bench}
+for name in $PHASES; do
+  case $name in
+    build | tests | sanitize | bench) ;;
+    *) missing "no phase '$name'" "name some of: build tests sanitize bench" ;;
+  esac
+done
+
+# -- what must be there ------------------------------------------------------------------------------
+
+command -v "$PYTHON" >/dev/null || missing "no '$PYTHON'" "set PYTHON or VENV"
+"$PYTHON" -c 'import torch' 2>>"$LOG" || missing "$PYTHON has no torch" \
+  "use a Python with torch >= 2.11 built for CUDA: PYTHON=/path/to/python3"
+for module in scikit_build_core pybind11 pytest; do
+  "$PYTHON" -c "import $module" 2>>"$LOG" || missing "$PYTHON has no $module" \
+    "install it: $PYTHON -m pip install ${module//_/-}"
+done
+export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
+export PATH=$CUDA_HOME/bin:$PATH
+command -v nvcc >/dev/null || missing "no nvcc" "install CUDA 13.0 and set CUDA_HOME"
+"$PYTHON" - <<'PY' 2>>"$LOG" || missing "torch sees no NVIDIA GPU" \
+  "run this on a machine with one; on this one, 'scripts/compile_kernels.py' compiles the kernels"
+import sys, torch
+sys.exit(not torch.cuda.is_available())
+PY
+
+MACHINE=$("$PYTHON" - <<'PY'
+import json, platform, torch
+p = torch.cuda.get_device_properties(0)
+print(json.dumps({"gpu": p.name, "capability": f"{p.major}.{p.minor}", "torch": torch.__version__,
+                  "cuda": torch.version.cuda, "python": platform.python_version()}))
+PY
+)
+ARCH=${ARCH:-$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}
+say "$MACHINE"
+say "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+
+# -- phases ----------------------------------------------------------------------------------------------
+
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 DLMS_REQUIRE_CUDA=1
+unset TRITON_INTERPRET # the kernels themselves, not the interpreter
+if wanted build; then
+  rm -rf "$SITE"
+  # Only this GPU's code, to build quickly; a missing part fails the build instead of being left out.
+  phase build 240 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index \
+    --target "$SITE" --config-settings=cmake.define.DLMS_CUDA=ON \
+    --config-settings="cmake.define.DLMS_CUDA_ARCHITECTURES=$ARCH-real" \
+    --config-settings=cmake.define.DLMS_REQUIRE_NATIVE=ON . || { write_json; exit 1; }
+fi
+[[ -d $SITE ]] || missing "nothing is built in $SITE" "run the phase 'build' too"
+export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
+phase backends 60 "$PYTHON" -c '
+from dlms_engine import ops
+found = ops.available("cuda")
+print("backends for CUDA tensors:", found)
+raise SystemExit(not {"cuda", "triton"} <= set(found))' || { write_json; exit 1; }
+
+# A passing run in which nothing ran is a failure: DLMS_REQUIRE_CUDA turns needs_cuda skips into
+# failures. The compile checks belong to machines without a GPU.
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -W default)
+if wanted tests; then
+  phase tests 210 "${PYTEST[@]}" tests/kernels --deselect tests/kernels/test_compile_kernels.py \
+    -k "cuda or triton or graph"
+fi
+
+if wanted sanitize; then
+  # The allocator's cache hides bounds: every tensor gets an allocation of its own.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  SANITIZER=$(command -v compute-sanitizer || true)
+  if [[ -z $SANITIZER ]]; then
+    say "== sanitize: no compute-sanitizer on the PATH"
+    RESULTS+=('{"phase": "sanitize", "status": "failed (not installed)", "seconds": 0}')
+    FAILED=1
+  else
+    for tool in memcheck racecheck initcheck; do
+      phase "$tool" 60 "$SANITIZER" --tool "$tool" --error-exitcode 9 \
+        "$PYTHON" scripts/sanitize_rows.py
+    done
+  fi
+  unset PYTORCH_NO_CUDA_MEMORY_CACHING
+fi
+
+if wanted bench; then
+  phase bench-row 90 "$PYTHON" -m dlms_engine.bench.device --json "$OUT/bench_row.json"
+  network=plain
+  "$PYTHON" -c 'import diffusers' 2>/dev/null && network=embedded
+  phase bench-loop 60 "$PYTHON" -m dlms_engine.bench.loop --device cuda --network "$network" \
+    --json "$OUT/bench_loop.json"
+fi
+
+write_json
+if ((FAILED)); then
+  say "gpu_check: FAILED"
+  exit 1
+fi
+say "gpu_check: passed in $SECONDS s"

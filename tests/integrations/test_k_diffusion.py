@@ -1,0 +1,259 @@
+"""Samplers with k-diffusion's signature, and the ComfyUI nodes on a stand-in of its interface."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlms_engine import grids, processes, solvers
+from dlms_engine.denoiser import Denoiser
+from dlms_engine.integrations.k_diffusion import get_sigmas_dlms, sample_dlms
+from dlms_engine.sampler import Sampler
+
+STD = 0.5  # of the Gaussian data of the exact models below
+NAMES = ["ddim", "dpm_solver_pp", "unipc", "deis", "ipndm", "heun"]
+
+
+def gaussian(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+    """E[x0 | x] for data N(0, STD^2) in the space x0 + sigma z."""
+    s = sigma.reshape(-1, 1, 1, 1)
+    return STD**2 / (STD**2 + s**2) * x
+
+
+def gaussian_flow(x: Tensor, sigma: Tensor, **_: Any) -> Tensor:
+    """E[x0 | x] in the space (1 - sigma) x0 + sigma z."""
+    s = sigma.reshape(-1, 1, 1, 1)
+    return (1 - s) * STD**2 / ((1 - s) ** 2 * STD**2 + s**2) * x
+
+
+def noise(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("solver", NAMES)
+def test_arrives_at_the_data(solver: str) -> None:
+    """Exact answer: the state shrinks with the standard deviation of the marginal."""
+    sigmas = get_sigmas_dlms(40, 0.02, 20.0)
+    z = noise()
+    found = sample_dlms(gaussian, z * 20.0, sigmas, disable=True, solver=solver)
+    exact = z * 20.0 * STD / (STD**2 + 20.0**2) ** 0.5
+    assert (found - exact).abs().max() < (0.1 if solver == "ddim" else 0.012)
+
+
+@pytest.mark.parametrize("solver", NAMES)
+def test_flow_models_use_their_own_log_snr(solver: str) -> None:
+    sigmas = get_sigmas_dlms(40, sigma_max=1.0, schedule="uniform")
+    z = noise()
+    found = sample_dlms(gaussian_flow, z, sigmas, disable=True, solver=solver, flow=True)
+    assert (found - z * STD).abs().max() < (0.1 if solver == "ddim" else 0.015)
+
+
+@pytest.mark.parametrize("solver", ["dpm_solver_pp", "unipc"])
+def test_flow_is_the_engines_flow(solver: str) -> None:
+    """At few steps it matters which log-SNR the exponential integrator runs in."""
+    process = processes.RectifiedFlow()
+    grid = grids.shifted(process, 6)
+    options = {"order": 2}
+    table = solvers.make_solver(solver, process, grid, **options)
+    expected = Sampler(Denoiser(gaussian_flow, process, "data"), table)(noise())
+    sigmas = get_sigmas_dlms(6, sigma_max=1.0, schedule="shifted")
+    torch.testing.assert_close(sigmas, grid.float())
+    settings: dict[str, Any] = {"disable": True, "solver": solver}
+    found = sample_dlms(gaussian_flow, noise(), sigmas, flow=True, **settings)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    wrong = sample_dlms(gaussian_flow, noise(), sigmas, flow=False, **settings)
+    assert (wrong - expected).abs().max() > 1e-3
+
+
+def test_euler_is_eulers_method() -> None:
+    sigmas = get_sigmas_dlms(5, 0.1, 10.0)
+    x = noise() * 10.0
+    found = sample_dlms(gaussian, x, sigmas, disable=True, solver="ddim")
+    for s, t in itertools.pairwise(sigmas):
+        x = x + (x - gaussian(x, s.expand(2))) / s * (t - s)
+    torch.testing.assert_close(found, x, rtol=1e-5, atol=1e-6)
+
+
+def test_callback_and_extra_arguments() -> None:
+    seen: list[dict[str, Any]] = []
+    asked: list[Tensor] = []
+
+    def model(x: Tensor, sigma: Tensor, *, cond: str) -> Tensor:
+        assert cond == "yes" and sigma.shape == (2,)
+        asked.append(sigma)
+        return gaussian(x, sigma)
+
+    sigmas = get_sigmas_dlms(4, 0.1, 10.0)
+    sample_dlms(model, noise() * 10, sigmas, {"cond": "yes"}, seen.append, True, solver="unipc")
+    assert [s["i"] for s in seen] == [0, 1, 2, 3]
+    assert set(seen[0]) == {"x", "i", "sigma", "sigma_hat", "denoised"}
+    torch.testing.assert_close(torch.stack([s["sigma"] for s in seen]), sigmas[:-1])
+    assert torch.equal(seen[0]["x"], noise() * 10)  # the state before the step, not overwritten
+    torch.testing.assert_close(torch.stack(asked)[:, 0], sigmas[:-1])
+
+
+@pytest.mark.parametrize("maker", ["dpm_solver_pp", "ipndm"])
+@pytest.mark.parametrize("afs", [False, True])
+def test_a_table_of_a_vp_model_runs_in_sigma_space(maker: str, afs: bool) -> None:
+    process = processes.VP()
+    table = solvers.make_solver(maker, process, grids.time_uniform(process, 6), afs=afs)
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (c(t).float().reshape(-1, 1, 1, 1) for c in (process.alpha, process.sigma))
+        return torch.sin(x) * 0.1 + alpha * STD**2 / (alpha**2 * STD**2 + sigma**2) * x
+
+    def model(x: Tensor, sigma: Tensor) -> Tensor:
+        t = process.inverse_sigma(sigma)
+        return network(process.alpha(t).float().reshape(-1, 1, 1, 1) * x, t)
+
+    start = noise() * float(process.sigma(process.t_max))
+    expected = Sampler(Denoiser(network, process, "data"), table)(start)
+    sigmas = get_sigmas_dlms(solver=table)
+    alpha = float(process.alpha(process.t_max))
+    found = sample_dlms(model, start / alpha, sigmas, disable=True, solver=table)
+    end = float(process.alpha(process.t_min))
+    torch.testing.assert_close(found * end, expected, rtol=0, atol=2e-4)
+
+
+def test_a_late_start_takes_the_end_of_the_solver() -> None:
+    process = processes.EDM(0.02, 20.0)
+    table = solvers.dpm_solver_pp(process, grids.polynomial(process, 6), order=3)
+    sigmas = get_sigmas_dlms(solver=table)
+    data, z = noise(), noise().flip(0)
+    start = data + float(sigmas[3]) * z
+    found = sample_dlms(lambda x, s: data, start, sigmas[3:], disable=True, solver=table)
+    torch.testing.assert_close(found, data + 0.02 * z, rtol=0, atol=1e-5)
+
+
+def test_misuse_is_named() -> None:
+    process = processes.EDM(0.02, 20.0)
+    table = solvers.ddim(process, grids.polynomial(process, 4))
+    with pytest.raises(ValueError, match="get_sigmas_dlms"):
+        sample_dlms(gaussian, noise(), get_sigmas_dlms(4, 0.1, 9.0), disable=True, solver=table)
+    with pytest.raises(ValueError, match="decreasing"):
+        sample_dlms(gaussian, noise(), torch.tensor([1.0, 2.0]), disable=True)
+    with pytest.raises(ValueError, match="at most 1"):
+        sample_dlms(gaussian, noise(), torch.tensor([2.0, 0.0]), disable=True, flow=True)
+    with pytest.raises(ValueError, match="n is 3"):
+        get_sigmas_dlms(3, solver=table)
+    with pytest.raises(ValueError, match="schedule"):
+        get_sigmas_dlms(3, schedule="other")  # type: ignore[arg-type]
+    shifted = solvers.ddim(
+        process, grids.polynomial(process, 4), network_times=grids.polynomial(process, 4) * 0.9
+    )
+    with pytest.raises(ValueError, match="other times"):
+        sample_dlms(
+            gaussian, noise(), get_sigmas_dlms(solver=shifted), disable=True, solver=shifted
+        )
+
+
+# -- ComfyUI --------------------------------------------------------------------------------------
+
+
+class CONST:
+    """Stand-in of ComfyUI's flow parameterisation."""
+
+
+class FlowSampling(CONST):
+    sigma_min, sigma_max = 0.001, 1.0
+
+    def percent_to_sigma(self, percent: float) -> float:
+        return 3 * (1 - percent) / (1 + 2 * (1 - percent))
+
+
+class EpsSampling:
+    sigma_min, sigma_max = 0.0292, 14.6146
+
+
+class KSampler:
+    """Stand-in of ``comfy.samplers.KSAMPLER``: holds a function and calls it as ComfyUI does."""
+
+    def __init__(self, sampler_function: Any, extra_options: dict[str, Any]) -> None:
+        self.sampler_function, self.extra_options = sampler_function, extra_options
+
+    def sample(self, model_wrap: Any, sigmas: Tensor, noise: Tensor, callback: Any) -> Tensor:
+        def model_k(
+            x: Tensor, sigma: Tensor, model_options: Any = None, seed: Any = None
+        ) -> Tensor:
+            return model_wrap(x, sigma)
+
+        model_k.inner_model = model_wrap
+        return self.sampler_function(
+            model_k,
+            noise,
+            sigmas,
+            extra_args={"model_options": {}, "seed": 1},
+            callback=lambda d: callback(d["i"], d["denoised"], d["x"], len(sigmas) - 1),
+            disable=True,
+            **self.extra_options,
+        )
+
+
+@pytest.fixture
+def comfy(monkeypatch: pytest.MonkeyPatch) -> None:
+    samplers = ModuleType("comfy.samplers")
+    samplers.KSAMPLER = KSampler
+    package = ModuleType("comfy")
+    package.samplers = samplers
+    monkeypatch.setitem(sys.modules, "comfy", package)
+    monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
+
+
+class Model:
+    """Stand-in of a ComfyUI MODEL around an exact denoiser."""
+
+    def __init__(self, sampling: Any, denoise: Any) -> None:
+        self.model_sampling = sampling
+        self.inner_model = SimpleNamespace(model_sampling=sampling)
+        self._denoise = denoise
+
+    def get_model_object(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> Tensor:
+        return self._denoise(x, sigma)
+
+
+@pytest.mark.parametrize("kind", ["flow", "eps"])
+def test_nodes_give_sampler_and_sigmas(comfy: None, kind: str) -> None:
+    from dlms_engine.integrations.comfyui import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
+
+    assert NODE_CLASS_MAPPINGS.keys() == NODE_DISPLAY_NAME_MAPPINGS.keys()
+    sampling, denoise = (
+        (FlowSampling(), gaussian_flow) if kind == "flow" else (EpsSampling(), gaussian)
+    )
+    model = Model(sampling, denoise)
+    sampler_node, sigmas_node = (NODE_CLASS_MAPPINGS[n]() for n in ("DLMSSampler", "DLMSSigmas"))
+    assert "dpm_solver_pp" in sampler_node.INPUT_TYPES()["required"]["solver"][0]
+    (sampler,) = sampler_node.get_sampler(solver="unipc", order=4)
+    (sigmas,) = sigmas_node.get_sigmas(model, 30, 1.0)
+    assert sigmas.shape == (31,) and sigmas[-1] == 0 and sigmas.device.type == "cpu"
+    steps: list[int] = []
+    start = noise() * sigmas[0]
+    out = sampler.sample(model, sigmas, start, lambda i, *_: steps.append(i))
+    high = float(sigmas[0])
+    exact = noise() * STD if kind == "flow" else start * STD / (STD**2 + high**2) ** 0.5
+    assert steps == list(range(30)) and (out - exact).abs().max() < 0.03
+    (half,) = sigmas_node.get_sigmas(model, 10, 0.5)
+    assert half.shape == (11,) and half[0] < sigmas[0]
+
+
+def test_nodes_read_solver_files(comfy: None, tmp_path: Any) -> None:
+    from dlms_engine.integrations.comfyui.nodes import DLMSSampler, DLMSSigmas
+    from dlms_engine.solver_file import save_solver
+
+    process = processes.EDM(0.0292, 14.6146)
+    table = solvers.dpm_solver_pp(process, grids.polynomial(process, 5), order=2)
+    path = str(save_solver(tmp_path / "five.safetensors", table))
+    model = Model(EpsSampling(), gaussian)
+    (sampler,) = DLMSSampler().get_sampler("ddim", 2, path)
+    (sigmas,) = DLMSSigmas().get_sigmas(model, 1, 1.0, path)
+    assert sigmas.shape == (6,)
+    out = sampler.sample(model, sigmas, noise() * sigmas[0], lambda *_: None)
+    assert bool(out.isfinite().all())

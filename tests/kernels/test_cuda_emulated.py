@@ -1,0 +1,167 @@
+"""The CUDA kernels' own source, run on the CPU: indexing, arithmetic and sums without a GPU.
+
+What this cannot see: races, the launch and the host code, which need a GPU (scripts/gpu_check.sh).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_cases import DTYPES, Case, assert_same_bits, make_case
+from torch import Tensor
+
+from dlms_engine.ops import layout, reference
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+
+
+def build(folder: Path, kernels: Path) -> ctypes.CDLL:
+    here = Path(__file__).parent / "emulation"
+    library = folder / "emulated.so"
+    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
+    command += [f"-I{here}", f"-I{kernels}", str(here / "emulate.cpp"), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return ctypes.CDLL(str(library))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory) -> ctypes.CDLL:
+    return build(tmp_path_factory.mktemp("emulated"), ROOT / "kernels" / "cuda")
+
+
+def pointers(tensors: list[Tensor | None]) -> ctypes.Array:
+    assert all(t is None or t.is_contiguous() for t in tensors)
+    values = [None if t is None else t.data_ptr() for t in tensors]
+    return (ctypes.c_void_p * len(values))(*values)
+
+
+def numbers(*values: int) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    return like.new_full(shape or like.shape, float("nan"))
+
+
+def forward(library, case: Case, aligned: bool, in_place: bool = False) -> tuple[Tensor, ...]:
+    """(x_next, m or ring, network_input)."""
+    f, f_cond, x, ring, row = case.forward()
+    x_next, m = (x, ring) if in_place else (empty(x), empty(x))
+    network_input = empty(f)
+    each = row.dim() == 2
+    size = numbers(
+        x.shape[0] if each else 1,
+        x[0].numel() if each else x.numel(),
+        x.numel(),
+        row.shape[1] if each else 0,
+        ring.shape[0],
+    )
+    arguments = pointers([f, f_cond, x, ring, row, x_next, m, network_input])
+    library.dlms_forward(DTYPE_CODES[f.dtype], arguments, size, in_place, aligned)
+    return x_next, m, network_input
+
+
+def backward(library, case: Case, aligned: bool) -> tuple[Tensor, ...]:
+    f, f_cond, x, ring, row = case.forward()
+    grad_f_cond = None if f_cond is None else empty(f)
+    outputs = [empty(f), grad_f_cond, empty(x), empty(ring), empty(row)]
+    width = row.shape[1] if row.dim() == 2 else 0
+    size = numbers(x.shape[0], x[0].numel(), x.numel(), width, ring.shape[0])
+    arguments = pointers([*case.grads, f, f_cond, x, ring, row, *outputs])
+    library.dlms_backward(DTYPE_CODES[f.dtype], arguments, size, aligned)
+    return tuple(f.new_empty(0) if t is None else t for t in outputs)
+
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+CASES = [
+    # shape, depth, per_sample, guided
+    ((3, 3, 5, 7), 1, False, False),  # scalar path: 315 elements
+    ((2, 4, 8, 8), 2, False, True),
+    ((3, 4, 8, 8), 3, True, True),
+    ((2, 2056), 4, True, False),  # more than one block a sample
+    ((3, 1, 7), 6, True, True),  # general depth, ragged samples
+    ((2, 4, 4, 8), 20, False, True),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("aligned", [True, False], ids=["words", "scalars"])
+@pytest.mark.parametrize(("shape", "depth", "per_sample", "guided"), CASES)
+def test_forward_bits(library, dtype, aligned, shape, depth, per_sample, guided):
+    case = make_case(shape, depth, dtype, per_sample=per_sample, guided=guided)
+    if depth > 2:
+        case.row[..., layout.B + 2] = 0.0
+    want = reference.fused_row(*case.forward())
+    for i in range(shape[0]):
+        row = case.row[i] if per_sample else case.row
+        slot = int(row[layout.SLOT])
+        case.ring[slot, i] = float("nan")  # never read
+        if depth > 2:
+            case.ring[(slot - 2) % depth, i] = float("nan")
+    assert_same_bits(forward(library, case, aligned), want)
+    again = case.map(torch.clone)
+    got = forward(library, again, aligned, in_place=True)
+    ring = case.ring.clone()
+    reference.write_slot(ring, case.row, want[1])
+    assert_same_bits((got[0], got[2]), (want[0], want[2]), "in place")
+    torch.testing.assert_close(again.ring, ring, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("aligned", [True, False], ids=["words", "scalars"])
+@pytest.mark.parametrize(("shape", "depth", "per_sample", "guided"), CASES)
+def test_backward_bits_and_sums(library, dtype, aligned, shape, depth, per_sample, guided):
+    case = make_case(shape, depth, dtype, per_sample=per_sample, guided=guided, seed=3)
+    if depth > 2:
+        case.row[..., layout.B + 2] = 0.0
+    want = reference.fused_row_backward(*case.backward())
+    got = backward(library, case, aligned)
+    assert_same_bits(got[:4], want[:4])
+    count = case.x.numel()
+    bound = torch.finfo(got[4].dtype).eps * want[4].abs() + count * 2.0**-52 * count * 16
+    assert ((got[4] - want[4]).abs() <= bound).all()
+
+
+def test_backward_sums_do_not_depend_on_batch_or_alignment(library):
+    case = make_case((4, 2056), 3, torch.bfloat16, per_sample=True, guided=True)
+    together = backward(library, case, True)[4]
+    alone = [backward(library, case.sample(i), aligned=i % 2 == 0)[4] for i in range(4)]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_backward_of_a_poisoned_slot_of_zero_weight(library):
+    case = make_case((2, 40), 3)
+    case.row[layout.B + 1 :] = 0.0
+    case.ring[(int(case.row[layout.SLOT]) - 2) % 3] = float("nan")
+    got, want = backward(library, case, True), reference.fused_row_backward(*case.backward())
+    assert want[4][layout.B + 1] != 0 and want[4][layout.B + 2] == 0
+    torch.testing.assert_close(got[4], want[4], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("file", "fault"),
+    [
+        ("fused_row_kernel.cuh", lambda s: s.replace("if (b[g] != S(0)) {", "{")),
+        ("fused_row_kernel.cuh", lambda s: s.replace("mul(c_in, acc", "mul(a, acc")),
+        ("row_math.cuh", lambda s: s.replace("s < 0 ? s + depth : s", "s < 0 ? 0 : s")),
+        ("row_math.cuh", lambda s: s.replace("__fadd_rn(a, b)", "std::fma(a, 1.0f + 1e-7f, b)")),
+    ],
+    ids=["reads-zero-weights", "wrong-column", "wrong-slot", "other-rounding"],
+)
+def test_a_planted_fault_is_found(tmp_path, file: str, fault: Callable[[str], str]):
+    folder = tmp_path / "cuda"
+    shutil.copytree(ROOT / "kernels" / "cuda", folder)
+    source = (folder / file).read_text()
+    assert fault(source) != source
+    (folder / file).write_text(fault(source))
+    faulty = build(tmp_path, folder)
+    with pytest.raises(AssertionError):
+        test_forward_bits(faulty, torch.float32, True, (3, 4, 8, 8), 3, True, True)
