@@ -94,7 +94,10 @@ class Conditional(nn.Module):
 
 def test_guidance_mixes_the_two_branches():
     denoiser = Denoiser(
-        Conditional(), processes.EDM(), "data", guidance_scale=3.0,
+        Conditional(),
+        processes.EDM(),
+        "data",
+        guidance_scale=3.0,
         unconditional={"label": torch.tensor([2.0])},
     )
     x = torch.randn(4, 5)

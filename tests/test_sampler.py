@@ -38,7 +38,9 @@ def test_float64_run_equals_the_definition_and_counts_calls(process, table):
     mixture = GaussianMixture(process)
     x = noise(process)
     expected = run_table(table, GaussianMixture(process), x)
-    sampler = Sampler(Denoiser(lambda x, t: mixture(x, t), process, "data"), table, dtype=torch.float64)
+    sampler = Sampler(
+        Denoiser(lambda x, t: mixture(x, t), process, "data"), table, dtype=torch.float64
+    )
     torch.testing.assert_close(sampler(x), expected, rtol=0, atol=1e-10)
     assert mixture.calls == table.nfe == sampler.nfe
 
@@ -162,7 +164,12 @@ def test_an_untrained_designer_is_the_table_it_starts_from(prediction, afs, orde
         torch.testing.assert_close(got, handcrafted, rtol=0, atol=1e-9)
 
 
-AB = {1: (1.0,), 2: (1.5, -0.5), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+AB = {
+    1: (1.0,),
+    2: (1.5, -0.5),
+    3: (23 / 12, -16 / 12, 5 / 12),
+    4: (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+}
 
 
 def reference_multistep(mixture, grid, weights, afs, prediction, x):
@@ -186,7 +193,9 @@ def test_a_solver_of_another_process_is_refused_with_both_named():
 
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'fastest'"):
-        Sampler(small_network_denoiser(), solvers.ddim(EDM, grids.polynomial(EDM, 3)), backend="fastest")
+        Sampler(
+            small_network_denoiser(), solvers.ddim(EDM, grids.polynomial(EDM, 3)), backend="fastest"
+        )
 
 
 def test_thresholding_runs_through_the_slow_path():

@@ -138,7 +138,7 @@ class Denoiser(nn.Module):
 
     @property
     def network_dtype(self) -> torch.dtype | None:
-        """dtype of the network's parameters, None for a network without any."""
+        """Dtype of the network's parameters, None for a network without any."""
         if isinstance(self.network, nn.Module):
             for parameter in self.network.parameters():
                 if parameter.is_floating_point():
@@ -226,7 +226,11 @@ class Denoiser(nn.Module):
         return uncond + scale * (conditional - uncond)
 
     def predict(
-        self, x: Tensor, t: Tensor | float, prediction: Literal["data", "noise"] = "data", **cond: Any
+        self,
+        x: Tensor,
+        t: Tensor | float,
+        prediction: Literal["data", "noise"] = "data",
+        **cond: Any,
     ) -> Tensor:
         """Data or noise prediction ``[B, ...]`` at ``x`` ``[B, ...]`` and time ``t`` (scalar, [B])."""
         times = torch.as_tensor(t, dtype=torch.float64, device=x.device)
@@ -274,7 +278,9 @@ def unwrap(output: Any) -> Tensor:
 def find_module(network: Any, path: str) -> nn.Module:
     """The module at ``path``, or the only one whose path ends in ``.path``."""
     if not isinstance(network, nn.Module):
-        raise ValueError(f"features={path!r} needs an nn.Module network, got {type(network).__name__}")
+        raise ValueError(
+            f"features={path!r} needs an nn.Module network, got {type(network).__name__}"
+        )
     named = dict(network.named_modules())
     if path in named:
         return named[path]

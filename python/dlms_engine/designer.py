@@ -106,7 +106,7 @@ class Designer(nn.Module):
         return u.exp() if self.settings.coordinate == "log" else u
 
     def _remaining_logits(self, grid: Tensor) -> Tensor:
-        """logit of step n's fraction of what remains; the last entry (fraction 1) is unused."""
+        """Logit of step n's fraction of what remains; the last entry (fraction 1) is unused."""
         u = self._to_coordinate(grid)
         fraction = (u[:-1] - u[1:]) / (u[:-1] - u[-1])
         return torch.logit(fraction[:-1].clamp(1e-9, 1 - 1e-9))

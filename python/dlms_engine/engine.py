@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 Network = Callable[[int, Tensor], Any]
-"""(n, network_input) -> F or (F_unconditional, F_conditional), contiguous, in the network's dtype."""
+"""(n, network_input) -> F or (F_unconditional, F_conditional), contiguous, in its own dtype."""
 
 
 def _load() -> tuple[ModuleType | None, str]:
@@ -34,7 +34,7 @@ def available() -> bool:
 
 
 def cpu_isa() -> str | None:
-    """Instruction set of the CPU kernels in use ("avx512", "avx2", "baseline"); None without them."""
+    """Instruction set of the CPU kernels ("avx512", "avx2", "baseline"); None without them."""
     return None if _native is None else str(_native.cpu_isa())
 
 
@@ -45,8 +45,8 @@ class Engine:
         shape: ``[B, ...]`` of the state.
         depth: history slots, as in the rows.
         state_dtype: float32, or float64 for verification.
-        network_dtype: dtype of the network's input and output: float32, bfloat16 or float16 (float64
-            with a float64 state).
+        network_dtype: dtype of the network's input and output: float32, bfloat16 or float16
+            (float64 with a float64 state).
 
     An engine is for one thread at a time and may be kept and used again for any rows of its depth.
 
@@ -89,15 +89,17 @@ class Engine:
 
         Args:
             x0: ``[B, ...]`` contiguous CPU tensor in the state dtype.
-            rows: ``[n, 6 + depth]`` or ``[n, B, 6 + depth]`` in the state dtype (``ops.pack_rows``);
-                the number of rows if there is a ``row_fn``.
-            network: called as ``network(n, network_input)``. The input is a live buffer that the next
-                row overwrites: clone it to keep it, and do not write to it.
+            rows: ``[n, 6 + depth]`` or ``[n, B, 6 + depth]`` in the state dtype, from
+                ``ops.pack_rows``; the number of rows if there is a ``row_fn``.
+            network: called as ``network(n, network_input)``. The input is a live buffer that the
+                next row overwrites: clone it to keep it, and do not write to it.
             c_in: scale of the first network input, a number, ``[]`` or ``[B]``.
-            row_fn: asked for row ``n`` after evaluation ``n``, ``[6 + depth]`` or ``[B, 6 + depth]``.
+            row_fn: asked for row ``n`` after evaluation ``n``: ``[6 + depth]``, or
+                ``[B, 6 + depth]``.
             callback: called as ``callback(n, state)`` after each row; the state is a live buffer.
 
-        What ``network``, ``row_fn`` or ``callback`` raise is passed on, and the engine can be used again.
+        What ``network``, ``row_fn`` or ``callback`` raise is passed on; the engine can be used
+        again.
 
         Raises:
             ValueError: a tensor of the wrong shape, dtype, device or layout; the message has both.

@@ -140,7 +140,11 @@ def first_input(x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def run_plain(
-    steps: Steps, x: Tensor, network_dtype: torch.dtype, backend: ops.Backend, after: AfterRow | None
+    steps: Steps,
+    x: Tensor,
+    network_dtype: torch.dtype,
+    backend: ops.Backend,
+    after: AfterRow | None,
 ) -> Tensor:
     """The loop in Python; overwrites ``x`` and returns it."""
     ring = x.new_empty((steps.depth, *x.shape))
@@ -156,7 +160,8 @@ def run_plain(
 
 class EnginePool:
     """Compiled loops that are free, by shape. One is taken out while it runs, so threads and nested
-    runs never meet in one; copies of the pool start empty."""
+    runs never meet in one; copies of the pool start empty.
+    """
 
     LARGEST = 4
 
@@ -172,11 +177,19 @@ class EnginePool:
         with self._lock:
             loop = self._free.pop(key, None)
         if loop is None:
-            loop = engine.Engine(x.shape, steps.depth, state_dtype=x.dtype, network_dtype=network_dtype)
+            loop = engine.Engine(
+                x.shape, steps.depth, state_dtype=x.dtype, network_dtype=network_dtype
+            )
         rows: Tensor | int = steps.count if steps.rows is None else steps.rows
         row_fn = steps.row if steps.rows is None else None
         loop.run(
-            x, rows, steps.evaluate, c_in=steps.c_in.to(x.dtype), row_fn=row_fn, callback=after, out=x
+            x,
+            rows,
+            steps.evaluate,
+            c_in=steps.c_in.to(x.dtype),
+            row_fn=row_fn,
+            callback=after,
+            out=x,
         )
         with self._lock:
             self._free[key] = loop

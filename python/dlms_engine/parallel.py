@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among the others."""
+    """Rank and size: where this process stands among the others."""
 
     rank: int = 0
     size: int = 1

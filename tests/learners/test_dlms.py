@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -15,8 +16,8 @@ from dlms_engine.denoiser import Denoiser
 from dlms_engine.designer import parameter_count, step_coefficients
 from dlms_engine.learners import distill
 from dlms_engine.learners.dlms import Dlms, DlmsSettings
-from dlms_engine.learners.endpoint import endpoint_loss, student_end
 from dlms_engine.learners.ema import EmaSets
+from dlms_engine.learners.endpoint import endpoint_loss, student_end
 from dlms_engine.learners.teacher import Teacher, TeacherSettings
 from dlms_engine.learners.trainer import unit_noise
 from dlms_engine.sampler import Sampler, seeded_noise
@@ -220,8 +221,12 @@ def test_who_is_trained_by_what():
 
 
 ABLATIONS = [
-    {"afs": False}, {"bottleneck": False}, {"init": "ddim"}, {"last_step": "pixels"},
-    {"time_scaling": False}, {"adaptive_times": False},
+    {"afs": False},
+    {"bottleneck": False},
+    {"init": "ddim"},
+    {"last_step": "pixels"},
+    {"time_scaling": False},
+    {"adaptive_times": False},
 ]
 
 
@@ -241,16 +246,29 @@ def test_each_ablation_is_one_switch(change):
 
 def train(tmp_path, name, *, trajectories=640, resume=False, **settings):
     return distill(
-        make_denoiser(), "dlms", nfe=4, shape=(16,), trajectories=trajectories, batch=32,
-        validation_samples=32, validation_steps=48, validate_every=5, progress=False,
-        output=tmp_path / name, resume=resume, grid="polynomial", **settings,
+        make_denoiser(),
+        "dlms",
+        nfe=4,
+        shape=(16,),
+        trajectories=trajectories,
+        batch=32,
+        validation_samples=32,
+        validation_steps=48,
+        validate_every=5,
+        progress=False,
+        output=tmp_path / name,
+        resume=resume,
+        grid="polynomial",
+        **settings,
     )
 
 
 def endpoint_rmse(solver) -> float:
     denoiser = make_denoiser()
     noise = seeded_noise(range(100), (16,), 80.0)
-    exact = Sampler(denoiser, solvers.dpm_solver_pp(EDM, grids.polynomial(EDM, 200), order=3))(noise)
+    exact = Sampler(denoiser, solvers.dpm_solver_pp(EDM, grids.polynomial(EDM, 200), order=3))(
+        noise
+    )
     return float((Sampler(denoiser, solver)(noise) - exact).square().mean().sqrt())
 
 
@@ -308,7 +326,9 @@ def test_another_seed_is_seen_by_that_comparison(tmp_path):
 
 
 def test_resume_refuses_a_checkpoint_of_other_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(Dlms, "iteration", lambda self, noise: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(
+        Dlms, "iteration", lambda self, noise: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, "x.safetensors")
     with pytest.raises(ValueError, match=r"time_range: 0.7 -> 0.2"):
@@ -376,12 +396,14 @@ def test_teacher_with_history_is_more_accurate_than_without():
     grid = grids.logsnr(EDM, 16)
     x = 80.0 * NOISE
     exact = Sampler(
-        denoiser, solvers.dpm_solver_pp(EDM, grids.polynomial(EDM, 400), order=3), dtype=torch.float64
+        denoiser,
+        solvers.dpm_solver_pp(EDM, grids.polynomial(EDM, 400), order=3),
+        dtype=torch.float64,
     )(x)
     errors = {}
     for keep in (True, False):
         teacher = Teacher(denoiser, TeacherSettings(0, 3, keep), x, 16, {})
-        for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+        for t, t_next in itertools.pairwise(grid):
             teacher.advance(t.expand(6), t_next.expand(6))
         errors[keep] = float((teacher.x - exact).square().mean().sqrt())
     assert errors[True] < 0.5 * errors[False]
@@ -391,14 +413,16 @@ def test_teacher_on_the_whole_grid_is_the_handcrafted_solver():
     denoiser = make_denoiser()
     grid = grids.logsnr(EDM, 4)
     teacher = Teacher(denoiser, TeacherSettings(2, 3), 80.0 * NOISE, 4, {})
-    for t, t_next in zip(grid[:-1], grid[1:], strict=True):
+    for t, t_next in itertools.pairwise(grid):
         teacher.advance(t.expand(6), t_next.expand(6))
     table = solvers.dpm_solver_pp(EDM, grids.logsnr(EDM, 12), order=3)
     expected = Sampler(denoiser, table, dtype=torch.float64)(80.0 * NOISE)
     torch.testing.assert_close(teacher.x, expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("process", [EDM, processes.VP(), processes.RectifiedFlow()], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "process", [EDM, processes.VP(), processes.RectifiedFlow()], ids=lambda p: p.name
+)
 def test_the_step_is_exact_for_a_constant_prediction(process):
     t = torch.tensor([process.t_max], dtype=torch.float64)
     t_next = torch.tensor([0.5 * (process.t_max + process.t_min)], dtype=torch.float64)

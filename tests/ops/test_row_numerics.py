@@ -150,7 +150,7 @@ def test_half_conversions_agree_with_torch_on_every_pattern(dtype):
 @needs_cpu_library
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_other_instruction_sets_give_the_same_bits(isa):
-    """The wheel holds three; the one that this machine does not choose is run in a child process."""
+    """The wheel holds three; those that this machine does not choose run in a child process."""
     code = (
         "import sys, warnings; warnings.simplefilter('ignore'); import pytest; "
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', sys.argv[1], '-k', "

@@ -1,8 +1,8 @@
 """Cost of one solver step outside the network: the engine against diffusers' schedulers.
 
 The engine's step forms m, the next state and the next network input of a two-step multistep solver
-(depth 2: DPM-Solver++(2M), UniPC-1, iPNDM-2) with float32 state and history. diffusers' step gets the
-same network output and forms the next state, with its state in the network's dtype. `copy` is
+(depth 2: DPM-Solver++(2M), UniPC-1, iPNDM-2) with float32 state and history. diffusers' step gets
+the same network output and forms the next state, with its state in the network's dtype. `copy` is
 `dst.copy_(src)` of one latent: its bytes per second are the limit of the machine.
 """
 
@@ -105,7 +105,7 @@ def _rows() -> Tensor:
 
 
 def _derived(x: Tensor, f: Tensor, best: dict[str, float]) -> dict[str, Any]:
-    """Speed-ups, and bytes per second against copy_. Reads f, x, one slot; writes m, x, the input."""
+    """Speed-ups and bytes per second: a step reads f, x, a slot and writes m, x, the input."""
     ours = best.get("step", best.get("op", best["eager"]))
     moved = x.numel() * (3 + DEPTH - 1) * x.element_size() + 2 * f.numel() * f.element_size()
     copied = 2 * x.numel() * x.element_size()

@@ -22,8 +22,7 @@ def interleaved(
     """Microseconds per call of each candidate: `best` (lowest round median), `median`, `p80`.
 
     A round times every candidate in turn for about `seconds`, so that a busy phase of the machine
-    falls on all of them. The lowest round median is the figure that other load disturbs least; ratios
-    between candidates are taken within a round.
+    falls on all of them. The lowest round median is the figure that other load disturbs least.
     """
     samples: dict[str, list[list[float]]] = {name: [] for name in candidates}
     for call in candidates.values():

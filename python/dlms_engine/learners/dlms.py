@@ -158,13 +158,20 @@ class Dlms:
             denoiser, settings.last_step, settings.feature_sigma, feature_network
         )
         self._validation = Validation(
-            denoiser, shape, settings.validation_samples, settings.validation_steps,
-            self.distance, settings.score, cond,
+            denoiser,
+            shape,
+            settings.validation_samples,
+            settings.validation_steps,
+            self.distance,
+            settings.score,
+            cond,
         )
 
     def _designer_settings(self, grid: Tensor) -> DesignerSettings:
         s = self.settings
-        coordinate: TimeCoordinate = "log" if float(grid[-1]) > 0 and float(grid[0]) > 1 else "linear"
+        coordinate: TimeCoordinate = (
+            "log" if float(grid[-1]) > 0 and float(grid[0]) > 1 else "linear"
+        )
         return DesignerSettings(
             steps=s.steps,
             order=s.resolved_order,
@@ -233,7 +240,9 @@ class Dlms:
         features = self.denoiser.last_features
         return features.detach() if self.settings.detach_features else features
 
-    def advance(self, x: Tensor, t: Tensor, t_next: Tensor, weights: Tensor, queue: list[Tensor]) -> Tensor:
+    def advance(
+        self, x: Tensor, t: Tensor, t_next: Tensor, weights: Tensor, queue: list[Tensor]
+    ) -> Tensor:
         a, c = step_coefficients(self.denoiser.process, self.settings.prediction, t, t_next)
         x = per_sample(a, x) * x
         for k in range(weights.shape[1]):

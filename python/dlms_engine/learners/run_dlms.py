@@ -24,14 +24,24 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     settings = DlmsSettings(nfe=options.nfe, **own)
     training = TrainerSettings(seed=options.seed, **shared)
     learner = Dlms(
-        denoiser, settings, shape, feature_network=options.feature_network, seed=options.seed,
+        denoiser,
+        settings,
+        shape,
+        feature_network=options.feature_network,
+        seed=options.seed,
         **options.cond,
     )
     fingerprint: dict[str, Any] = {
-        **learner.fingerprint(), **dataclasses.asdict(training), "shape": list(shape)
+        **learner.fingerprint(),
+        **dataclasses.asdict(training),
+        "shape": list(shape),
     }
     trainer = Trainer(
-        learner, training, shape, checkpoint=options.checkpoint, fingerprint=fingerprint,
+        learner,
+        training,
+        shape,
+        checkpoint=options.checkpoint,
+        fingerprint=fingerprint,
         world=World.current(),
     )
     state = trainer.run(resume=options.resume, progress=options.progress)

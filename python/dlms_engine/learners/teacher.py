@@ -6,6 +6,7 @@ segments, so that one interpolation step is a real multistep teacher and not DDI
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,9 @@ class Teacher:
         self._order = min(settings.order, 2) if settings.interpolation <= 1 else settings.order
         self._cond = cond
         self._left = segments * (settings.interpolation + 1)
-        self._history: list[tuple[Tensor, Tensor]] = []  # (lambda [B], data prediction), newest first
+        self._history: list[
+            tuple[Tensor, Tensor]
+        ] = []  # (lambda [B], data prediction), newest first
         self.x = x
 
     @torch.no_grad()
@@ -55,7 +58,7 @@ class Teacher:
         if not self._settings.keep_history:
             self._history.clear()
         times = self._subdivide(t, t_next)
-        for here, there in zip(times[:-1], times[1:], strict=True):
+        for here, there in itertools.pairwise(times):
             self._step(here, there)
         return self.x
 

@@ -140,7 +140,10 @@ class Trainer:
         total = self.settings.updates
         saved = time.monotonic()
         bar = tqdm(
-            total=total, initial=self.state.update, desc="distilling", unit="update",
+            total=total,
+            initial=self.state.update,
+            desc="distilling",
+            unit="update",
             disable=not (progress and self.world.rank == 0),
         )
         try:
@@ -181,9 +184,7 @@ class Trainer:
         self.state.update += 1
         every = self.settings.validate_every
         entry: dict[str, Any] = {"update": self.state.update, **logged}
-        if self.state.update == self.settings.updates or (
-            every and self.state.update % every == 0
-        ):
+        if self.state.update == self.settings.updates or (every and self.state.update % every == 0):
             entry.update(self._validate())
         self.state.history.append(entry)
         return logged
@@ -216,7 +217,7 @@ class Trainer:
         return rate
 
     def _noise(self) -> Tensor:
-        """This rank's part of the batch of unit noise of this update."""
+        """Unit noise of this update: the part of its batch that belongs to this rank."""
         batch = self.settings.batch
         start, stop = self.world.slice(batch)
         first = self.state.update * batch

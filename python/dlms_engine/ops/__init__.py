@@ -1,8 +1,8 @@
-"""The fused row as torch operators: `dlms::fused_row`, `dlms::fused_row_`, `dlms::fused_row_backward`.
+"""The fused row as torch operators: `dlms::fused_row`, `fused_row_` and `fused_row_backward`.
 
-They run the compiled kernel of the tensors' device where there is one and eager torch elsewhere, work
-under `torch.compile` and `torch.export`, and the functional one has gradients. `backends.select`
-gives a particular implementation; `reference` is the meaning of all of them.
+They run the compiled kernel of the tensors' device where there is one and eager torch elsewhere,
+work under `torch.compile` and `torch.export`, and the functional one has gradients.
+`backends.select` gives a particular implementation; `reference` is the meaning of all of them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import layout, reference
-from . import libraries as _libraries
+from . import libraries as _libraries  # noqa: F401  (loads the compiled kernels)
 from .backends import Backend, BackendUnavailable, available, select
 from .layout import pack_row, pack_rows, row_width
 
@@ -23,6 +23,7 @@ __all__ = [
     "fused_row_",
     "fused_row_backward",
     "layout",
+    "libraries",
     "pack_row",
     "pack_rows",
     "reference",

@@ -51,9 +51,9 @@ def pack_rows(
     """All rows of a table as the fused row reads them, `[..., rows, 6 + depth]`, differentiable.
 
     c_skip, c_out, a, c_in_next: `[..., rows]` float64; b: `[..., rows, depth]`, b[..., n, k] weighs
-    m_{n-k}. c_in_next[n] scales the input of evaluation n + 1. `guidance` broadcasts to `[..., rows]`.
-    Leading dimensions broadcast. Row n writes ring slot n mod depth. `dtype` rounds the result, once,
-    to the state dtype; None keeps that of `a`.
+    m_{n-k}. c_in_next[n] scales the input of evaluation n + 1; `guidance` broadcasts to
+    `[..., rows]`. Leading dimensions broadcast. Row n writes ring slot n mod depth. `dtype` rounds
+    the result, once, to the state dtype; None keeps that of `a`.
     """
     if b.dim() < 2:
         raise ValueError(f"b is {tuple(b.shape)}, expected [..., rows, depth]")
@@ -79,7 +79,8 @@ def pack_row(
 ) -> Tensor:
     """One row, `[6 + depth]`, or `[B, 6 + depth]` when any argument has a batch; see `pack_rows`.
 
-    c_skip, c_out, a, c_in_next, guidance: `[]` or `[B]`; b: `[depth]` or `[B, depth]`; 0 <= slot < depth.
+    c_skip, c_out, a, c_in_next, guidance: `[]` or `[B]`; b: `[depth]` or `[B, depth]`;
+    0 <= slot < depth.
     """
     depth = b.shape[-1]
     if not 0 <= slot < depth:

@@ -23,9 +23,9 @@ def fused_row(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One row of a solver table: (x_next, m, network_input), all new tensors.
 
-    f, f_cond, x: `[B, ...]`; ring: `[depth, B, ...]`; row: `[6 + depth]`, or `[B, 6 + depth]` for rows
-    of their own. x, ring and row share the state dtype, float32 or float64; f and f_cond have the
-    network's. x_next and m have the state dtype, network_input that of f. The ring is only read.
+    f, f_cond, x: `[B, ...]`; ring: `[depth, B, ...]`; row: `[6 + depth]`, or `[B, 6 + depth]` for
+    rows of their own. x, ring and row share the state dtype, float32 or float64; f and f_cond have
+    the network's. x_next and m have the state dtype, network_input that of f. The ring is only read.
     """
     check(f, f_cond, x, ring, row)
     coefficient = _columns(row, x)
@@ -65,10 +65,10 @@ def fused_row_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `fused_row` to (f, f_cond, x, ring, row); f_cond's is empty without f_cond.
 
-    grad_x_next, grad_m: `[B, ...]` in the state dtype, grad_input: `[B, ...]` in f's. grad_row has the
-    shape of row; its sums run in float64 and its slot column is zero. The gradient to a weight that
-    *is* zero still reads its slot, or learning could never leave zero; what is not finite there (a slot
-    that was never written) counts as zero.
+    grad_x_next, grad_m: `[B, ...]` in the state dtype, grad_input: `[B, ...]` in f's. grad_row has
+    the shape of row; its sums run in float64 and its slot column is zero. The gradient to a weight
+    that *is* zero still reads its slot, or learning could never leave zero; what is not finite there
+    (a slot that was never written) counts as zero.
     """
     check(f, f_cond, x, ring, row)
     c = _columns(row, x)
@@ -164,12 +164,12 @@ def check(f: Tensor, f_cond: Tensor | None, x: Tensor, ring: Tensor, row: Tensor
 
 
 def check_network_input(network_input: Tensor, f: Tensor, x: Tensor) -> None:
-    """ValueError unless `network_input` can take the next input: f's dtype, x's shape and device."""
+    """ValueError unless `network_input` has f's dtype and x's shape and device."""
     same = network_input.shape == x.shape and network_input.dtype == f.dtype
     if not same or network_input.device != x.device:
         raise ValueError(
-            f"dlms::fused_row_: network_input is {network_input.dtype} {tuple(network_input.shape)} "
-            f"on {network_input.device}, expected {f.dtype} {tuple(x.shape)} on {x.device}"
+            f"dlms::fused_row_: network_input is {network_input.dtype} "
+            f"{tuple(network_input.shape)} on {network_input.device}, expected {f.dtype} {tuple(x.shape)} on {x.device}"
         )
 
 

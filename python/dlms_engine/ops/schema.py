@@ -1,8 +1,8 @@
 """The `dlms::` operators: schemas, eager kernels, fake kernels and autograd, registered once.
 
-The schemas are defined here and nowhere else. The compiled libraries (`_ops_cpu.so`, `_ops_cuda.so`)
-only add kernels under their own dispatch keys, so the operators exist, with the same contract, on
-every device and without any compiled part.
+The schemas are defined here and nowhere else. The compiled libraries (`_ops_cpu.so`,
+`_ops_cuda.so`) only add kernels under their own dispatch keys, so the operators exist, with the same
+contract, on every device and without any compiled part.
 """
 
 from __future__ import annotations
