@@ -1,5 +1,13 @@
-"""``python -m dlms_engine`` is the ``dlms`` command."""
+"""``python -m dlms_engine``: the command line; under ``torchrun`` every rank takes its share."""
+
+from __future__ import annotations
 
 from .cli import main
+from .parallel import finish, initialise
 
-main()
+if __name__ == "__main__":
+    initialise()
+    try:
+        main()
+    finally:
+        finish()

@@ -55,3 +55,9 @@ def initialise(device: torch.device | str = "cpu") -> World:
     if not dist.is_initialized():
         dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
     return World.current()
+
+
+def finish() -> None:
+    """Leaves the process group, if one was joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -112,7 +112,14 @@ def test_perfect_solver_has_no_excess_and_a_wrong_one_has(tmp_path: Path) -> Non
     held = cli_model.tiny()
     assert held.features is not None and held.reference is not None
     settings = RecordSettings(
-        nfes=(24,), screen_samples=16, samples=16, exact_nfe=24, accurate_nfe=24, batch=8
+        nfes=(24,),
+        full_nfes=(24,),
+        screen_samples=16,
+        compared_samples=16,
+        samples=16,
+        exact_nfe=24,
+        accurate_nfe=24,
+        batch=8,
     )
     perfect = Entry("perfect", measurer(tmp_path / "m").accurate_table(24))
     wrong = Entry("wrong", solvers.ddim(held.denoiser.process, perfect.policy.grid))  # type: ignore[union-attr]
@@ -136,7 +143,9 @@ def test_perfect_solver_has_no_excess_and_a_wrong_one_has(tmp_path: Path) -> Non
     assert chosen is not None and chosen["solver"] == "perfect"
 
 
-@pytest.mark.parametrize("sizes", [{"nfes": ()}, {"samples": 10}, {"screen_samples": 1}])
+@pytest.mark.parametrize(
+    "sizes", [{"nfes": ()}, {"samples": 10}, {"screen_samples": 1}, {"compared_samples": 20_000}]
+)
 def test_impossible_sizes_are_refused(sizes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):
         RecordSettings(**sizes)  # type: ignore[arg-type]

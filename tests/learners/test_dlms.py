@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from analytic import GaussianMixture
+from mixture_network import EDM, Network, mixture_denoiser
 from torch import Tensor, nn
 
 from dlms_engine import grids, processes, solvers
@@ -23,33 +23,10 @@ from dlms_engine.learners.trainer import unit_noise
 from dlms_engine.sampler import Sampler, seeded_noise
 from dlms_engine.solver_file import load_solver
 
-EDM = processes.EDM()
-
-
-class Network(nn.Module):
-    """The mixture's posterior mean, with a 64-number 'bottleneck' read off its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mixture = GaussianMixture(EDM)
-        self.tap = nn.Identity()
-        self.scale = nn.Parameter(torch.ones((), dtype=torch.float64))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        level = (1 + t.square()).sqrt()[:, None]
-        self.tap(torch.sin(torch.cat([x / level] * 4, dim=1)).reshape(-1, 1, 8, 8))
-        return self.mixture(x, t) * self.scale
-
-
-def make_denoiser() -> Denoiser:
-    denoiser = Denoiser(Network(), EDM, "data", features="tap")
-    denoiser.requires_grad_(False)
-    return denoiser
-
 
 def learner(**changes) -> Dlms:
     settings = {"nfe": 4, "validation_samples": 16, "validation_steps": 32} | changes
-    made = Dlms(make_denoiser(), DlmsSettings(**settings), (16,))
+    made = Dlms(mixture_denoiser(), DlmsSettings(**settings), (16,))
     made.module.to(torch.float64)
     return made
 
@@ -246,7 +223,7 @@ def test_each_ablation_is_one_switch(change):
 
 def train(tmp_path, name, *, trajectories=640, resume=False, **settings):
     return distill(
-        make_denoiser(),
+        mixture_denoiser(),
         "dlms",
         nfe=4,
         shape=(16,),
@@ -264,7 +241,7 @@ def train(tmp_path, name, *, trajectories=640, resume=False, **settings):
 
 
 def endpoint_rmse(solver) -> float:
-    denoiser = make_denoiser()
+    denoiser = mixture_denoiser()
     noise = seeded_noise(range(100), (16,), 80.0)
     exact = Sampler(denoiser, solvers.dpm_solver_pp(EDM, grids.polynomial(EDM, 200), order=3))(
         noise
@@ -279,7 +256,7 @@ def test_distillation_beats_where_it_started_and_the_file_is_the_solver(tmp_path
     assert endpoint_rmse(solver) < 0.8 * endpoint_rmse(start)
     loaded = load_solver(tmp_path / "solver.safetensors")
     x = seeded_noise(range(3), (16,), 80.0)
-    denoiser = make_denoiser()
+    denoiser = mixture_denoiser()
     assert torch.equal(Sampler(denoiser, loaded)(x), Sampler(denoiser, solver)(x))
     assert loaded.nfe == 4
     assert loaded.settings["time_range"] == 0.4
@@ -387,12 +364,12 @@ def test_the_endpoint_phase_sees_what_sampling_gives_and_trains_everything():
 
 def test_unknown_settings_are_named_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"'learning_rate'.*\blr\b"):
-        distill(make_denoiser(), "dlms", nfe=4, shape=(16,), learning_rate=0.1)
+        distill(mixture_denoiser(), "dlms", nfe=4, shape=(16,), learning_rate=0.1)
 
 
 def test_teacher_with_history_is_more_accurate_than_without():
     """Without interpolation points and history the teacher is DDIM; with history it is 2M."""
-    denoiser = make_denoiser()
+    denoiser = mixture_denoiser()
     grid = grids.logsnr(EDM, 16)
     x = 80.0 * NOISE
     exact = Sampler(
@@ -410,7 +387,7 @@ def test_teacher_with_history_is_more_accurate_than_without():
 
 
 def test_teacher_on_the_whole_grid_is_the_handcrafted_solver():
-    denoiser = make_denoiser()
+    denoiser = mixture_denoiser()
     grid = grids.logsnr(EDM, 4)
     teacher = Teacher(denoiser, TeacherSettings(2, 3), 80.0 * NOISE, 4, {})
     for t, t_next in itertools.pairwise(grid):

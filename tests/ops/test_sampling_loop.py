@@ -122,6 +122,27 @@ def test_nothing_is_allocated_or_moved_after_construction():
     assert sum(e.self_cpu_memory_usage != 0 for e in profile.key_averages()) > 0
 
 
+@pytest.mark.parametrize("per_sample", [False, True], ids=["static", "per_sample"])
+def test_only_what_a_later_row_reads_is_stored(per_sample):
+    """Row 3 weighs the m of row 1, nobody any other: three of four stay unwritten."""
+    rows = table(rows=4, depth=4, per_sample=per_sample)
+    rows[..., layout.B + 1 :] = 0.0
+    rows[3, ..., layout.B + 2] = 0.5  # of one sample is enough, too
+    if per_sample:
+        rows[3, 1:, layout.B + 2] = 0.0
+    run, x0 = engine.Engine(SHAPE, 4), torch.randn(SHAPE)
+    run.loop.ring.tensor.fill_(float("nan"))
+    out = run.run(x0, rows, network)
+    written = [slot.isfinite().all().item() for slot in run.loop.ring.tensor]
+    assert written == [False, True, False, False]
+    assert torch.equal(out, reference_loop(x0, rows, network)[-1])
+    # Rows that are asked for one by one could weigh anything: all but the last are kept.
+    out = run.run(x0, len(rows), network, row_fn=lambda n: rows[n])
+    written = [slot.isfinite().all().item() for slot in run.loop.ring.tensor]
+    assert written == [True, True, True, False]
+    assert torch.equal(out, reference_loop(x0, rows, network)[-1])
+
+
 WRONG_OUTPUTS = [
     (lambda x: x.double(), ValueError, r"output is torch.float64 \[3, 2, 5, 7\] on cpu, expected "),
     (

@@ -3,8 +3,8 @@
     python -m dlms_engine.bench.device --json row.json
 
 Every backend is checked against the eager reference before it is timed. Times are CUDA events over
-many launches with a cold L2: buffers rotate through more memory than the cache holds. In-graph times
-are those of one node of a captured graph of many rows.
+many launches with a cold L2: buffers rotate through more memory than the cache holds. In-graph
+times are those of one node of a captured graph of many rows.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ class RecordSettings:
         finalists: handcrafted solvers measured in full, by screening distance.
         batch: samples a run.
         compile: run the network through torch.compile.
+        first_seed: seed of the first sample.
     """
 
     nfes: tuple[int, ...] = tuple(range(3, 11))
@@ -58,6 +59,7 @@ class RecordSettings:
     finalists: int = 2
     batch: int = 250
     compile: bool = False
+    first_seed: int = 100_000
 
     def __post_init__(self) -> None:
         if not self.nfes or min(self.nfes) < 1:
@@ -164,9 +166,12 @@ def _measure(
     settings: RecordSettings,
     bar: tqdm[Any],
 ) -> dict[str, Any]:
-    few, some = range(settings.screen_samples), range(settings.compared_samples)
-    many = range(settings.samples)
-    others = range(settings.samples, 2 * settings.samples)
+    first = settings.first_seed
+    few, some, many = (
+        range(first, first + count)
+        for count in (settings.screen_samples, settings.compared_samples, settings.samples)
+    )
+    others = range(many.stop, many.stop + settings.samples)
     bar.set_description("exact solutions")
     exact = measurer.endpoints(settings.exact_nfe, some)
     bar.set_description("accurate samples")
@@ -232,12 +237,15 @@ def evaluate_one(
     measurer = _measurer(denoiser, features, shape, folder, settings, bar)
     with bar:
         bar.set_description("exact solutions (kept)")
-        exact = measurer.endpoints(settings.exact_nfe, range(count))
+        seeds = range(settings.first_seed, settings.first_seed + count)
+        exact = measurer.endpoints(settings.exact_nfe, seeds)
         bar.set_description("accurate samples (kept)")
         accurate = Entry("accurate", measurer.accurate_table(settings.accurate_nfe))
-        other = measurer.measure("accurate-other", [accurate], range(count, 2 * count))[0]
+        other = measurer.measure(
+            "accurate-other", [accurate], range(seeds.stop, seeds.stop + count)
+        )[0]
         bar.set_description(entry.label)
-        found = measurer.measure(f"one-{entry.digest}", [entry], range(count), exact)[0]
+        found = measurer.measure(f"one-{entry.digest}", [entry], seeds, exact)[0]
     floors = _floors(measurer.sums(exact), other.sums, reference)
     return {"rmse": found.rmse, **floors.figures(found.sums)}
 

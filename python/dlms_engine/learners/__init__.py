@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..denoiser import Denoiser
+from ..parallel import World
 from .solver import DistilledSolver
 
 METHODS = {
@@ -93,10 +94,11 @@ def distill(
     finally:
         for parameter in training:
             parameter.requires_grad_(True)
-    if path is not None:
+    if path is not None and World.current().rank == 0:
         solver.save(path)
         if options.checkpoint is not None:
             options.checkpoint.unlink(missing_ok=True)
+    World.current().barrier()
     return solver
 
 

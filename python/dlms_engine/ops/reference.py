@@ -169,7 +169,8 @@ def check_network_input(network_input: Tensor, f: Tensor, x: Tensor) -> None:
     if not same or network_input.device != x.device:
         raise ValueError(
             f"dlms::fused_row_: network_input is {network_input.dtype} "
-            f"{tuple(network_input.shape)} on {network_input.device}, expected {f.dtype} {tuple(x.shape)} on {x.device}"
+            f"{tuple(network_input.shape)} on {network_input.device}, "
+            f"expected {f.dtype} {tuple(x.shape)} on {x.device}"
         )
 
 
