@@ -65,29 +65,6 @@ void run_blocks(const RowArgs& args, int64_t total) {
 
 } // namespace
 
-HistoryRing::HistoryRing(int64_t depth, const std::vector<int64_t>& shape, py::object dtype) {
-  if (depth < 1 || depth > kMaxDepth)
-    throw py::value_error(
-        "depth is " + std::to_string(depth) + ", expected 1 to " + std::to_string(kMaxDepth));
-  std::vector<int64_t> full = {depth};
-  full.insert(full.end(), shape.begin(), shape.end());
-  *this = HistoryRing(
-      py::module_::import("torch").attr("empty")(full, py::arg("dtype") = std::move(dtype)));
-}
-
-HistoryRing::HistoryRing(py::object tensor) : tensor_(std::move(tensor)) {
-  const TensorView view = view_of(tensor_, "ring");
-  data_ = view.data;
-  depth_ = view.shape[0];
-}
-
-py::object HistoryRing::past(int64_t k) const {
-  if (k < 0 || k >= depth_ || newest_ < 0)
-    throw py::index_error("m_{n-" + std::to_string(k) + "} of a ring of " + std::to_string(depth_) +
-                          (newest_ < 0 ? " slots that holds nothing yet" : " slots"));
-  return tensor_[py::int_((newest_ - k + depth_) % depth_)];
-}
-
 // Marks the loop as running, and as free again however the scope is left.
 class SamplingLoop::Busy {
  public:
@@ -159,6 +136,11 @@ SamplingLoop::SamplingLoop(int64_t depth, const std::vector<int64_t>& shape, py:
 }
 
 void SamplingLoop::start(py::handle x, py::handle c_in) {
+  const Busy busy(*this);
+  begin(x, c_in);
+}
+
+void SamplingLoop::begin(py::handle x, py::handle c_in) {
   const int ndim = static_cast<int>(shape_.size());
   const TensorView from = view_of(x, "x");
   require(from, x, "x", shape_.data(), ndim, args_.state);
@@ -284,7 +266,7 @@ void SamplingLoop::run(py::handle x, py::handle c_in, py::handle rows, py::handl
     per_sample = view.ndim == 3;
     row_bytes = (kB + args_.depth) * element_size(args_.state) * (per_sample ? args_.batch : 1);
   }
-  start(x, c_in);
+  begin(x, c_in);
   py::object row; // keeps a per-step row alive while it is read
   for (int64_t n = 0; n < count; ++n) {
     evaluate(network, n);

@@ -49,7 +49,7 @@ class Resources:
 
 
 _REPORT = re.compile(
-    r"Function properties for (?P<name>\S+)\s+"
+    r"Function properties for (?P<name>.+)\s+"
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
     r"(?P<loads>\d+) bytes spill loads\s+"
     r"ptxas info\s*: Used (?P<registers>\d+) registers"
@@ -115,8 +115,7 @@ def _demangle(text: str) -> str:
     if tool is None:
         return text
     text = subprocess.run([tool], input=text, capture_output=True, text=True, check=True).stdout
-    space = r"dlms::cuda::\(anonymous namespace\)::"
-    pattern = rf"(Function properties for )(?:void )?{space}([^(]+)\(.*"
+    pattern = r"(Function properties for )(?:void )?dlms::cuda::([^(]+)\(.*"
     return re.sub(pattern, lambda m: m[1] + m[2].replace(" ", ""), text)
 
 

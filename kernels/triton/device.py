@@ -224,7 +224,7 @@ def sum_middle_kernel(  # type: ignore[no-untyped-def]
     width,
     BLOCK: tl.constexpr,
 ):
-    """out[o, c] = sum over i of in[o, i, c], in an order fixed by count. One program: one (o, c)."""
+    """out[o, c] = sum over i of in[o, i, c], in an order fixed by count; one program each."""
     program = tl.program_id(0).to(tl.int64)
     outer = program // width
     column = program - outer * width

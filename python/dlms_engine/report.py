@@ -9,7 +9,7 @@ from typing import Any
 
 from . import plots
 from .evaluation.frechet import LABEL
-from .evaluation.record import best, figure
+from .evaluation.rows import best, figure
 
 Row = Mapping[str, Any]
 

@@ -11,7 +11,8 @@ import torch
 from dlms_engine import solvers
 from dlms_engine.evaluation.measure import Entry, Measurer
 from dlms_engine.evaluation.memo import Memo
-from dlms_engine.evaluation.record import RecordSettings, best, record
+from dlms_engine.evaluation.record import RecordSettings, record
+from dlms_engine.evaluation.rows import best
 from dlms_engine.evaluation.store import Store, digest
 
 pytest.importorskip("torchmetrics")

@@ -18,8 +18,8 @@ from dlms_engine.learners import distill
 from dlms_engine.learners.dlms import Dlms, DlmsSettings
 from dlms_engine.learners.ema import EmaSets
 from dlms_engine.learners.endpoint import endpoint_loss, student_end
+from dlms_engine.learners.noise import unit_noise
 from dlms_engine.learners.teacher import Teacher, TeacherSettings
-from dlms_engine.learners.trainer import unit_noise
 from dlms_engine.sampler import Sampler, seeded_noise
 from dlms_engine.solver_file import load_solver
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from dlms_engine.learners.trainer import unit_noise
+from dlms_engine.learners.noise import unit_noise
 from dlms_engine.parallel import World
 from dlms_engine.sampler import seeded_noise
 from dlms_engine.solver_file import load_solver

@@ -10,7 +10,6 @@ compared on more, and at some nfe the finalists' distances are measured on the m
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,11 +21,10 @@ from tqdm.auto import tqdm
 
 from ..denoiser import Denoiser
 from ..embedded import ReferenceStatistics
-from .frechet import FeatureSums, frechet_distance
-from .measure import Entry, Measured, Measurer
+from .frechet import FeatureSums
+from .measure import Entry, Measurer
+from .rows import SIDES, Floors, distance, finalists, measured_row, shortlist
 from .store import Store
-
-SIDES = ("accurate", "data")
 
 
 @dataclass(frozen=True)
@@ -69,30 +67,6 @@ class RecordSettings:
                 f"screen_samples is {self.screen_samples}, compared_samples {self.compared_samples} "
                 f"and samples {self.samples}, expected 2 <= screen <= compared <= samples"
             )
-
-
-@dataclass(frozen=True)
-class _Floors:
-    """What a perfect solver has at a number of samples, and the sets distances are taken to."""
-
-    references: Mapping[str, FeatureSums | ReferenceStatistics]
-    values: Mapping[str, float]
-
-    def figures(self, sums: FeatureSums) -> dict[str, float]:
-        """``to_*`` and ``excess_*`` for each side."""
-        found: dict[str, float] = {}
-        for side in SIDES:
-            value = _distance(sums, self.references[side])
-            found[f"to_{side}"] = value
-            found[f"excess_{side}"] = value - self.values[side]
-        return found
-
-
-def _distance(sums: FeatureSums, other: FeatureSums | ReferenceStatistics) -> float:
-    """Infinite for samples that are not finite: such a solver comes last, it does not stop us."""
-    if not bool(sums.outer.isfinite().all()):
-        return math.inf
-    return frechet_distance(other, sums)
 
 
 def record(
@@ -189,19 +163,19 @@ def _measure(
         mine = [entry for entry in learned if entry.nfe == nfe]
         bar.set_description(f"screening, {nfe} evaluations")
         found = measurer.measure(f"screen-{nfe}", hand, few, exact[: len(few)])
-        fresh = [_row(e, m, "screen", floors) for e, m in zip(hand, found, strict=True)]
-        listed = _shortlist(fresh, settings.shortlist)
+        fresh = [measured_row(e, m, "screen", floors) for e, m in zip(hand, found, strict=True)]
+        listed = shortlist(fresh, settings.shortlist)
         bar.set_description(f"comparing, {nfe} evaluations")
         entries = [*(hand[index] for index in listed), *mine]
         found = measurer.measure(f"compare-{nfe}", entries, some, exact)
         own_rows = zip(mine, found[len(listed) :], strict=True)
-        fresh += [_row(e, m, "compared", floors) for e, m in own_rows]
+        fresh += [measured_row(e, m, "compared", floors) for e, m in own_rows]
         for index, m in zip(listed, found, strict=False):
-            fresh[index] |= _row(hand[index], m, "compared", floors)
+            fresh[index] |= measured_row(hand[index], m, "compared", floors)
         if nfe in settings.full_nfes:
             bar.set_description(f"finalists, {nfe} evaluations")
             all_entries = [*hand, *mine]
-            chosen = _finalists(fresh, settings.finalists)
+            chosen = finalists(fresh, settings.finalists)
             full = measurer.measure(f"full-{nfe}", [all_entries[i] for i in chosen], many)
             for index, m in zip(chosen, full, strict=True):
                 fresh[index]["full"] = floors["full"].figures(m.sums)
@@ -269,62 +243,10 @@ def _measurer(
     return Measurer(denoiser, features, shape, store, batch=settings.batch, advance=advance)
 
 
-def _floors(perfect: FeatureSums, other: FeatureSums, reference: ReferenceStatistics) -> _Floors:
+def _floors(perfect: FeatureSums, other: FeatureSums, reference: ReferenceStatistics) -> Floors:
     """Floors at the size of ``perfect``, the accurate samples of the seeds that are compared."""
     references: dict[str, FeatureSums | ReferenceStatistics] = {
         "accurate": other,
         "data": reference,
     }
-    return _Floors(references, {side: _distance(perfect, references[side]) for side in SIDES})
-
-
-def _row(
-    entry: Entry, measured: Measured, size: str, floors: Mapping[str, _Floors]
-) -> dict[str, Any]:
-    return {
-        "nfe": entry.nfe,
-        "solver": entry.label,
-        "learned": entry.learned,
-        "facts": entry.facts,
-        "rmse": measured.rmse,
-        size: floors[size].figures(measured.sums),
-    }
-
-
-def _shortlist(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
-    """Indices of the best ``count`` by RMSE and half as many by distance, without repetition."""
-    by_rmse = sorted(range(len(rows)), key=lambda i: _rank(rows[i]["rmse"]))
-    by_distance = sorted(range(len(rows)), key=lambda i: _rank(rows[i]["screen"]["to_accurate"]))
-    return list(dict.fromkeys([*by_rmse[:count], *by_distance[: (count + 1) // 2]]))
-
-
-def _finalists(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
-    """Indices of the best ``count`` handcrafted by compared distance, and of every learned one."""
-    listed = [i for i, row in enumerate(rows) if "compared" in row]
-    hand = [i for i in listed if not rows[i]["learned"]]
-    ranked = sorted(hand, key=lambda i: _rank(rows[i]["compared"]["to_accurate"]))
-    return [*ranked[:count], *(i for i in listed if rows[i]["learned"])]
-
-
-def _rank(value: float) -> float:
-    return math.inf if math.isnan(value) else value
-
-
-def best(
-    rows: Sequence[Mapping[str, Any]], nfe: int, *, learned: bool, by: str
-) -> Mapping[str, Any] | None:
-    """The best row of an nfe by ``"rmse"``, ``"accurate"`` or ``"data"`` (full figures first)."""
-    pool = [row for row in rows if row["nfe"] == nfe and row["learned"] == learned]
-    for size in ("full", "compared") if by != "rmse" else ("compared",):
-        if any(size in row for row in pool):
-            pool = [row for row in pool if size in row]
-            break
-    return min(pool, key=lambda row: _rank(figure(row, by)), default=None)
-
-
-def figure(row: Mapping[str, Any], by: str) -> float:
-    """RMSE, or the excess distance on the most samples there are."""
-    if by == "rmse":
-        return float(row["rmse"])
-    size = next(name for name in ("full", "compared", "screen") if name in row)
-    return float(row[size][f"excess_{by}"])
+    return Floors(references, {side: distance(perfect, references[side]) for side in SIDES})

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..denoiser import Denoiser
+from ..denoiser import Denoiser, FeatureTap, find_module
 from ..learners import distill
 from .diffusers import DLMSScheduler
 from .schedule.probe import Loop, first_argument
@@ -228,18 +228,19 @@ def _usable(
     """``features`` if the network has that module and its bottleneck has the designers' length."""
     if features is None:
         return None
+    denoiser, shape = pipeline_denoiser(pipe, texts, guidance_scale=guidance_scale, **arguments)
     try:
-        denoiser, shape = pipeline_denoiser(
-            pipe, texts, guidance_scale=guidance_scale, features=features, **arguments
-        )
+        module = find_module(denoiser.network, features)
     except ValueError as exc:
         log.info("the solver will not read a bottleneck: %s", exc)
         return None
+    tap = FeatureTap()
+    handle = module.register_forward_hook(tap)
     with torch.no_grad():
         denoiser(torch.zeros(1, *shape), denoiser.process.t_max)
-    length = denoiser.last_features.shape[1]
-    if denoiser._hook is not None:
-        denoiser._hook.remove()
+    handle.remove()
+    raw = tap.value
+    length = 0 if raw is None else raw.mean(dim=1).numel() // raw.shape[0]
     if length != FEATURES:
         log.info("bottleneck of length %d, designers read %d: not used", length, FEATURES)
         return None

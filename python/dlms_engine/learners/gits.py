@@ -22,7 +22,7 @@ from ..sampler import Sampler
 from ..solvers import SOLVERS, make_solver
 from ..table import SolverTable
 from .grid_tools import GridSource, start_times
-from .trainer import unit_noise
+from .noise import unit_noise
 
 Metric = Literal["dev", "l2", "l1"]
 

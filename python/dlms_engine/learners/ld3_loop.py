@@ -19,7 +19,7 @@ from ..parallel import World
 from .ld3 import TYPICAL_LOSS, Graded, Ld3
 from .ld3_data import Pairs, project
 from .ld3_state import Ld3State, Ld3Store
-from .trainer import unit_noise
+from .noise import unit_noise
 
 log = logging.getLogger("dlms_engine")
 

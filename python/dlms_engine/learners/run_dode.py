@@ -7,9 +7,9 @@ from ..parallel import World
 from . import RunOptions, split_settings
 from .dode import fit, summary
 from .dode_settings import DodeSettings, student_grid
+from .noise import unit_noise
 from .run_ld3 import plain
 from .solver import DistilledSolver
-from .trainer import unit_noise
 
 
 def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:

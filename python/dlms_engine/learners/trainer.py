@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ..parallel import World
 from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EmaSets
+from .noise import unit_noise
 
 log = logging.getLogger("dlms_engine")
 
@@ -301,27 +302,3 @@ class Trainer:
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def unit_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
-    """``[len(indices), *shape]`` float32 noise, each sample from its own generator.
-
-    Depends on (seed, index) alone, so any split over batches, ranks or restarts agrees. The CPU's
-    generator takes 32 bits of a seed; training has the upper half of them to itself, away from the
-    small seeds that people sample and measure with.
-    """
-    generator = torch.Generator()
-    draws = []
-    for index in indices:
-        generator.manual_seed((1 << 31) | (_mix(seed, index) >> 33))
-        draws.append(torch.randn(*shape, generator=generator))
-    return torch.stack(draws) if draws else torch.empty(0, *shape)
-
-
-def _mix(seed: int, index: int) -> int:
-    """64 well-mixed bits of two integers (the finaliser of SplitMix64, Steele et al. 2014)."""
-    mask = (1 << 64) - 1
-    z = (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
-    return z ^ (z >> 31)

@@ -1,0 +1,30 @@
+"""Start noise of a distillation, a pure function of seed and index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unit_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
+    """``[len(indices), *shape]`` float32 noise, each sample from its own generator.
+
+    Depends on (seed, index) alone, so any split over batches, ranks or restarts agrees. The CPU's
+    generator takes 32 bits of a seed; training has the upper half of them to itself, away from the
+    small seeds that people sample and measure with.
+    """
+    generator = torch.Generator()
+    draws = []
+    for index in indices:
+        generator.manual_seed((1 << 31) | (_mix(seed, index) >> 33))
+        draws.append(torch.randn(*shape, generator=generator))
+    return torch.stack(draws) if draws else torch.empty(0, *shape)
+
+
+def _mix(seed: int, index: int) -> int:
+    """64 well-mixed bits of two integers (the finaliser of SplitMix64, Steele et al. 2014)."""
+    mask = (1 << 64) - 1
+    z = (seed * 0x9E3779B97F4A7C15 + index * 0xD1B54A32D192ED03 + 0x9E3779B97F4A7C15) & mask
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    return z ^ (z >> 31)
