@@ -50,6 +50,12 @@ def evaluate(
     compared_samples: Annotated[
         int, typer.Option(min=2, help="--record: samples the best and the learned are compared on.")
     ] = 2000,
+    shortlist: Annotated[
+        int, typer.Option(min=1, help="--record: handcrafted solvers compared, by RMSE.")
+    ] = 4,
+    finalists: Annotated[
+        int, typer.Option(min=1, help="--record: of these, measured on all samples.")
+    ] = 2,
     full_nfes: Annotated[
         str, typer.Option(help="--record: evaluations with distances on all samples.")
     ] = "5,10",
@@ -86,6 +92,8 @@ def evaluate(
             screen_samples=screen_samples,
             compared_samples=compared_samples,
             full_nfes=tuple(parse_seeds(full_nfes)),
+            shortlist=shortlist,
+            finalists=finalists,
             exact_nfe=exact_nfe,
             accurate_nfe=accurate_nfe,
             compile=compile_,
