@@ -85,7 +85,7 @@ def test_steps_are_positive_and_offsets_bounded(seed: int) -> None:
     with torch.no_grad():
         module.logits.copy_(4 * torch.randn(7))
         module.offsets.copy_(100 * torch.randn(6))
-    times = module()
+        times = module()
     assert bool((times.grid.diff() < 0).all())
     # two neighbours may meet half way
     assert bool((times.network.log().diff() < 1e-9).all())
