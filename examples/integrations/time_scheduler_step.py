@@ -72,7 +72,8 @@ def main() -> None:
             ]
             best = [min(column) for column in zip(*rounds, strict=True)]
             print(
-                f"{solver:14s} diffusers {best[0]:7.1f}   engine {best[1]:7.1f} us   x{best[0] / best[1]:.1f}"
+                f"{solver:14s} diffusers {best[0]:7.1f}   engine {best[1]:7.1f} us   "
+                f"x{best[0] / best[1]:.1f}"
             )
 
 
