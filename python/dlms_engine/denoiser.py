@@ -281,7 +281,7 @@ def find_module(network: Any, path: str) -> nn.Module:
         raise ValueError(
             f"features={path!r} needs an nn.Module network, got {type(network).__name__}"
         )
-    named = dict(network.named_modules())
+    named: dict[str, nn.Module] = dict(network.named_modules())
     if path in named:
         return named[path]
     ends = [name for name in named if name.endswith("." + path)]

@@ -144,7 +144,8 @@ class Designer(nn.Module):
         embedded = self.time(positional(t).to(dtype))
         index = self.index.weight[n - 1].expand(batch, 8)
         joined = torch.cat([encoded, embedded, index], dim=1)
-        return self.head(joined) + self.bias[n - 1]
+        raw: Tensor = self.head(joined) + self.bias[n - 1]
+        return raw
 
 
 def positional(t: Tensor, channels: int = 8, longest: float = 1e4) -> Tensor:

@@ -24,14 +24,14 @@ from .loops import (
     plan_table,
     run_plain,
 )
-from .policy import Policy, TableRun
+from .policy import Policy, PolicyRun, TableRun
 from .table import SolverTable
 
 
 class Step(NamedTuple):
     """What a callback is told after each row."""
 
-    index: int  # 0 .. nfe - 1
+    index: int  # type: ignore[assignment]  # 0 .. nfe - 1; hides tuple.index
     nfe: int
     x: Tensor  # [B, ...] the state after the row; the live buffer: clone it to keep it
 
@@ -198,8 +198,11 @@ class Sampler(nn.Module):
 
     def _run_predictions(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
         """Slow path: the prediction is formed, altered and only then handed to the row."""
-        table = isinstance(self.policy, SolverTable)
-        run = TableRun(self.policy, x.device) if table else self.policy.start(len(x), x.device)
+        run: PolicyRun
+        if isinstance(self.policy, SolverTable):
+            run = TableRun(self.policy, x.device)
+        else:
+            run = self.policy.start(len(x), x.device)
         history: list[Tensor] = []
         time = run.time
         x = per_sample(run.initial_scale, x) * x

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
                 cases.append(measure(shape, dtype, options.rounds, options.seconds))
                 if not options.json:
                     _print_case(cases[-1])
-    report = {
+    report: dict[str, Any] = {
         "benchmark": "step",
         "conditions": {**timing.conditions(), "diffusers": rivals.version()},
         "unit": "microseconds per step, lowest of the round medians",

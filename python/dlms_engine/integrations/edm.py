@@ -58,7 +58,7 @@ class Snapshot:
         if self.kind not in NETWORKS:
             raise ValueError(f"network is {self.kind!r}, expected one of {sorted(NETWORKS)}")
         cls = NETWORKS[self.kind]
-        known = set(inspect.signature(cls.__init__).parameters)
+        known = set(inspect.signature(cls).parameters)
         unknown = sorted(set(self.settings) - known - IGNORED)
         if unknown:
             raise ValueError(f"{self.kind} has arguments {unknown} that this version does not know")
@@ -94,9 +94,7 @@ def read_snapshot(path: str | Path) -> Snapshot:
         raise ValueError(f"{path}: the preconditioning holds no model")
     settings = dict(model.state.get("_init_kwargs") or {})
     positional = (
-        list(inspect.signature(NETWORKS[model.kind].__init__).parameters)[1:]
-        if (model.kind in NETWORKS)
-        else []
+        list(inspect.signature(NETWORKS[model.kind]).parameters) if (model.kind in NETWORKS) else []
     )
     settings |= dict(zip(positional, model.state.get("_init_args") or (), strict=False))
     outer = record.state
@@ -112,7 +110,7 @@ def read_snapshot(path: str | Path) -> Snapshot:
 
 
 def _read_converted(path: Path) -> Snapshot:
-    with safetensors.safe_open(str(path), framework="pt") as opened:  # type: ignore[no-untyped-call]
+    with safetensors.safe_open(str(path), framework="pt") as opened:
         metadata = opened.metadata() or {}
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}")

@@ -137,7 +137,7 @@ def solver_sigmas(solver: Any) -> Tensor:
     source = load_source(solver)
     if isinstance(source, str):
         raise ValueError(f"solver {source!r} has no sigmas of its own: use a schedule")
-    policy = getattr(source, "policy", source)
+    policy: Any = getattr(source, "policy", source)
     process: Process = policy.process
     levels = _rows_of(policy).levels
     return levels if isinstance(process, RectifiedFlow) else process.sigma_over_alpha(levels)
@@ -200,7 +200,7 @@ def _rows_of(policy: SolverTable | Policy) -> Rows:
 
 def _learned(source: Any, flow: bool, levels: Tensor) -> tuple[Rows, int]:
     """The solver's rows in this model's state space, and the row to begin with."""
-    policy = getattr(source, "policy", source)
+    policy: Any = getattr(source, "policy", source)
     process: Process = policy.process
     if flow != isinstance(process, RectifiedFlow):
         raise ValueError(f"the solver was made for {process!r}, the model is flow={flow}")

@@ -48,7 +48,7 @@ def load_checkpoint(
         ValueError: not a checkpoint, or one of a run with other settings (both are named).
     """
     try:
-        with safetensors.safe_open(str(path), framework="pt") as opened:  # type: ignore[no-untyped-call]
+        with safetensors.safe_open(str(path), framework="pt") as opened:
             metadata = opened.metadata() or {}
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of this library: {error}") from error

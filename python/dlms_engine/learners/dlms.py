@@ -197,14 +197,14 @@ class Dlms:
         carry = self.first(x, t)
         if self.progress >= 1 - settings.endpoint_share:
             loss = endpoint_loss(self, x)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             yield endpoint_numbers(loss)
             return
         teacher = Teacher(self.denoiser, settings.teacher, x, settings.steps, self.cond)
         losses: dict[str, float] = {}
         for n in range(2, settings.steps + 1):
             loss, carry = self._pair(n, carry, teacher)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             losses[f"loss{n}"] = float(loss.detach())
         yield {"loss": losses[f"loss{settings.steps}"], **losses} if losses else {"loss": 0.0}
 

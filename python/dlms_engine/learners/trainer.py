@@ -25,8 +25,12 @@ log = logging.getLogger("dlms_engine")
 class Learner(Protocol):
     """An objective over solver parameters."""
 
-    module: nn.Module
     progress: float  # share of the updates that are done, set before each iteration
+
+    @property
+    def module(self) -> nn.Module:
+        """What is trained."""
+        ...
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]: ...
 

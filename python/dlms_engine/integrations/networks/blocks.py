@@ -95,12 +95,12 @@ class Positional(nn.Module):
 
     def __init__(self, channels: int, *, endpoint: bool) -> None:
         super().__init__()
-        self.half, self.endpoint = channels // 2, endpoint
+        self.rates, self.endpoint = channels // 2, endpoint
 
     def forward(self, t: Tensor) -> Tensor:
         """``[B]`` -> ``[B, channels]``."""
-        index = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        rates = (1 / 10000) ** (index / (self.half - int(self.endpoint)))
+        index = torch.arange(self.rates, dtype=torch.float32, device=t.device)
+        rates = (1 / 10000) ** (index / (self.rates - int(self.endpoint)))
         angles = t[:, None] * rates.to(t)
         return torch.cat([angles.cos(), angles.sin()], dim=1)
 

@@ -120,7 +120,7 @@ class Runner:
         return table_rows(self._table(grid, len(grid) - 1), self._times.padding)
 
     def _learned(self, source: SolverLike, steps: int | None, timesteps: Any, sigmas: Any) -> Rows:
-        policy = getattr(source, "policy", source)
+        policy: Any = getattr(source, "policy", source)
         self._model.check(policy.process)
         if isinstance(policy, SolverTable):
             rows = table_rows(policy)
