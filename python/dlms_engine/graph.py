@@ -28,6 +28,7 @@ StepNetwork = Callable[[int, Tensor, Inputs], "Tensor | tuple[Tensor, Tensor]"]
 RowFunction = Callable[[int, Inputs], Tensor]
 Mode = Literal["auto", "always", "never"]
 
+_capturing = threading.Lock()  # torch captures on one stream that all captures share
 WARMUP = 3  # runs before a capture: lazy initialisation, autotuning and torch.compile happen there
 
 
@@ -55,13 +56,19 @@ _REASONS = (
 
 
 def explain(exc: BaseException) -> str:
-    """In words, why a capture failed with `exc`."""
-    text = str(exc).lower()
+    """In words, why a capture failed with `exc`.
+
+    The error that ends a capture often hides the one that broke it, so that one is read too.
+    """
+    chain = [exc]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(earlier)
+    text = "\n".join(str(e) for e in chain).lower()
     for fragments, reason in _REASONS:
         if any(fragment in text for fragment in fragments):
             return reason
-    first = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-    return f"it failed with {type(exc).__name__}: {first}"
+    first = (str(chain[-1]).strip() or "no message").splitlines()[0]
+    return f"it failed with {type(chain[-1]).__name__}: {first}"
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -95,7 +102,10 @@ class CapturedRun:
             self._done = torch.cuda.Event()
             try:
                 # thread_local: other threads may go on using the GPU meanwhile.
-                with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                with (
+                    _capturing,
+                    torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
+                ):
                     self._output = body(self._inputs)
             except Exception as exc:
                 torch.cuda.synchronize(self._device)

@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="the tiny pipelines need transformers
 import tiny_pipelines as tiny  # noqa: E402
 
 from dlms_engine import grids, solvers  # noqa: E402
+from dlms_engine.designer import Designer, DesignerPolicy, DesignerSettings  # noqa: E402
 from dlms_engine.integrations.diffusers import DLMSScheduler, accelerate  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -138,3 +139,39 @@ def test_analytical_first_step_works_where_pipelines_do_not_scale() -> None:
     accelerate(pipe, solver=table)
     out = pipe(batch_size=1, num_inference_steps=4, output_type="np").images
     assert bool(torch.as_tensor(out).isfinite().all())
+
+
+def test_a_replaced_scheduler_is_respected_and_undo_keeps_other_hooks() -> None:
+    pipe = tiny.sd()
+    original = pipe.scheduler
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda *args, **kwargs: forward(*args, **kwargs)  # an offloading hook, say
+    hooked = pipe.unet.forward
+    expected = images(pipe, {**tiny.sd_inputs(), **SIZE, **STEPS})
+    acceleration = accelerate(pipe, solver="unipc")
+    pipe.scheduler = original
+    assert torch.equal(images(pipe, {**tiny.sd_inputs(), **SIZE, **STEPS}), expected)
+    acceleration.undo()
+    assert pipe.unet.forward is hooked
+
+
+def test_a_per_sample_solver_watches_the_network() -> None:
+    pipe = tiny.sd()
+    process = DLMSScheduler.from_config(pipe.scheduler.config).noise_model.process
+    settings = DesignerSettings(steps=3, order=2, afs=False, features=16, coordinate="linear")
+    weights = torch.tensor([[1.0, 0.0]] * 3, dtype=torch.float64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        designer = Designer(settings, process, grids.time_uniform(process, 3), weights)
+        torch.nn.init.normal_(designer.head.weight, std=0.3)
+    policy = DesignerPolicy(designer)
+    asked = {**SIZE, "num_inference_steps": 3}
+    acceleration = accelerate(pipe, solver=policy)
+    found = images(pipe, {**tiny.sd_inputs(), **asked})
+    acceleration.undo()
+    pipe.scheduler = DLMSScheduler.from_config(pipe.scheduler.config, solver=policy)
+    pipe.scheduler.watch(pipe.unet)
+    assert torch.equal(images(pipe, {**tiny.sd_inputs(), **asked}), found)
+    pipe.scheduler._watch._handles[0].remove()  # planted fault: the bottleneck is not seen
+    with pytest.raises(RuntimeError, match="not called before step"):
+        images(pipe, {**tiny.sd_inputs(), **asked})

@@ -120,6 +120,16 @@ def test_reasons(message, reason):
     assert reason in graph.explain(RuntimeError(message))
 
 
+def test_the_error_behind_the_error_is_the_reason():
+    try:
+        try:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        except RuntimeError:
+            raise RuntimeError("capture_end: failed due to a previous error") from None
+    except RuntimeError as exc:
+        assert ".item()" in graph.explain(exc)
+
+
 class FakeCapture(graph.CapturedRun):
     """Stands in for a capture on a machine without a GPU."""
 

@@ -91,7 +91,7 @@ def capture(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any])
     if not isinstance(network, nn.Module):
         raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer")
     loop = _Capture(network)
-    network.forward = loop.answer  # type: ignore[method-assign]
+    loop.install()
     asked = dict(arguments)
     if prompts is not None:
         asked["prompt"] = list(prompts)
@@ -101,7 +101,7 @@ def capture(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any])
     except _CapturedError:
         return loop
     finally:
-        del network.forward
+        loop.uninstall()
     raise RuntimeError(f"{type(pipe).__name__} did not call its network")
 
 

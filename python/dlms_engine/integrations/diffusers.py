@@ -138,6 +138,11 @@ class DLMSScheduler(EngineScheduler):
             self._watch.remove()
         self._watch = None
 
+    @property
+    def watched(self) -> bool:
+        """Whether ``watch`` is in force."""
+        return self._watch is not None
+
     def run_with(self, loop: Any, cache: Any) -> None:
         """Makes later runs take the pipeline's network from ``loop``; used by ``accelerate``."""
         self._loop = (loop, cache)

@@ -48,7 +48,8 @@ class FreeTableSettings:
         learn_times, learn_network_times, learn_weights, learn_state: what is trained: the grid,
             the decoupled times, the weights of outputs, the weights of the state.
         sum_to_base: corrections of a row's output weights add up to zero.
-        times_lr, network_times_lr, weights_lr: factors of the learning rate.
+        times_lr, network_times_lr, weights_lr: factors of the learning rate; a weight's correction
+            acts on the whole image at once, a step in log time does not.
         loss: "endpoint" against the exact solution, or "trajectory": that and every state on the
             way, against a teacher on the student's own grid.
         last_step: distance of the endpoint: "pixels", "bottleneck" or "features".
@@ -74,9 +75,9 @@ class FreeTableSettings:
     learn_weights: bool = True
     learn_state: bool = True
     sum_to_base: bool = False
-    times_lr: float = 1.0
-    network_times_lr: float = 1.0
-    weights_lr: float = 1.0
+    times_lr: float = 4.0
+    network_times_lr: float = 4.0
+    weights_lr: float = 0.2
     loss: Literal["endpoint", "trajectory"] = "endpoint"
     last_step: Literal["pixels", "bottleneck", "features"] = "pixels"
     last_step_weight: float = 1.0

@@ -78,7 +78,7 @@ class Resample(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """At most 32 groups of at least 4 channels; float32 whatever the input."""
+    """At most 32 groups of at least 4 channels; in the input's dtype."""
 
     def __init__(self, channels: int, eps: float) -> None:
         super().__init__(min(32, channels // GROUP_CHANNELS), channels, eps=eps)

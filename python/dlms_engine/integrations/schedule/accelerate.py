@@ -103,8 +103,9 @@ class Acceleration:
         self.network = network
         self._class = type(pipe)
         self._scheduler = pipe.scheduler
+        self._own = scheduler
         self.loop = Loop(network)
-        network.forward = self.loop.answer  # type: ignore[method-assign]
+        self.loop.install()
         scheduler.run_with(self.loop, GraphCache())
         pipe.scheduler = scheduler
         pipe.__class__ = _accelerated(self._class, self)
@@ -115,12 +116,17 @@ class Acceleration:
             return
         self.pipe.__class__ = self._class
         self.pipe.scheduler = self._scheduler
-        del self.network.forward
+        self.loop.uninstall()
+        self._own.unwatch()
         self.pipe = None
 
     def call(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The pipeline's call: the whole loop at once if its arguments allow, else step by step."""
         reason = _stepwise(kwargs)
+        if pipe.scheduler is not self._own:
+            reason = "the pipeline's scheduler was replaced"
+        elif self._own.watched:
+            reason = "the solver's rows are per sample"
         if reason is None:
             with _rewound(kwargs) as rewind:
                 try:

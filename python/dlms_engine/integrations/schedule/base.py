@@ -15,6 +15,7 @@ from .noise import NoiseModel
 from .runner import Runner, Source, load_source
 
 SOLVER_FILE = "dlms_solver.safetensors"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class EngineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -64,7 +65,8 @@ class EngineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         cls, pretrained_model_name_or_path: Any = None, subfolder: str | None = None, **kwargs: Any
     ) -> Any:
         """As in diffusers; a learned solver is read from the safetensors file beside the JSON."""
-        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder)
+        hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS}
+        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **hub)
         if config.get("solver") == SOLVER_FILE and "solver" not in kwargs:
             folder = Path(str(pretrained_model_name_or_path), subfolder or "")
             if folder.is_dir():
@@ -73,7 +75,7 @@ class EngineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
                 from huggingface_hub import hf_hub_download
 
                 kwargs["solver"] = hf_hub_download(
-                    str(pretrained_model_name_or_path), SOLVER_FILE, subfolder=subfolder
+                    str(pretrained_model_name_or_path), SOLVER_FILE, subfolder=subfolder, **hub
                 )
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 

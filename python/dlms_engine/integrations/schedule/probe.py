@@ -28,12 +28,24 @@ class Loop:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self.forward: Callable[..., Any] = network.forward
+        self._replaced = network.__dict__.get("forward")  # an offloading hook's, for instance
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.enabled = False
         self.guidance: float | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Loop:
         return self  # copies of the scheduler share the network
+
+    def install(self) -> None:
+        """Puts ``answer`` in the place of the network's ``forward``."""
+        self.network.forward = self.answer  # type: ignore[method-assign]
+
+    def uninstall(self) -> None:
+        """Puts back what was there."""
+        if self._replaced is None:
+            del self.network.forward
+        else:
+            self.network.forward = self._replaced  # type: ignore[method-assign]
 
     def reset(self, enabled: bool) -> None:
         """Before a call of the pipeline; disabled, the network is what it was."""
