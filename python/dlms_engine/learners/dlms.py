@@ -8,7 +8,7 @@ evaluation. Everything older is detached: memory does not grow with the number o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,8 @@ from ..designer import (
 )
 from ..sampler import Sampler
 from .endpoint import endpoint_loss, endpoint_numbers
-from .initial import initial_grid, initial_weights
+from .grid_tools import GridSource, start_times
+from .initial import GRIDS, initial_scales, initial_weights
 from .losses import FeatureDistance, last_step_distance
 from .static import static_table
 from .teacher import Teacher, TeacherSettings
@@ -44,7 +45,9 @@ class DlmsSettings:
         init: weights at the start: "ab" (Adams-Bashforth on whatever is combined, the paper's PLMS;
             on noise predictions this is iPNDM exactly), "ddim" (ablation: no high-order
             initialisation), "dpm_solver_pp" (data only), "ipndm" (exact iPNDM, noise only).
-        grid: times at the start: "time_uniform", "time_quadratic", "polynomial", "logsnr".
+        grid: times at the start: "time_uniform", "time_quadratic", "polynomial", "logsnr", explicit
+            times, a table, or the solver file of LD3, GITS or another learner with a table. With
+            ``time_scaling`` its network times are the scalings at the start.
         afs: analytical first step (ablation: False).
         bottleneck: the designer reads the network's bottleneck (ablation: False).
         adaptive_times: times are learned (ablation: False).
@@ -69,7 +72,7 @@ class DlmsSettings:
     order: int | None = None
     prediction: Literal["data", "noise"] = "data"
     init: Init = "ab"
-    grid: str = "time_uniform"
+    grid: GridSource = "time_uniform"
     afs: bool = True
     bottleneck: bool = True
     adaptive_times: bool = True
@@ -144,7 +147,8 @@ class Dlms:
         self.cond = cond
         self.progress = 0.0  # share of the run that is done, set by the trainer
         process = denoiser.process
-        grid = initial_grid(process, settings.grid, settings.steps)
+        times = start_times(process, settings.grid, settings.steps)
+        grid = times.grid
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = Designer(
@@ -153,6 +157,10 @@ class Dlms:
                 grid,
                 initial_weights(process, grid, settings),
             )
+        if times.network is not None and settings.time_scaling:
+            with torch.no_grad():
+                raw = initial_scales(times, settings.scale_range, settings.time_gain)
+                self.module.bias[:, -1] = raw
         self.policy = DesignerPolicy(self.module)
         self.distance: FeatureDistance | None = last_step_distance(
             denoiser, settings.last_step, settings.feature_sigma, feature_network
@@ -217,7 +225,11 @@ class Dlms:
         return {"grid": table.grid.tolist(), "network_times": table.times.tolist()}
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"method": "dlms", **asdict(self.settings)}
+        settings = asdict(replace(self.settings, grid=""))
+        source = self.settings.grid  # a file may change: what counts is what was read from it
+        named = isinstance(source, str) and source in GRIDS
+        settings["grid"] = source if named else self.module.grid.tolist()
+        return {"method": "dlms", **settings}
 
     # -- Algorithm 1 --------------------------------------------------------------------------
 

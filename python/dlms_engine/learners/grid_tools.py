@@ -63,8 +63,15 @@ def _from_table(process: Process, table: SolverTable, steps: int) -> StartTimes:
 
 
 def _check_length(grid: Tensor, steps: int) -> None:
-    if grid.shape != (steps + 1,):
+    if grid.shape == (steps + 1,):
+        return
+    if grid.ndim != 1:
         raise ValueError(f"grid has shape {tuple(grid.shape)}, expected [{steps + 1}] times")
+    raise ValueError(
+        f"grid has {len(grid)} times ({len(grid) - 1} steps), expected {steps + 1} ({steps} steps): "
+        "take a grid of as many steps, or another nfe; with an analytical first step (afs) a solver "
+        "has one step more than evaluations"
+    )
 
 
 def refine(process: Process, grid: Tensor, count: int) -> Tensor:

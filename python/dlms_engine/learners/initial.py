@@ -1,7 +1,8 @@
-"""Where DLMS starts: handcrafted grids and multistep weights."""
+"""Where DLMS starts: grids, multistep weights, network times."""
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +14,9 @@ from .teacher import multistep_weights
 
 if TYPE_CHECKING:
     from .dlms import DlmsSettings
+    from .grid_tools import StartTimes
+
+log = logging.getLogger("dlms_engine")
 
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -44,6 +48,30 @@ def initial_weights(process: Process, grid: Tensor, settings: DlmsSettings) -> T
         row = _row(process, grid, settings, n, min(n, order))
         weights[n - 1, : len(row)] = torch.as_tensor(row, dtype=torch.float64)
     return weights
+
+
+def initial_scales(times: StartTimes, scale_range: float, gain: float) -> Tensor:
+    """float32 ``[steps]``: what the head must say for the network times of ``times``.
+
+    A scaling lies within 1 +- ``scale_range``; one that does not is cut, and named in the log, to 95 %
+    of that, where the head can still move.
+    """
+    assert times.network is not None
+    grid, network = times.grid[1:-1], times.network[1:-1]
+    wanted = network / grid - 1
+    bound = 0.95 * scale_range
+    worst = float(wanted.abs().max()) if len(wanted) else 0.0
+    if worst > bound:
+        log.warning(
+            "the grid's network times are up to %.0f %% off their grid times, scale_range=%g keeps "
+            "%.0f %%: set scale_range=%.2g to start from them exactly",
+            100 * worst, scale_range, 100 * bound, worst / 0.9,
+        )  # fmt: skip
+    raw = torch.zeros(len(times.grid) - 1)  # the last step's scaling is never used
+    if scale_range > 0 and gain > 0:
+        share = (wanted / scale_range).clamp(-0.95, 0.95)
+        raw[:-1] = torch.atanh(share).float() / gain
+    return raw
 
 
 def _row(
