@@ -5,104 +5,118 @@ from dlms_engine.integrations.calibrate import distill_pipeline
 scheduler = distill_pipeline("path/to/pipeline", prompts="prompts.txt", nfe=5, guidance_scale=7.5)
 scheduler.save_pretrained("solver")        # JSON, and the solver as safetensors beside it
 pipe.scheduler = scheduler
+
+On the command line: ``dlms distill --pipeline PATH --prompts prompts.txt --guidance-scale 7.5``.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..denoiser import Denoiser, FeatureTap, find_module
 from ..learners import distill
 from .diffusers import DLMSScheduler
+from .prompt_calls import NetworkCall, is_batched, network_of, prompt_calls
 from .schedule.probe import Loop, first_argument
 
 log = logging.getLogger("dlms_engine")
 FEATURES = 64  # length of the bottleneck vector the learned designers read
-WITHOUT_BATCH = ("txt_ids", "img_ids", "image_rotary_emb")
-
-
-class _CapturedError(Exception):
-    """Ends the pipeline's call at its first network evaluation."""
-
-
-class _Capture(Loop):
-    def answer(self, *args: Any, **kwargs: Any) -> Any:
-        self.call = args, kwargs
-        raise _CapturedError
 
 
 class PipelineNetwork(nn.Module):
     """A pipeline's network with its prompts built in: sample i of a batch has prompt i mod P.
 
     Args:
-        loop: holds the arguments of one call of the network for all prompts.
-        prompts: P.
-        branches: 2 with classifier-free guidance, unconditional half first; else 1.
+        network: the pipeline's.
+        call: arguments of one call of the network for all prompts.
+
+    Attributes:
+        first: number of the batch's first sample, so that training goes through all prompts.
+
+    The network's own device is used whatever the samples' device is.
     """
 
-    def __init__(self, loop: Loop, prompts: int, branches: int) -> None:
+    def __init__(self, network: nn.Module, call: NetworkCall) -> None:
         super().__init__()
-        self.network = loop.network
-        self._loop = loop
-        self._prompts, self._branches = prompts, branches
-        self._batched = _batched(loop, prompts * branches)
+        self.network = network
+        self._loop = Loop(network)
+        self._loop.call = call.args, call.kwargs
+        self._prompts, self._branches = call.prompts, call.branches
+        self._batched = _batched(call)
+        self.first = 0
 
     def forward(self, x: Tensor, time: Tensor, **_: Any) -> Tensor:
         """``x`` ``[branches * B, ...]``, ``time`` ``[branches * B]`` in the network's unit."""
         batch = x.shape[0] // self._branches
-        rows = torch.arange(batch, device=x.device) % self._prompts
+        device = next((p.device for p in self.network.parameters()), x.device)
+        rows = (torch.arange(batch, device=device) + self.first) % self._prompts
         rows = torch.cat([rows + self._prompts * k for k in range(self._branches)])
-        chosen = {name: tensor[rows.to(tensor.device)] for name, tensor in self._batched.items()}
-        out = self._loop.evaluate(x, time, chosen)
+        chosen = {k: v[rows.to(v.device)].to(device) for k, v in self._batched.items()}
+        out = self._loop.evaluate(x.to(device), time.to(device), chosen).to(x.device)
         return out[:, : x.shape[1]] if out.ndim == 4 else out
 
 
-def _batched(loop: Loop, count: int) -> dict[str, Tensor]:
+def _batched(call: NetworkCall) -> dict[str, Tensor]:
     """The remembered arguments that have one row per sample."""
-    assert loop.call is not None
-    args, kwargs = loop.call
     names = ("sample", "hidden_states", "timestep", "timesteps")
-    rest = {k: v for k, v in kwargs.items() if k not in names}
-    found = pytree.tree_flatten_with_path((args[2:], rest))[0]
+    rest = {k: v for k, v in call.kwargs.items() if k not in names}
+    found = pytree.tree_flatten_with_path((call.args[2:], rest))[0]
     return {
         f"argument{i}": leaf
         for i, (path, leaf) in enumerate(found)
-        if isinstance(leaf, Tensor)
-        and leaf.ndim
-        and leaf.shape[0] == count
-        and not any(name in str(path) for name in WITHOUT_BATCH)
+        if is_batched(str(path), leaf, call.prompts * call.branches)
     }
 
 
-def capture(pipe: Any, prompts: Sequence[str] | None, arguments: dict[str, Any]) -> Loop:
-    """Runs ``pipe`` up to its first network call and keeps that call's arguments.
+class PipelineDenoiser(Denoiser):
+    """A ``Denoiser`` whose samples have numbers, and whose exact solutions can be kept in a folder."""
 
-    Raises:
-        RuntimeError: the pipeline ended without calling its network.
-    """
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer")
-    loop = _Capture(network)
-    loop.install()
-    asked = dict(arguments)
-    if prompts is not None:
-        asked["prompt"] = list(prompts)
-    try:
-        with torch.no_grad():
-            pipe(**asked)
-    except _CapturedError:
-        return loop
-    finally:
-        loop.uninstall()
-    raise RuntimeError(f"{type(pipe).__name__} did not call its network")
+    folder: Path | None = None
+
+    def first_sample(self, number: int) -> None:
+        """Tells which training sample the next batches begin with; learners call it."""
+        self.network.first = number
+
+    def kept_solution(self, noise: Tensor, steps: int, solve: Callable[[], Tensor]) -> Tensor:
+        """``solve()`` for start noise ``[B, ...]``, or what it gave in an earlier run.
+
+        A file is used if start noise, prompts, guidance and weights are those it was made with.
+        """
+        if self.folder is None:
+            return solve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        key = self._key(noise, steps)
+        path = self.folder / f"latents-{key[:16]}.safetensors"
+        if path.exists():
+            try:
+                return load_file(path)["exact"].to(noise)
+            except (OSError, KeyError, safetensors.SafetensorError) as exc:
+                log.warning("%s cannot be read (%s): made anew", path, exc)
+        exact = solve()
+        partial = path.with_name(f".{path.name}.partial")
+        save_file({"noise": noise.contiguous(), "exact": exact.contiguous()}, partial)
+        os.replace(partial, path)
+        return exact
+
+    def _key(self, noise: Tensor, steps: int) -> str:
+        """Changes with everything the exact solution depends on (16 values of each parameter)."""
+        told = [noise, *self.network._batched.values()]
+        told += [p.detach().reshape(-1)[:16] for p in self.network.parameters()]
+        total = hashlib.sha256(f"{steps} {self.guidance_scale} {self.process!r}".encode())
+        for tensor in told:
+            total.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()
 
 
 def pipeline_denoiser(
@@ -111,8 +125,9 @@ def pipeline_denoiser(
     *,
     guidance_scale: float | None = None,
     features: str | None = None,
+    folder: str | Path | None = None,
     **arguments: Any,
-) -> tuple[Denoiser, tuple[int, ...]]:
+) -> tuple[PipelineDenoiser, tuple[int, ...]]:
     """A denoiser of ``pipe``'s network with prompts and guidance, and one sample's shape.
 
     Args:
@@ -121,6 +136,7 @@ def pipeline_denoiser(
             ``prompt_embeds`` among the arguments.
         guidance_scale: None leaves the pipeline's default.
         features: bottleneck module, for solvers that read it.
+        folder: keeps the prompts' embeddings and the exact solutions of the validation.
         arguments: for the pipeline's call (``height``, ``width``, ``negative_prompt``, ...).
     """
     asked = {"num_inference_steps": 2, **arguments}
@@ -130,26 +146,24 @@ def pipeline_denoiser(
     scheduler = DLMSScheduler.from_config(original.config, solver="ddim")
     pipe.scheduler = scheduler
     try:
-        loop = capture(pipe, prompts, asked)
+        call = prompt_calls(pipe, prompts, asked, folder)
     finally:
         pipe.scheduler = original
-    assert loop.call is not None
-    sample = first_argument(*loop.call)
-    guided = bool(getattr(pipe, "do_classifier_free_guidance", False))
-    branches = 2 if guided else 1
+    network = PipelineNetwork(network_of(pipe), call)
     model = scheduler.noise_model
-    scale = loop.time_scale(scheduler.timesteps.tolist()[0], model.levels)
-    network = PipelineNetwork(loop, sample.shape[0] // branches, branches)
-    denoiser = Denoiser(
+    scale = network._loop.time_scale(call.timestep, model.levels)
+    guided = call.branches == 2
+    denoiser = PipelineDenoiser(
         network,
         model.process,
         model.denoiser.prediction,
         features=features,
-        guidance_scale=float(pipe.guidance_scale) if guided else None,
+        guidance_scale=call.guidance,
         unconditional={"guided": torch.ones(1)} if guided else None,
         time_input=lambda t: model.timestep(t) * scale,
     )
-    return denoiser, tuple(sample.shape[1:])
+    denoiser.folder = None if folder is None else Path(folder)
+    return denoiser, tuple(first_argument(call.args, call.kwargs).shape[1:])
 
 
 def distill_pipeline(
@@ -162,13 +176,14 @@ def distill_pipeline(
     trajectories: int | None = None,
     output: str | Path | None = None,
     features: str | None = "mid_block",
+    folder: str | Path | None = None,
     pipeline_arguments: dict[str, Any] | None = None,
     **settings: Any,
 ) -> DLMSScheduler:
     """Distils a solver for a pipeline; returns the scheduler that runs it there.
 
     Args:
-        pipeline: a loaded pipeline, or the directory of one (nothing is downloaded).
+        pipeline: a loaded pipeline, or what ``load_pipeline`` takes.
         prompts: a file with one prompt a line, or the prompts; None for unconditional models.
         nfe: network evaluations (a guided one counts once).
         guidance_scale: None takes the pipeline's default.
@@ -176,20 +191,19 @@ def distill_pipeline(
         output: where the solver file goes as well.
         features: bottleneck for DLMS; a network without it, or with one that is not 8 x 8, gets
             the variant that does not read it.
+        folder: keeps the prompts' embeddings and exact latents, for a later or resumed run.
         pipeline_arguments: for the pipeline's call (``height``, ``width``, ``prompt_embeds``, ...).
         settings: of the method.
 
     Raises:
         ValueError: no prompts in the file, unknown method or setting.
     """
-    pipe = _load(pipeline)
+    pipe = load_pipeline(pipeline)
     texts = _texts(prompts)
-    arguments = pipeline_arguments or {}
-    usable = _usable(pipe, texts, guidance_scale, features, arguments) if method == "dlms" else None
     denoiser, shape = pipeline_denoiser(
-        pipe, texts, guidance_scale=guidance_scale, features=usable, **arguments
+        pipe, texts, guidance_scale=guidance_scale, folder=folder, **(pipeline_arguments or {})
     )
-    if method == "dlms" and usable is None:
+    if method == "dlms" and not _attach(denoiser, features, shape):
         settings.setdefault("bottleneck", False)
     solver = distill(
         denoiser, method, nfe=nfe, shape=shape, trajectories=trajectories, output=output, **settings
@@ -197,14 +211,26 @@ def distill_pipeline(
     return cast(DLMSScheduler, DLMSScheduler.from_config(pipe.scheduler.config, solver=solver))
 
 
-def _load(pipeline: Any) -> Any:
+def load_pipeline(pipeline: Any) -> Any:
+    """A pipeline from its directory, or from the hub (``owner/name``, as diffusers does).
+
+    Raises:
+        ValueError: neither a directory nor of that form, or not to be had.
+    """
     if not isinstance(pipeline, (str, Path)):
         return pipeline
-    if not Path(pipeline).is_dir():
-        raise ValueError(f"{pipeline} is not a directory: download the pipeline first")
+    name = os.fspath(pipeline)
+    folder = os.path.isdir(name)
+    if not folder and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise ValueError(f"{name} is not a directory of a diffusers pipeline, nor owner/name")
+    if folder and not os.path.isfile(os.path.join(name, "model_index.json")):
+        raise ValueError(f"{name} has no model_index.json: it is not a diffusers pipeline")
     from diffusers import DiffusionPipeline
 
-    return DiffusionPipeline.from_pretrained(str(pipeline), local_files_only=True)
+    try:
+        return DiffusionPipeline.from_pretrained(name, local_files_only=folder)
+    except (OSError, ValueError) as exc:
+        raise ValueError(f"the pipeline {name} cannot be loaded: {exc}") from exc
 
 
 def _texts(prompts: str | Path | Sequence[str] | None) -> list[str] | None:
@@ -218,22 +244,15 @@ def _texts(prompts: str | Path | Sequence[str] | None) -> list[str] | None:
     return texts
 
 
-def _usable(
-    pipe: Any,
-    texts: list[str] | None,
-    guidance_scale: float | None,
-    features: str | None,
-    arguments: dict[str, Any],
-) -> str | None:
-    """``features`` if the network has that module and its bottleneck has the designers' length."""
+def _attach(denoiser: Denoiser, features: str | None, shape: tuple[int, ...]) -> bool:
+    """Taps ``features`` if the network has it with the length the designers read."""
     if features is None:
-        return None
-    denoiser, shape = pipeline_denoiser(pipe, texts, guidance_scale=guidance_scale, **arguments)
+        return False
     try:
         module = find_module(denoiser.network, features)
     except ValueError as exc:
         log.info("the solver will not read a bottleneck: %s", exc)
-        return None
+        return False
     tap = FeatureTap()
     handle = module.register_forward_hook(tap)
     with torch.no_grad():
@@ -243,5 +262,7 @@ def _usable(
     length = 0 if raw is None else raw.mean(dim=1).numel() // raw.shape[0]
     if length != FEATURES:
         log.info("bottleneck of length %d, designers read %d: not used", length, FEATURES)
-        return None
-    return features
+        return False
+    denoiser.features = features
+    module.register_forward_hook(denoiser._tap)
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,13 @@ def unit_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
         generator.manual_seed((1 << 31) | (_mix(seed, index) >> 33))
         draws.append(torch.randn(*shape, generator=generator))
     return torch.stack(draws) if draws else torch.empty(0, *shape)
+
+
+def tell_first_sample(denoiser: Any, number: int) -> None:
+    """Numbers the next batch, for denoisers whose samples differ in their conditioning."""
+    tell = getattr(denoiser, "first_sample", None)
+    if tell is not None:
+        tell(number)
 
 
 def _mix(seed: int, index: int) -> int:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..parallel import World
 from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EmaSets
-from .noise import unit_noise
+from .noise import tell_first_sample, unit_noise
 
 log = logging.getLogger("dlms_engine")
 
@@ -226,6 +226,7 @@ class Trainer:
         batch = self.settings.batch
         start, stop = self.world.slice(batch)
         first = self.state.update * batch
+        tell_first_sample(getattr(self.learner, "denoiser", None), first + start)
         return unit_noise(self.settings.seed, range(first + start, first + stop), self.shape)
 
     # -- validation and parameter sets -----------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from .. import grids, solvers
 from ..denoiser import Denoiser
 from ..sampler import Sampler, seeded_noise
 from .losses import FeatureDistance
+from .noise import tell_first_sample
 
 FIRST_SEED = 900_000_000
 """Validation seeds, apart from those of training and of the published tables."""
@@ -56,13 +58,17 @@ class Validation:
             sigma = float(process.sigma(torch.tensor(process.t_max, dtype=torch.float64)))
             seeds = range(FIRST_SEED, FIRST_SEED + self._samples)
             noise = seeded_noise(seeds, self._shape, sigma)
-            self._pair = noise, exact_solution(self._denoiser, noise, self._steps, **self._cond)
+            solve = partial(exact_solution, self._denoiser, noise, self._steps, **self._cond)
+            kept = getattr(self._denoiser, "kept_solution", None)  # a denoiser with a folder
+            tell_first_sample(self._denoiser, 0)
+            self._pair = noise, (solve() if kept is None else kept(noise, self._steps, solve))
         return self._pair
 
     @torch.no_grad()
     def measure(self, sampler: Sampler, cond: dict[str, Any]) -> dict[str, float]:
         """``rmse``, ``features`` (mean squared feature distance) and the ``score``."""
         noise, exact = self.pair()
+        tell_first_sample(self._denoiser, 0)
         found = sampler(noise, **cond)
         assert isinstance(found, Tensor)
         numbers = {"rmse": float((found - exact).square().mean().sqrt())}
