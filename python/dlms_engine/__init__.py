@@ -20,6 +20,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import embedded, evaluation, grids, learners, ops, plots, processes, solvers
     from .denoiser import Denoiser
+    from .integrations.diffusers import accelerate
     from .learners import distill
     from .ops import BackendUnavailable
     from .sampler import Sampler, seeded_noise
@@ -32,6 +33,7 @@ _HOME = {
     "Denoiser": "denoiser",
     "Sampler": "sampler",
     "SolverTable": "table",
+    "accelerate": "integrations.diffusers",
     "distill": "learners",
     "embedded": "",
     "evaluation": "",
@@ -52,6 +54,7 @@ __all__ = [
     "Sampler",
     "SolverTable",
     "__version__",
+    "accelerate",
     "distill",
     "embedded",
     "evaluation",

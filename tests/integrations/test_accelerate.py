@@ -47,6 +47,17 @@ def relative(expected: torch.Tensor, found: torch.Tensor) -> float:
     return float((expected - found).abs().max() / expected.abs().max())
 
 
+def test_the_package_gives_it() -> None:
+    """``dlms_engine.accelerate(pipe, solver=...)``, found on first use."""
+    import dlms_engine
+
+    assert dlms_engine.accelerate is accelerate and "accelerate" in dlms_engine.__all__
+    pipe = tiny.unconditional("DDPM")
+    original = pipe.scheduler
+    dlms_engine.accelerate(pipe, solver="ddim").undo()
+    assert pipe.scheduler is original
+
+
 class Counter:
     """Batch sizes of the network's real evaluations."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -66,13 +68,37 @@ def _unet(**extra: Any) -> Any:
     )
 
 
-def sd(kind: str = "", **options: Any) -> Any:
-    """StableDiffusion{,Img2Img,Inpaint}Pipeline."""
+def clip(folder: Path) -> tuple[Any, Any]:
+    """A text encoder of width 8 and a tokenizer of letters, written into ``folder`` on the way."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    ends = ["<|startoftext|>", "<|endoftext|>"]
+    words = [*letters, *(letter + "</w>" for letter in letters), *ends]
+    (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    files = str(folder / "vocab.json"), str(folder / "merges.txt")
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=12,
+        bos_token_id=len(words) - 2,
+        eos_token_id=len(words) - 1,
+        pad_token_id=len(words) - 1,
+    )
+    return seeded(lambda: CLIPTextModel(config)), CLIPTokenizer(*files, model_max_length=12)
+
+
+def sd(kind: str = "", text: tuple[Any, Any] = (None, None), **options: Any) -> Any:
+    """StableDiffusion{,Img2Img,Inpaint}Pipeline; ``text`` is an encoder and a tokenizer."""
     cls = getattr(diffusers, f"StableDiffusion{kind}Pipeline")
     pipe = cls(
         vae=vae(),
-        text_encoder=None,
-        tokenizer=None,
+        text_encoder=text[0],
+        tokenizer=text[1],
         unet=_unet(),
         scheduler=diffusers.PNDMScheduler(**SD_CONFIG, skip_prk_steps=True),
         safety_checker=None,

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from . import pipeline as pipelines
 from .common import JsonOption, ModelOption, NfeOption, SetOption, emit, load_model, parse_settings
 
 
@@ -31,11 +32,25 @@ def distill(
     set_: SetOption = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint beside OUTPUT.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing OUTPUT.")] = False,
+    pipeline: pipelines.PipelineOption = None,
+    prompts: pipelines.PromptsOption = None,
+    guidance_scale: pipelines.GuidanceOption = None,
+    call: pipelines.CallOption = None,
+    cache: pipelines.CacheOption = None,
+    device: pipelines.DeviceOption = "cpu",
+    dtype: pipelines.DtypeOption = "float32",
     plot: Annotated[Path | None, typer.Option(help="Also draw the loss curve.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Distil a sampler of NFE network evaluations; the network stays frozen."""
     settings = parse_settings(set_)
+    asked = pipelines.PipelineOptions(pipeline, prompts, guidance_scale, call, cache, device, dtype)
+    if asked.check():
+        pipelines.distill_for_pipeline(
+            asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed, preset=preset,
+            settings=settings, resume=resume, overwrite=overwrite, plot=plot, as_json=as_json,
+        )  # fmt: skip
+        return
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another --output, or give --overwrite")
     if not output.parent.is_dir():

@@ -211,8 +211,10 @@ def distill_pipeline(
     return cast(DLMSScheduler, DLMSScheduler.from_config(pipe.scheduler.config, solver=solver))
 
 
-def load_pipeline(pipeline: Any) -> Any:
+def load_pipeline(pipeline: Any, dtype: torch.dtype | None = None) -> Any:
     """A pipeline from its directory, or from the hub (``owner/name``, as diffusers does).
+
+    ``dtype`` is that of its weights, where it is loaded here.
 
     Raises:
         ValueError: neither a directory nor of that form, or not to be had.
@@ -228,7 +230,7 @@ def load_pipeline(pipeline: Any) -> Any:
     from diffusers import DiffusionPipeline
 
     try:
-        return DiffusionPipeline.from_pretrained(name, local_files_only=folder)
+        return DiffusionPipeline.from_pretrained(name, local_files_only=folder, torch_dtype=dtype)
     except (OSError, ValueError) as exc:
         raise ValueError(f"the pipeline {name} cannot be loaded: {exc}") from exc
 

@@ -135,9 +135,7 @@ def prompt_calls(
     return join(parts)
 
 
-def _groups(
-    prompts: Sequence[str] | None, arguments: dict[str, Any]
-) -> Iterator[dict[str, Any]]:
+def _groups(prompts: Sequence[str] | None, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Arguments of each group; ``negative_prompt`` is one text, or one per prompt."""
     if prompts is None:
         yield {}

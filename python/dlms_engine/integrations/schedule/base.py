@@ -89,7 +89,8 @@ class EngineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)
             save_solver(folder / SOLVER_FILE, self._source)
-        super().save_config(save_directory, push_to_hub, **kwargs)
+        # diffusers names the repository by splitting the directory's text
+        super().save_config(os.fspath(save_directory), push_to_hub, **kwargs)
 
     @property
     def solver(self) -> Source:

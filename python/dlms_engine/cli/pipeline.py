@@ -1,0 +1,218 @@
+"""``dlms distill --pipeline``: a solver for a diffusers checkpoint, on its own prompts."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .common import emit, parse_settings
+
+DTYPES = ("float32", "bfloat16", "float16")
+SOLVER_FILE = "dlms_solver.safetensors"
+CONFIG_FILE = "scheduler_config.json"
+
+PipelineOption = Annotated[
+    str | None,
+    typer.Option(help="Distil for this diffusers pipeline: a directory, or owner/name on the hub."),
+]
+PromptsOption = Annotated[
+    Path | None, typer.Option(help="With --pipeline: text file, one prompt a line.")
+]
+GuidanceOption = Annotated[
+    float | None,
+    typer.Option(help="With --pipeline: guidance scale; default: the pipeline's own."),
+]
+CallOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--call", help="With --pipeline: key=value for its call, e.g. height=512; many times."
+    ),
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(help="With --pipeline: folder of embeddings and latents; default: by OUTPUT."),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="With --pipeline: where its network runs, e.g. cuda.")
+]
+DtypeOption = Annotated[
+    str, typer.Option(help=f"With --pipeline: weights of its network, one of {', '.join(DTYPES)}.")
+]
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """The options that go with ``--pipeline``."""
+
+    pipeline: str | None
+    prompts: Path | None
+    guidance_scale: float | None
+    call: list[str] | None
+    cache: Path | None
+    device: str
+    dtype: str
+
+    def check(self) -> bool:
+        """Whether a pipeline is asked for.
+
+        Raises:
+            ValueError: an option of pipelines without one, or one that cannot be.
+        """
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.pipeline is not None:
+            if self.prompts is not None and not self.prompts.is_file():
+                raise ValueError(f"prompts: {self.prompts} is no file; one prompt a line is read")
+            return True
+        for name in ("prompts", "guidance_scale", "call", "cache"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} needs --pipeline PATH")
+        return False
+
+
+def distill_for_pipeline(
+    options: PipelineOptions,
+    output: Path,
+    *,
+    method: str,
+    nfe: int,
+    trajectories: int | None,
+    seed: int,
+    preset: str | None,
+    settings: dict[str, Any],
+    resume: bool,
+    overwrite: bool,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Writes a solver file (OUTPUT ends in .safetensors) or a scheduler's directory.
+
+    Raises:
+        ValueError: the output exists, the pipeline or its prompts cannot be used.
+    """
+    solver_file = _target(output, overwrite)
+    cache = options.cache or output.with_name(f"{output.stem}.cache")
+    from ..integrations.calibrate import distill_pipeline
+
+    if preset is not None:
+        from ..learners import presets
+
+        settings = {**presets.preset(preset), **settings}
+        method = settings.pop("method")
+        trajectories = trajectories or settings.get("trajectories")
+        settings.pop("trajectories", None)
+    started = time.perf_counter()
+    pipe = _loaded(options)
+    _check_prompts(pipe, options)
+    scheduler = distill_pipeline(
+        pipe,
+        options.prompts,
+        nfe=nfe,
+        guidance_scale=options.guidance_scale,
+        method=method,
+        trajectories=trajectories,
+        output=solver_file,
+        folder=cache,
+        pipeline_arguments=parse_settings(options.call),
+        resume=resume,
+        progress=not as_json,
+        seed=seed,
+        **settings,
+    )
+    if solver_file != output:
+        scheduler.save_pretrained(output)
+    solver: Any = scheduler.solver
+    if plot is not None:
+        from ..plots import loss_curve
+
+        loss_curve(solver.history, plot, step="update", title=f"{method}, {nfe} evaluations")
+    facts = {
+        "solver": solver_file,
+        "scheduler": None if solver_file == output else output,
+        "pipeline": options.pipeline,
+        "method": method,
+        "nfe": solver.nfe,
+        "initial": initial_score(solver.history),
+        "best": solver.best,
+        "cache": cache,
+        "seconds": time.perf_counter() - started,
+        "plot": plot,
+    }
+    emit(facts, as_json, _lines(facts, output))
+
+
+def initial_score(history: list[dict[str, Any]]) -> float | None:
+    """The validation score before training, where the method has one."""
+    return next((e["validation/raw"] for e in history if "validation/raw" in e), None)
+
+
+def _lines(facts: dict[str, Any], output: Path) -> list[str]:
+    call = (
+        f"DLMSScheduler.from_pretrained({str(output)!r})"
+        if facts["scheduler"]
+        else f"DLMSScheduler.from_config(pipe.scheduler.config, solver={str(output)!r})"
+    )
+    before = "" if facts["initial"] is None else f" (before training: {facts['initial']:.4g})"
+    return [
+        f"{output}: {facts['method']} with {facts['nfe']} evaluations, {facts['seconds']:.0f} s",
+        *(
+            f"  best {key}: {value}{before}"
+            for key, value in facts["best"].items()
+            if key == "score"
+        ),
+        f"  embeddings and latents are kept in {facts['cache']}",
+        f"  use it: pipe.scheduler = {call}",
+    ]
+
+
+def _target(output: Path, overwrite: bool) -> Path:
+    """Where the solver file goes; the directory for it is made."""
+    alone = output.suffix == ".safetensors"
+    target = output if alone else output / SOLVER_FILE
+    finished = output if alone else output / CONFIG_FILE
+    if not alone and output.is_file():
+        raise ValueError(f"{output} is a file: a solver file's name ends in .safetensors")
+    if finished.exists() and not overwrite:
+        raise ValueError(f"{finished} exists: choose another --output, or give --overwrite")
+    if not output.parent.is_dir():
+        raise ValueError(f"{output.parent} is no folder: create it, or choose another --output")
+    if not alone:
+        output.mkdir(exist_ok=True)
+    return target
+
+
+def _loaded(options: PipelineOptions) -> Any:
+    import torch
+
+    from ..integrations.calibrate import load_pipeline
+
+    pipe = load_pipeline(options.pipeline, getattr(torch, options.dtype))
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        return pipe.to(options.device)
+    except (RuntimeError, AssertionError) as exc:  # torch says "not compiled with CUDA" by assert
+        raise ValueError(f"device {options.device!r} cannot be used: {exc}") from exc
+
+
+def _check_prompts(pipe: Any, options: PipelineOptions) -> None:
+    """A text-conditional pipeline needs prompts, an unconditional one has no use for them."""
+    import inspect
+
+    known = set(inspect.signature(type(pipe).__call__).parameters)
+    name = type(pipe).__name__
+    if "prompt" in known and options.prompts is None and not options.call:
+        raise ValueError(f"{name} needs --prompts FILE, one prompt a line")
+    if "prompt" not in known and options.prompts is not None:
+        raise ValueError(f"{name} takes no prompts: leave --prompts out")
+    if "guidance_scale" not in known and options.guidance_scale is not None:
+        raise ValueError(f"{name} takes no guidance: leave --guidance-scale out")
+    unknown = sorted(set(parse_settings(options.call)) - known)
+    if unknown:
+        raise ValueError(
+            f"--call {unknown[0]}: {name} takes {json.dumps(sorted(known - {'self'}))}"
+        )
