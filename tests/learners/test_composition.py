@@ -121,7 +121,7 @@ def test_it_goes_on_from_another_learners_file(method: str, settings, tmp_path: 
 
 def test_the_command_line_takes_a_solver_file(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    quick = "batch=8 validation_samples=4 validation_steps=8".split()
+    quick = ["batch=8", "validation_samples=4", "validation_steps=8"]
     tiny = ["distill", "--model", "cli_model:tiny", "--nfe", "3", "--json"]
     ld3 = ["train=2", "validation=2", "rounds=1", "rounds_times=0", "loss=l2", "teacher_nfe=6"]
     main([*tiny, "--method", "ld3", "-o", "ld3.safetensors", *(f"--set={s}" for s in ld3)])

@@ -91,7 +91,7 @@ def test_learned_times_feed_any_maker(tmp_path: Path) -> None:
                     **tiny(init=path, rounds_times=0))  # fmt: skip
     first = again.history[0]["grid"]
     assert np.allclose(first, table.grid.numpy(), rtol=1e-12)
-    with pytest.raises(ValueError, match="expected \\[6\\] times"):
+    with pytest.raises(ValueError, match="expected 6 \\(5 steps\\)"):
         start_times(EDM(), table, 5)
     with pytest.raises(ValueError, match="was made for"):
         start_times(EDM(t_max=60.0), table, 4)

@@ -9,7 +9,10 @@ from typing import Any
 
 from ..denoiser import Denoiser
 from ..parallel import World
+from .settings import split_settings
 from .solver import DistilledSolver
+
+__all__ = ["METHODS", "DistilledSolver", "RunOptions", "distill", "split_settings"]
 
 METHODS = {
     "dlms": "dlms_engine.learners.run_dlms",
@@ -100,34 +103,3 @@ def distill(
             options.checkpoint.unlink(missing_ok=True)
     World.current().barrier()
     return solver
-
-
-def split_settings(
-    settings: dict[str, Any], *kinds: type[Any], nested: dict[str, type[Any]] | None = None
-) -> list[dict[str, Any]]:
-    """Sorts ``settings`` into the dataclasses ``kinds`` by field name.
-
-    Names like ``teacher_order`` go to the nested dataclass under ``teacher``.
-
-    Raises:
-        ValueError: a name that no dataclass has; the known names are listed.
-    """
-    known = [{f.name for f in dataclasses.fields(kind)} for kind in kinds]
-    found: list[dict[str, Any]] = [{} for _ in kinds]
-    inner: dict[str, dict[str, Any]] = {name: {} for name in nested or {}}
-    for key, value in settings.items():
-        places = [i for i, names in enumerate(known) if key in names]
-        prefix = next((n for n in inner if key.startswith(n + "_")), None)
-        if places:
-            found[places[0]][key] = value
-        elif prefix and key[len(prefix) + 1 :] in {
-            f.name for f in dataclasses.fields((nested or {})[prefix])
-        }:
-            inner[prefix][key[len(prefix) + 1 :]] = value
-        else:
-            names = sorted(set().union(*known) | {f"{n}_..." for n in inner})
-            raise ValueError(f"unknown setting {key!r}; known settings: {', '.join(names)}")
-    for name, values in inner.items():
-        if values:
-            found[0][name] = (nested or {})[name](**values)
-    return found

@@ -21,7 +21,7 @@ from ..rollout import rollout
 from ..sampler import Sampler
 from ..solvers import SOLVERS
 from .amed_settings import AmedSettings
-from .run_ld3 import plain
+from .settings import plain
 from .validation import Validation
 
 INFINITE_GRADIENT = 1e5

@@ -33,8 +33,8 @@ TYPICAL_LOSS = 0.25
 class Ld3Settings:
     """Settings of LD3; the defaults are the published ones for pixel models.
 
-    Latent models in the paper: ``coordinate="time"``, ``order=2``, ``variant="bh2"``,
-    ``lr_times=0.001 / steps``, ``rounds_times=3``, ``batch=1``, ``teacher_grid="time_uniform"``.
+    Latent models in the paper: ``coordinate="time"``, ``order=2``, ``variant="bh2"``, ``lr=0.001``,
+    ``lr_times_share=0.001``, ``batch=1``, ``teacher_grid="time_uniform"`` (the ld3 presets).
 
     Attributes:
         nfe: network evaluations of the student.
@@ -54,7 +54,8 @@ class Ld3Settings:
         train, validation: number of start noises.
         batch: mini-batch of both.
         lr, momentum: RMSprop on the step sizes.
-        lr_times, lr_noise: SGD on network times and on start noises; None for 0.1 / N and 12 / N.
+        lr_times, lr_noise: SGD on network times and on start noises; None for ``lr_times_share`` / N
+            and 12 / N.
         lr_floor, lr_times_floor: decay stops there.
         decay, patience: the rates fall by ``decay`` when validation failed to improve that often.
         clip: largest gradient norm, for step sizes and network times separately.
@@ -90,6 +91,7 @@ class Ld3Settings:
     lr: float = 5e-3
     momentum: float = 0.9
     lr_times: float | None = None
+    lr_times_share: float = 0.1
     lr_noise: float | None = None
     lr_floor: float = 5e-5
     lr_times_floor: float = 1e-6

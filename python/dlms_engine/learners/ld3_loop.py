@@ -57,7 +57,7 @@ class Ld3Loop:
         start = Ld3State(
             whole=s.whole,
             lr=s.lr,
-            lr_times=0.1 / s.steps if s.lr_times is None else s.lr_times,
+            lr_times=s.lr_times_share / s.steps if s.lr_times is None else s.lr_times,
             lr_noise=12 / s.steps if s.lr_noise is None else s.lr_noise,
         )
         self._store = Ld3Store(

@@ -76,6 +76,49 @@ _DLMS_EMBEDDED: dict[str, Any] = {
     "warmup": 5,
     "ema_kimg": (0.25, 0.5, 1.0),
 }
+# Tong et al. 2024, appendix B.1; the loss is the most perceptual one that can be had (LPIPS in the
+# paper). For latent models the public code differs: lr 0.005, three rounds with network times.
+_LD3_PIXEL: dict[str, Any] = {
+    "method": "ld3",
+    "student": "unipc",
+    "order": 3,
+    "variant": "bh1",
+    "coordinate": "lambda",
+    "gamma": 0.001,
+    "rounds": 2,
+    "rounds_times": 5,
+    "validation": 50,
+    "batch": 2,
+    "lr": 5e-3,
+    "lr_times_share": 0.1,
+    "teacher": "unipc",
+    "teacher_order": 3,
+    "teacher_nfe": 20,
+    "teacher_grid": "logsnr",
+    "trajectories": 50,
+}
+_LD3_LATENT: dict[str, Any] = {
+    **_LD3_PIXEL,
+    "order": 2,
+    "variant": "bh2",
+    "coordinate": "time",
+    "batch": 1,
+    "lr": 1e-3,
+    "lr_times_share": 1e-3,
+    "teacher_order": 2,
+    "teacher_grid": "time_uniform",
+}
+# Kim et al. 2024, supplement, section 5: uniform time steps for noise models; the public code has
+# the rho = 7 grid for EDM's.
+_DODE_NOISE: dict[str, Any] = {
+    "method": "dode",
+    "solver": "ddim",
+    "prediction": "noise",
+    "grid": "time_uniform",
+    "scale": 10,
+    "trajectories": 100,
+}
+_DODE_EDM: dict[str, Any] = {**_DODE_NOISE, "prediction": "data", "grid": "polynomial"}
 
 PRESETS: dict[str, dict[str, Any]] = {
     "dlms-embedded": _DLMS_EMBEDDED,
@@ -118,6 +161,27 @@ PRESETS: dict[str, dict[str, Any]] = {
         "grid": "time_uniform",
         "gamma": 1.2,
     },
+    # Tong et al. 2024
+    "ld3-cifar10": _LD3_PIXEL,
+    "ld3-ffhq64": _LD3_PIXEL,
+    "ld3-afhqv2-64": _LD3_PIXEL,
+    "ld3-lsun-bedroom256": _LD3_LATENT,
+    "ld3-imagenet256": {**_LD3_LATENT, "teacher_nfe": 10},
+    "ld3-stable-diffusion": {
+        **_LD3_LATENT,
+        "teacher_nfe": 10,
+        "trajectories": 25,
+        "validation": 25,
+    },
+    # Kim et al. 2024: noise models of discrete time, then EDM's data models; another solver by
+    # solver="ipndm", "deis" or "dpm_solver" (noise models), "edm" (EDM's)
+    "dode-cifar10": _DODE_NOISE,
+    "dode-celeba64": _DODE_NOISE,
+    "dode-imagenet128": _DODE_NOISE,
+    "dode-lsun-bedroom256": {**_DODE_NOISE, "trajectories": 25},
+    "dode-edm-cifar10": _DODE_EDM,
+    "dode-edm-ffhq64": _DODE_EDM,
+    "dode-edm-imagenet64": _DODE_EDM,
     # Liang et al. 2025, appendix
     "dlms-cifar10": _DLMS,
     "dlms-ffhq64": _DLMS,

@@ -8,7 +8,7 @@ from . import RunOptions, split_settings
 from .dode import fit, summary
 from .dode_settings import DodeSettings, student_grid
 from .noise import unit_noise
-from .run_ld3 import plain
+from .settings import plain
 from .solver import DistilledSolver
 
 

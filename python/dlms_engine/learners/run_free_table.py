@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..denoiser import Denoiser
 from ..parallel import World
 from . import RunOptions, split_settings
 from .free_table import FreeTable, FreeTableSettings
-from .run_ld3 import plain
+from .settings import plain
 from .solver import DistilledSolver
 from .trainer import Trainer, TrainerSettings
+
+DEFAULTS: dict[str, Any] = {"decay": "cosine"}
+"""Where the free table differs from ``TrainerSettings``."""
 
 
 def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
@@ -19,7 +24,7 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     if options.trajectories is not None:
         shared["trajectories"] = options.trajectories
     settings = FreeTableSettings(nfe=options.nfe, **own)
-    training = TrainerSettings(**{"seed": options.seed, "decay": "cosine", **shared})
+    training = TrainerSettings(**{"seed": options.seed, **DEFAULTS, **shared})
     learner = FreeTable(
         denoiser, settings, shape, feature_network=options.feature_network, **options.cond
     )

@@ -6,7 +6,7 @@ from ..denoiser import Denoiser
 from ..parallel import World
 from . import RunOptions, split_settings
 from .gits import Gits, GitsSettings
-from .run_ld3 import plain
+from .settings import plain
 from .solver import DistilledSolver
 
 SAMPLES = 256

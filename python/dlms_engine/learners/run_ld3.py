@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..parallel import World
-from ..table import SolverTable
 from . import RunOptions, split_settings
 from .ld3 import Ld3, Ld3Settings
 from .ld3_loop import Ld3Loop
+from .settings import plain
 from .solver import DistilledSolver
 
 
@@ -46,22 +44,3 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     table = dataclasses.replace(table, name="ld3", options=named)
     best = {"score": state.best_score, "set": f"raw@{state.best_update}"}
     return DistilledSolver(table, "ld3", fingerprint, state.history, best)
-
-
-def plain(settings: Any) -> dict[str, Any]:
-    """The fields of a settings dataclass as JSON values: tables and tensors as lists of times."""
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if isinstance(value, SolverTable):
-            value = value.grid
-        if isinstance(value, Tensor):
-            value = value.tolist()
-        elif dataclasses.is_dataclass(value):
-            value = plain(value)
-        elif callable(value):
-            value = getattr(value, "__qualname__", type(value).__name__)
-        elif not isinstance(value, (str, int, float, bool, list, tuple, type(None))):
-            value = str(value)
-        found[field.name] = list(value) if isinstance(value, tuple) else value
-    return found

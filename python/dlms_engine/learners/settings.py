@@ -1,0 +1,159 @@
+"""The settings of every method: sorted into their dataclasses, with defaults, as plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import typing
+from typing import Any
+
+from ..table import SolverTable
+from .coerce import coerce
+
+_TRAINED = ("dlms_engine.learners.trainer", "TrainerSettings")
+_KINDS: dict[str, tuple[tuple[str, str], ...]] = {
+    "dlms": (("dlms_engine.learners.dlms", "DlmsSettings"), _TRAINED),
+    "amed": (("dlms_engine.learners.amed_settings", "AmedSettings"), _TRAINED),
+    "ld3": (("dlms_engine.learners.ld3", "Ld3Settings"),),
+    "dode": (("dlms_engine.learners.dode_settings", "DodeSettings"),),
+    "gits": (("dlms_engine.learners.gits", "GitsSettings"),),
+    "free_table": (("dlms_engine.learners.free_table", "FreeTableSettings"), _TRAINED),
+}
+TRAJECTORIES = {"ld3": "train", "dode": "batch", "gits": None}
+"""The setting that ``trajectories`` stands for; the others have it in ``TrainerSettings``."""
+
+
+def split_settings(
+    settings: dict[str, Any], *kinds: type[Any], nested: dict[str, type[Any]] | None = None
+) -> list[dict[str, Any]]:
+    """Sorts ``settings`` into the dataclasses ``kinds`` by field name, as the fields' types.
+
+    Names like ``teacher_order`` go to the nested dataclass under ``teacher``; so does a mapping
+    ``{"teacher": {"order": ...}}``.
+
+    Raises:
+        ValueError: a name that no dataclass has (the known names are listed), or a value that is
+            not of its type.
+    """
+    known = [hints(kind) for kind in kinds]
+    found: list[dict[str, Any]] = [{} for _ in kinds]
+    inner: dict[str, dict[str, Any]] = {name: {} for name in nested or {}}
+    for key, value in _flattened(settings, set(inner)).items():
+        places = [i for i, names in enumerate(known) if key in names]
+        prefix = next((n for n in inner if key.startswith(n + "_")), None)
+        own = hints((nested or {})[prefix]) if prefix else {}
+        if places:
+            found[places[0]][key] = coerce(key, value, known[places[0]][key])
+        elif prefix and key[len(prefix) + 1 :] in own:
+            short = key[len(prefix) + 1 :]
+            inner[prefix][short] = coerce(key, value, own[short])
+        else:
+            names = sorted(set().union(*known) | {f"{n}_..." for n in inner})
+            raise ValueError(f"unknown setting {key!r}; known settings: {', '.join(names)}")
+    for name, values in inner.items():
+        if values:
+            found[0][name] = (nested or {})[name](**values)
+    return found
+
+
+def hints(kind: type[Any]) -> dict[str, Any]:
+    """Field name -> type of a settings dataclass."""
+    resolved = typing.get_type_hints(kind)
+    return {field.name: resolved[field.name] for field in dataclasses.fields(kind)}
+
+
+def _flattened(settings: dict[str, Any], nested: set[str]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        parts = {key: value}
+        if key in nested and isinstance(value, dict):
+            parts = {f"{key}_{inner}": held for inner, held in value.items()}
+        for name, held in parts.items():
+            if name in flat:
+                raise ValueError(f"setting {name} is given twice")
+            flat[name] = held
+    return flat
+
+
+def kinds_of(method: str) -> tuple[list[type[Any]], dict[str, type[Any]]]:
+    """The settings dataclasses of ``method`` and the nested ones by name.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    if method not in _KINDS:
+        raise ValueError(f"method is {method!r}, expected one of {sorted(_KINDS)}")
+    kinds = [getattr(importlib.import_module(m), name) for m, name in _KINDS[method]]
+    nested = {
+        field: hint
+        for field, hint in hints(kinds[0]).items()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    }
+    return kinds, nested
+
+
+def resolved(
+    method: str,
+    nfe: int,
+    settings: dict[str, Any],
+    *,
+    trajectories: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Everything that ``distill`` would use, defaults included, as JSON values.
+
+    Returns:
+        ``method``, ``nfe``, ``trajectories``, ``seed`` and ``settings``, which may be given to
+        ``distill`` again.
+
+    Raises:
+        ValueError: unknown method or setting, values out of range.
+    """
+    from . import METHODS
+
+    kinds, nested = kinds_of(method)
+    runner = importlib.import_module(METHODS[method])
+    own, *shared = split_settings(settings, *kinds, nested=nested)
+    counted = TRAJECTORIES.get(method, "trajectories")
+    groups = [{"nfe": nfe, **own}]
+    if shared:
+        groups.append({"seed": seed, **getattr(runner, "DEFAULTS", {}), **shared[0]})
+    if trajectories is not None and counted is not None:
+        groups[-1][counted] = trajectories
+    values: dict[str, Any] = {}
+    for kind, given in zip(kinds, groups, strict=True):
+        values |= plain(kind(**given))
+    for name in ("nfe", "seed"):
+        values.pop(name, None)
+    if counted is not None:
+        trajectories = values.pop(counted)
+    elif trajectories is None:
+        trajectories = runner.SAMPLES
+    return {
+        "method": method,
+        "nfe": nfe,
+        "trajectories": trajectories,
+        "seed": seed,
+        "settings": values,
+    }
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """The fields of a settings dataclass as JSON values: tables and tensors as lists of times."""
+    from torch import Tensor
+
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if isinstance(value, SolverTable):
+            value = value.grid
+        if isinstance(value, Tensor):
+            value = value.tolist()
+        elif dataclasses.is_dataclass(value):
+            value = plain(value)
+        elif callable(value):
+            value = getattr(value, "__qualname__", type(value).__name__)
+        elif not isinstance(value, (str, int, float, bool, list, tuple, dict, type(None))):
+            value = str(value)
+        found[field.name] = list(value) if isinstance(value, tuple) else value
+    return found
