@@ -151,11 +151,11 @@ if wanted sanitize; then
 fi
 
 if wanted bench; then
-  phase bench-row 90 "$PYTHON" -m dlms_engine.bench.device --json "$OUT/bench_row.json"
+  phase bench-row 90 "$PYTHON" -m dlms_engine.bench.device --output "$OUT/bench_row.json"
   network=plain
   "$PYTHON" -c 'import diffusers' 2>/dev/null && network=embedded
   phase bench-loop 60 "$PYTHON" -m dlms_engine.bench.loop --device cuda --network "$network" \
-    --json "$OUT/bench_loop.json"
+    --output "$OUT/bench_loop.json"
 fi
 
 write_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-WHAT = ("step", "loop")
+WHAT = ("step", "loop", "device")
 
 
 def main(arguments: list[str]) -> int:

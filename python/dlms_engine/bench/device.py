@@ -10,7 +10,6 @@ times are those of one node of a captured graph of many rows.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import platform
 import statistics
@@ -18,13 +17,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlms_engine import ops
+from dlms_engine.bench.timing import finish, json_options
 from dlms_engine.ops import layout, reference
 
 SHAPES = ((1, 4, 64, 64), (64, 3, 32, 32), (64, 3, 256, 256))
@@ -204,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line. Status 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="dlms bench device", description="One row on a GPU.")
     parser.add_argument("--depth", type=int, default=3, help="history slots")
-    parser.add_argument("--json", type=Path, help="also write the results there")
+    json_options(parser)
     args = parser.parse_args(argv)
     if no_gpu(parser.prog):
         return 2
@@ -215,12 +214,13 @@ def main(argv: list[str] | None = None) -> int:
     results += measure(LATENT, torch.bfloat16, args.depth, bandwidth)
     here = machine()
     report = {
+        "benchmark": "device",
         "machine": here,
         "copy_bytes_per_s": bandwidth,
         "rows": [asdict(r) for r in results],
     }
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    if finish(report, args):
+        return 0
     print(f"copy {bandwidth / 1e12:.2f} TB/s on {here['gpu']}")
     for r in results:
         size = "x".join(map(str, r.shape))

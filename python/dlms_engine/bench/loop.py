@@ -8,11 +8,9 @@ engine's overhead is what is left. All give the same sample, and that is checked
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +19,7 @@ from torch.nn import functional
 
 from dlms_engine import grids, ops, solvers
 from dlms_engine.bench.device import machine, no_gpu, quantiles
+from dlms_engine.bench.timing import finish, json_options
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.processes import EDM
 from dlms_engine.sampler import Sampler, seeded_noise
@@ -129,11 +128,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--nfe", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--json", type=Path, help="also write the results there")
+    json_options(parser)
     args = parser.parse_args(argv)
     if args.device == "cuda" and no_gpu(parser.prog):
         return 2
     times = measure(args.network, args.device, args.batch, args.nfe, args.repeats)
+    report = {
+        "benchmark": "loop",
+        "machine": machine() if args.device == "cuda" else {"torch": torch.__version__},
+        "backends": ops.available(args.device),
+        "settings": {
+            key: getattr(args, key) for key in ("network", "device", "batch", "nfe", "repeats")
+        },
+        "milliseconds": times,
+    }
+    if finish(report, args):
+        return 0
     middle = {name: statistics.median(t) for name, t in times.items()}
     for name, each in times.items():
         p20, p50, p80 = quantiles(each)
@@ -144,16 +154,6 @@ def main(argv: list[str] | None = None) -> int:
         f"{middle['eager loop'] / middle['engine']:.2f} times the eager loop's speed, "
         f"{100 * overhead:.1f} % above the bare network"
     )
-    if args.json:
-        report = {
-            "machine": machine() if args.device == "cuda" else {"torch": torch.__version__},
-            "backends": ops.available(args.device),
-            "settings": {
-                key: getattr(args, key) for key in ("network", "device", "batch", "nfe", "repeats")
-            },
-            "milliseconds": times,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -9,7 +9,6 @@ the same network output and forms the next state, with its state in the network'
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -45,13 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
         "unit": "microseconds per step, lowest of the round medians",
         "cases": cases,
     }
-    if options.json:
-        print(json.dumps(report, indent=2))
-    else:
+    if not timing.finish(report, options):
         print("\n" + ", ".join(f"{k} {v}" for k, v in report["conditions"].items()))
-    if options.output:
-        with open(options.output, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=2)
     return 0
 
 
@@ -129,8 +123,7 @@ def _print_case(case: dict[str, Any]) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dlms bench step", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", help="also write the JSON to this file")
+    timing.json_options(parser)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds")
     parser.add_argument("--seconds", type=float, default=0.02, help="per candidate and round")

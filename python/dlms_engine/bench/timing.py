@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import platform
 import statistics
@@ -90,3 +92,19 @@ def _commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None  # not a checkout, or nothing committed
     return done.stdout.strip()
+
+
+def json_options(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--output``, which every benchmark has."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+
+
+def finish(report: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Writes the report where ``--output`` says; prints it and is True with ``--json``."""
+    text = json.dumps(report, indent=2)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    if options.json:
+        print(text)
+    return bool(options.json)
