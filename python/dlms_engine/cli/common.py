@@ -6,7 +6,7 @@ import importlib
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from ..denoiser import Denoiser
     from ..embedded import ReferenceStatistics
@@ -137,54 +137,6 @@ def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     return settings
 
 
-def _grid_maker(process: Process, name: str) -> Callable[[Process, int], Tensor]:
-    """A grid by its function's name or by its label in the tables of ``dlms evaluate``."""
-    from .. import grids
-    from ..solvers.registry import standard_grids
-
-    known: dict[str, Callable[[Process, int], Tensor]] = {
-        **grids.GRIDS,
-        "time_quadratic": lambda p, steps: grids.time_uniform(p, steps, 2.0),
-        **standard_grids(process),
-    }
-    if name not in known:
-        raise ValueError(f"grid is {name!r}, expected one of {', '.join(sorted(known))}")
-    return known[name]
-
-
-def handcrafted_table(
-    process: Process,
-    method: str,
-    nfe: int,
-    *,
-    grid: str = "polynomial",
-    order: int | None = None,
-    afs: str = "off",
-    **options: Any,
-) -> SolverTable:
-    """The named solver with exactly ``nfe`` evaluations, on as many steps as that takes.
-
-    Raises:
-        ValueError: unknown name or option, or no number of steps gives that nfe.
-    """
-    from ..solvers import make_solver
-
-    if afs not in ("off", "dockhorn", "zero"):
-        raise ValueError(f"afs is {afs!r}, expected off, dockhorn or zero")
-    if order is not None:
-        options["order"] = order
-    options["afs"] = False if afs == "off" else afs
-    make_grid = _grid_maker(process, grid)
-    possible: set[int] = set()
-    for steps in range(2 if afs != "off" else 1, nfe + 3):
-        table = make_solver(method, process, make_grid(process, steps), **options)
-        if table.nfe == nfe:
-            return table
-        possible.add(table.nfe)
-    near = sorted(possible, key=lambda cost: abs(cost - nfe))[:2]
-    raise ValueError(f"{method} cannot make exactly {nfe} evaluations; near it: {sorted(near)}")
-
-
 def choose_solver(
     process: Process,
     solver: Path | None,
@@ -203,6 +155,8 @@ def choose_solver(
     """
     if solver is not None and method is not None:
         raise ValueError("give --solver FILE or --method NAME, not both")
+    from ..solvers.by_cost import handcrafted_table, label_of
+
     if solver is None:
         twice = sorted({"grid", "order", "afs"} & set(options or {}))
         if twice:
@@ -216,14 +170,6 @@ def choose_solver(
     held = load_solver(solver)
     policy = getattr(held, "policy", held)
     return f"{getattr(held, 'method', 'table')}-{policy.nfe}", policy
-
-
-def label_of(table: SolverTable, grid: str) -> str:
-    """``ipndm4/polynomial/afs-dockhorn``: name, order, grid, analytical first step."""
-    parts = [f"{table.name}{table.options.get('order', '')}", grid]
-    if table.options.get("afs"):
-        parts.append(f"afs-{table.options['afs']}")
-    return "/".join(parts)
 
 
 def emit(facts: Mapping[str, Any], as_json: bool, lines: Sequence[str]) -> None:
