@@ -116,8 +116,13 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+_PYTHON = {"True": "true", "False": "false", "None": "null"}
+
+
 def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     """``["lr=1e-3", "afs=false"]`` -> values read as JSON where they are JSON, else as text.
+
+    Python's True, False and None are understood; ``teacher.order`` is ``teacher_order``.
 
     Raises:
         ValueError: no '=', or a key given twice.
@@ -125,13 +130,13 @@ def parse_settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for pair in pairs or []:
         key, equals, value = pair.partition("=")
-        key = key.strip().replace("-", "_")
+        key = key.strip().replace("-", "_").replace(".", "_")
         if not equals or not key:
             raise ValueError(f"--set {pair!r}: expected key=value")
         if key in settings:
             raise ValueError(f"--set {key} is given twice")
         try:
-            settings[key] = json.loads(value.lower() if value in ("True", "False") else value)
+            settings[key] = json.loads(_PYTHON.get(value, value))
         except json.JSONDecodeError:
             settings[key] = value
     return settings

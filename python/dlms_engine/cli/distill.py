@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from . import config as configs
 from . import pipeline as pipelines
 from .common import JsonOption, ModelOption, NfeOption, SetOption, emit, load_model, parse_settings
 
 
 def distill(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Solver file to write.")],
+    context: typer.Context,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Solver file to write.")
+    ] = None,
     method: Annotated[
         str, typer.Option(help="dlms, amed, ld3, dode, gits or free_table.")
     ] = "dlms",
@@ -40,14 +44,27 @@ def distill(
     device: pipelines.DeviceOption = "cpu",
     dtype: pipelines.DtypeOption = "float32",
     plot: Annotated[Path | None, typer.Option(help="Also draw the loss curve.")] = None,
+    config: configs.ConfigOption = None,
+    show_config: configs.ShowConfigOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Distil a sampler of NFE network evaluations; the network stays frozen."""
-    settings = parse_settings(set_)
+    if preset is None and pipeline is None and model == "embedded" and method == "dlms":
+        preset = "dlms-embedded"
+    method, trajectories, settings = _settings(context, method, preset, trajectories, set_)
+    from ..learners.settings import resolved
+
+    full = resolved(method, nfe, settings, trajectories=trajectories, seed=seed)
+    found = configs.configuration(context, full)
+    if show_config:
+        configs.show(found, as_json)
+        return
+    if output is None:
+        raise ValueError("no place for the solver: give --output FILE.safetensors")
     asked = pipelines.PipelineOptions(pipeline, prompts, guidance_scale, call, cache, device, dtype)
     if asked.check():
         pipelines.distill_for_pipeline(
-            asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed, preset=preset,
+            asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed, preset=None,
             settings=settings, resume=resume, overwrite=overwrite, plot=plot, as_json=as_json,
         )  # fmt: skip
         return
@@ -56,20 +73,10 @@ def distill(
     if not output.parent.is_dir():
         raise ValueError(f"{output.parent} is no folder: create it, or choose another --output")
     from .. import learners
-    from ..learners import presets
 
     held = load_model(model)
-    if preset is None and model == "embedded" and method == "dlms":
-        preset = "dlms-embedded"
-    if preset is not None:
-        chosen = presets.preset(preset)
-        method = chosen.pop("method")
-        trajectories = trajectories or chosen.pop("trajectories", None)
-        settings = {**{k: v for k, v in chosen.items() if k != "trajectories"}, **settings}
-    if settings.get("last_step") == "features":
-        if held.features is None:
-            raise ValueError("last_step=features needs a model with a feature network")
-        settings["feature_network"] = held.features
+    if settings.get("last_step") == "features" and held.features is None:
+        raise ValueError("last_step=features needs a model with a feature network")
     started = time.perf_counter()
     solver = learners.distill(
         held.denoiser,
@@ -81,8 +88,10 @@ def distill(
         resume=resume,
         progress=not as_json,
         seed=seed,
+        feature_network=held.features,
         **settings,
     )
+    configs.write_beside(output, found)
     seconds = time.perf_counter() - started
     if plot is not None:
         from ..plots import loss_curve
@@ -105,3 +114,38 @@ def distill(
             f"  try it: dlms sample --solver {output} --output samples.png",
         ],
     )
+
+
+def _settings(
+    context: typer.Context,
+    method: str,
+    preset: str | None,
+    trajectories: int | None,
+    pairs: list[str] | None,
+) -> tuple[str, int | None, dict[str, Any]]:
+    """Method, trajectories and settings: those of the preset, of --config, of --set; the last win.
+
+    Raises:
+        ValueError: an option among the settings, or a preset of another method than the one said.
+    """
+    from ..learners import presets
+    from ..learners.settings import flattened
+
+    said = parse_settings(pairs)
+    chosen: dict[str, Any] = {}
+    if preset is not None:
+        chosen = presets.preset(preset)
+        own = chosen.pop("method")
+        if configs.given(context, "method") and own != method:
+            raise ValueError(f"preset {preset!r} is for method {own!r}, not {method!r}")
+        method = own
+        trajectories = trajectories or chosen.get("trajectories")
+        chosen.pop("trajectories", None)
+    layers = (chosen, configs.file_settings(context), said)
+    for name in ("nfe", "seed", "trajectories"):
+        if any(name in layer for layer in layers):
+            raise ValueError(f"{name} is no setting of the method: use --{name} instead")
+    settings: dict[str, Any] = {}
+    for layer in layers:
+        settings |= flattened(method, layer)
+    return method, trajectories, settings

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 NOTHING = ("none", "null", "~")
 TRUE = ("true", "on")
@@ -25,6 +26,15 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
         return _convert(value, hint)
     except (TypeError, ValueError):
         raise ValueError(f"{name} is {value!r}, expected {expected(hint)}") from None
+
+
+def check_choices(settings: Any) -> None:
+    """Raises ValueError if a field of this dataclass with listed choices holds another value."""
+    resolved = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        hint, value = resolved[field.name], getattr(settings, field.name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{field.name} is {value!r}, expected {expected(hint)}")
 
 
 def expected(hint: Any) -> str:

@@ -23,6 +23,7 @@ from ..designer import (
     step_coefficients,
 )
 from ..sampler import Sampler
+from .coerce import check_choices
 from .endpoint import endpoint_loss, endpoint_numbers
 from .grid_tools import GridSource, start_times
 from .initial import GRIDS, initial_scales, initial_weights
@@ -94,6 +95,7 @@ class DlmsSettings:
     def __post_init__(self) -> None:
         if self.nfe < 1:
             raise ValueError(f"nfe is {self.nfe}, expected at least 1")
+        check_choices(self)
         if not 0.0 <= self.endpoint_share <= 1.0:
             raise ValueError(f"endpoint_share is {self.endpoint_share}, expected 0 to 1")
         if self.init == "ipndm" and self.prediction != "noise":

@@ -42,6 +42,8 @@ def split_settings(
         places = [i for i, names in enumerate(known) if key in names]
         prefix = next((n for n in inner if key.startswith(n + "_")), None)
         own = hints((nested or {})[prefix]) if prefix else {}
+        if key in inner and not isinstance(value, (nested or {})[key]):
+            raise ValueError(f"{key} is {value!r}, expected names with values")
         if places:
             found[places[0]][key] = coerce(key, value, known[places[0]][key])
         elif prefix and key[len(prefix) + 1 :] in own:
@@ -73,6 +75,11 @@ def _flattened(settings: dict[str, Any], nested: set[str]) -> dict[str, Any]:
                 raise ValueError(f"setting {name} is given twice")
             flat[name] = held
     return flat
+
+
+def flattened(method: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """``{"teacher": {"order": 3}}`` as ``{"teacher_order": 3}``, for the nested ones of ``method``."""
+    return _flattened(settings, set(kinds_of(method)[1]))
 
 
 def kinds_of(method: str) -> tuple[list[type[Any]], dict[str, type[Any]]]:
