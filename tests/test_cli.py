@@ -297,3 +297,27 @@ def test_documented_options_exist() -> None:
             assert used <= known[command] | {"--help", "--json", "--debug"}, line
             checked += 1
     assert checked > 10
+
+
+def test_export_names_the_solver_and_hands_over_what_was_asked(tmp_path, capsys, monkeypatch):
+    """Compilation is left out here; tests/test_export.py runs a package."""
+    from dlms_engine import export
+
+    asked: dict[str, object] = {}
+
+    def package(program: torch.export.ExportedProgram, **options: object) -> None:
+        asked.update(options, targets={str(n.target) for n in program.graph.nodes})
+        Path(str(options["package_path"])).write_bytes(b"12")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", package)
+    output = tmp_path / "sampler.pt2"
+    facts = answer(
+        capsys, "export", *TINY, "--method=ddim", "--nfe=2", "--output", output, "--max-batch=8"
+    )
+    assert (facts["nfe"], facts["bytes"], facts["solver"]) == (2, 2, "ddim/polynomial")
+    configs = asked["inductor_configs"]
+    assert isinstance(configs, dict)
+    about = json.loads(configs["aot_inductor.metadata"][export.METADATA])
+    assert about["noise"]["batch"] == [1, 8] and about["noise"]["shape"] == ["B", 3, 8, 8]
+    assert "aten.convolution.default" in str(asked["targets"]) or "aten.conv2d" in str(asked)
+    assert "pt2" in complaint(capsys, "export", *TINY, "--output", tmp_path / "sampler.onnx")

@@ -20,6 +20,7 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import embedded, evaluation, grids, learners, ops, plots, processes, solvers
     from .denoiser import Denoiser
+    from .export import export_sampler
     from .integrations.diffusers import accelerate
     from .learners import distill
     from .ops import BackendUnavailable
@@ -37,6 +38,7 @@ _HOME = {
     "distill": "learners",
     "embedded": "",
     "evaluation": "",
+    "export_sampler": "export",
     "grids": "",
     "learners": "",
     "load_solver": "solver_file",
@@ -58,6 +60,7 @@ __all__ = [
     "distill",
     "embedded",
     "evaluation",
+    "export_sampler",
     "grids",
     "learners",
     "load_solver",

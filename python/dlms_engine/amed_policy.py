@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .amed_predictor import AmedPredictor, Choice
-from .amed_steps import AmedBase, Walk
+from .amed_steps import AmedBase, Walk, asked_range, check_levels
 from .denoiser import Denoiser
 from .policy import Row
 from .processes import Process, RectifiedFlow, from_config
@@ -42,7 +42,9 @@ class AmedPolicy:
         self.process = process
         self.grid = grid
         self.prediction: Literal["data", "noise"] = base.stored(process)
-        self.walk()  # refuses what cannot run
+        check_levels(base, process, grid)
+        self._asked = asked_range(process)
+        self._grids = {grid.device: grid}  # a run copies nothing: it may be captured in a graph
 
     @property
     def steps(self) -> int:
@@ -66,8 +68,11 @@ class AmedPolicy:
 
     def walk(self, device: torch.device | None = None) -> Walk[Form]:
         """The formulas on traced forms, with their own history."""
-        grid = self.grid if device is None else self.grid.to(device)
-        return Walk(self.base, self.process, grid, lambda weight, form: form * weight)
+        device = self.grid.device if device is None else device
+        if device not in self._grids:
+            self._grids[device] = self.grid.to(device)
+        grid = self._grids[device]
+        return Walk(self.base, self.process, grid, lambda weight, form: form * weight, self._asked)
 
     def choose(self, features: Tensor | None, i: int, levels: tuple[Tensor, Tensor]) -> Choice:
         """The predictor's word on step ``i``; a subclass may record or replace it."""

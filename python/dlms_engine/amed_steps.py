@@ -84,6 +84,8 @@ class Walk(Generic[Value]):
 
     Args:
         scale: multiplies a value by a ``[B]`` coefficient.
+        asked: ``asked_range(process)`` of a grid that was checked before; None checks it, which
+            reads numbers on the host.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Walk(Generic[Value]):
         process: Process,
         grid: Tensor,
         scale: Callable[[Tensor, Value], Value],
+        asked: tuple[float, float] | None = None,
     ) -> None:
         self.base = base
         self.process = process
@@ -100,8 +103,10 @@ class Walk(Generic[Value]):
         self._scale: Callable[[Tensor, Value], Value] = scale
         self._history: list[tuple[Value, Tensor]] = []  # (h, its lambda [B]), newest first
         self._middle: Tensor | None = None
-        check_levels(base, process, grid)
-        self._range = asked_range(process)
+        if asked is None:
+            check_levels(base, process, grid)
+            asked = asked_range(process)
+        self._range = asked
 
     @property
     def steps(self) -> int:

@@ -105,6 +105,7 @@ class Denoiser(nn.Module):
         self.guidance_scale = guidance_scale
         self.unconditional = dict(unconditional or {})
         self.dynamic_thresholding = dynamic_thresholding
+        self._moved: dict[Any, tuple[Tensor, int, Tensor]] = {}
         self._time_input = time_input
         self._tap = FeatureTap()
         self.features = features
@@ -122,7 +123,7 @@ class Denoiser(nn.Module):
                 "no bottleneck: construct the Denoiser with features='mid_block' (a module path) "
                 "and call it first"
             )
-        return tensor.chunk(2)[1] if self.guidance_scale is not None else tensor
+        return tensor[tensor.shape[0] // 2 :] if self.guidance_scale is not None else tensor
 
     @property
     def last_features(self) -> Tensor:
@@ -207,15 +208,30 @@ class Denoiser(nn.Module):
         doubled = {key: self._double(key, value, batch) for key, value in cond.items()}
         both = torch.cat([network_input, network_input])
         out = unwrap(self.network(both, torch.cat([noise, noise]), **doubled))
-        uncond, conditional = out.chunk(2)
-        return uncond, conditional
+        return out[:batch], out[batch:]  # chunk(2) would tie an exported graph to this batch
 
     def _double(self, key: str, value: Any, batch: int) -> Any:
         if not isinstance(value, Tensor):
             return value
-        other = self.unconditional.get(key, value)
-        other = other.to(device=value.device, dtype=value.dtype).expand(batch, *value.shape[1:])
+        other = self.unconditional_like(key, value).expand(batch, *value.shape[1:])
         return torch.cat([other, value.expand(batch, *value.shape[1:])])
+
+    def unconditional_like(self, key: str, value: Tensor) -> Tensor:
+        """``unconditional[key]`` on the device and in the dtype of ``value``; ``value`` without it.
+
+        A copy is kept until its source changes: a captured run may not copy from the host.
+        """
+        source = self.unconditional.get(key, value)
+        if source.device == value.device and source.dtype == value.dtype:
+            return source
+        if torch.compiler.is_compiling() or source.is_inference():
+            return source.to(device=value.device, dtype=value.dtype)
+        place = (key, value.device, value.dtype)
+        held = self._moved.get(place)
+        if held is None or held[0] is not source or held[1] != source._version:
+            moved = source.to(device=value.device, dtype=value.dtype)
+            held = self._moved[place] = (source, source._version, moved)
+        return held[2]
 
     def combine(self, output: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """Mixes the guidance branches: F_uncond + scale * (F_cond - F_uncond), in ``dtype``."""

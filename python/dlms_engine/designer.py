@@ -197,7 +197,8 @@ class DesignerPolicy:
         return design
 
     def start(self, batch: int, device: torch.device) -> DesignerRun:
-        self.designer.to(device)
+        if self.designer.grid.device != device:
+            self.designer.to(device)
         return DesignerRun(self, batch, device)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 DEFAULT_MAX_BYTES = 4 << 30
 DEFAULT_MAX_ENTRIES = 8
@@ -36,6 +37,7 @@ class GraphKey:
     options: tuple[Any, ...]
 
 
+_PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device, type(None))
 _tokens: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _counter = itertools.count(1)
 _tokens_lock = threading.Lock()
@@ -70,6 +72,31 @@ def graph_key(
     )
     cuda_half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     return GraphKey(identity(network), described, (*options, cuda_half))
+
+
+def split_tensors(
+    tree: Any, prefix: str = "cond"
+) -> tuple[dict[str, Tensor], tuple[Any, ...], Callable[[Mapping[str, Tensor]], Any]]:
+    """(tensors by name, a key of the rest, what puts `tree` together again from the tensors).
+
+    Tensors inside dicts, lists and tuples are found. The rest is keyed by value where it is a
+    number, a text or None, and elsewhere as the object that it is.
+    """
+    leaves, spec = tree_flatten(tree)
+    tensors = {f"{prefix}/{i}": v for i, v in enumerate(leaves) if isinstance(v, Tensor)}
+    rest = tuple(
+        "tensor"
+        if isinstance(v, Tensor)
+        else (type(v), v)
+        if isinstance(v, _PLAIN)
+        else identity(v)
+        for v in leaves
+    )
+
+    def rebuild(given: Mapping[str, Tensor]) -> Any:
+        return tree_unflatten([given.get(f"{prefix}/{i}", v) for i, v in enumerate(leaves)], spec)
+
+    return tensors, (str(spec), *rest), rebuild
 
 
 class GraphCache:

@@ -51,6 +51,18 @@ class VPDiscrete(Process):
         super().__init__(1.0 / self.levels if t_min is None else t_min, t_max)
         self._given = (key, values.tolist())
         self._log_alpha = torch.cat([log_alpha.new_zeros(1), log_alpha])
+        self._copies: dict[torch.device, Tensor] = {}
+
+    def _levels_on(self, device: torch.device) -> Tensor:
+        """The table on ``device``, copied once: a captured run may not copy from the host."""
+        if device.type == "cpu":
+            return self._log_alpha
+        if device not in self._copies:
+            moved = self._log_alpha.to(device)
+            if torch.compiler.is_compiling():  # a tensor of the trace, which must not outlive it
+                return moved
+            self._copies[device] = moved
+        return self._copies[device]
 
     def timestep(self, t: Tensor | float) -> Tensor:
         """The model's (fractional) index at ``t``: N t - 1, i.e. 0 for the first level."""
@@ -68,15 +80,18 @@ class VPDiscrete(Process):
     def log_alpha(self, t: Tensor | float) -> Tensor:
         position = as_float64(t) * self.levels
         knot = position.detach().floor().clamp(0, self.levels - 1).long()
-        values = self._log_alpha.to(position.device)
+        values = self._levels_on(position.device)
         weight = position - knot
-        return (1 - weight) * values[knot] + weight * values[knot + 1]
+        # Not values[knot]: with a scalar knot that reads a number on the host.
+        left, right = torch.take(values, knot), torch.take(values, knot + 1)
+        return (1 - weight) * left + weight * right
 
     def _from_log_alpha(self, log_alpha: Tensor) -> Tensor:
-        values = self._log_alpha.to(log_alpha.device)
+        values = self._levels_on(log_alpha.device)
         knot = torch.searchsorted(-values, -log_alpha.detach().contiguous()) - 1
         knot = knot.clamp(0, self.levels - 1)
-        weight = (log_alpha - values[knot]) / (values[knot + 1] - values[knot])
+        left, right = torch.take(values, knot), torch.take(values, knot + 1)
+        weight = (log_alpha - left) / (right - left)
         return (knot + weight) / self.levels
 
     def inverse_sigma(self, sigma_over_alpha: Tensor | float) -> Tensor:

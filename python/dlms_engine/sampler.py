@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from . import engine, ops
 from .denoiser import Denoiser, per_sample
 from .graph import run_captured
-from .graph_cache import GraphCache, identity
+from .graph_cache import GraphCache, identity, split_tensors
 from .loops import (
     AfterRow,
     EnginePool,
@@ -141,9 +141,7 @@ class Sampler(nn.Module):
         if self.denoiser.dynamic_thresholding is not None:
             return self._run_predictions(x, after, cond)
         backend = ops.select(self.backend, x.device)
-        network_dtype = self.denoiser.network_dtype or x.dtype
-        if network_dtype == torch.float64:
-            network_dtype = x.dtype  # the rows' network side is never wider than the state
+        network_dtype = self._network_dtype(x)
         if torch.compiler.is_compiling():
             return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
         if backend.name == "cpu" and engine.available() and x.numel():
@@ -151,6 +149,11 @@ class Sampler(nn.Module):
         if x.is_cuda and after is None and backend.name != "eager":
             return self._run_graph(x, network_dtype, backend, cond)
         return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
+
+    def _network_dtype(self, x: Tensor) -> torch.dtype:
+        """Dtype of the rows' network side, never wider than the state."""
+        dtype = self.denoiser.network_dtype or x.dtype
+        return x.dtype if dtype == torch.float64 else dtype
 
     # -- steps --------------------------------------------------------------------------------
 
@@ -175,24 +178,33 @@ class Sampler(nn.Module):
         Rows and noise levels are inputs of the graph: other tables of this depth and length replay
         the same capture.
         """
-        inputs = {"x": x, **{f"cond/{k}": v for k, v in cond.items() if isinstance(v, Tensor)}}
-        fixed = {k: v for k, v in cond.items() if not isinstance(v, Tensor)}
-        options: tuple[Any, ...] = (backend.name, self.dtype, guidance(self.denoiser), repr(fixed))
+        given_cond, fixed, rebuild = split_tensors(cond)
+        inputs = {"x": x, **given_cond}
+        options: tuple[Any, ...] = (backend.name, self.dtype, guidance(self.denoiser), fixed)
         if isinstance(self.policy, SolverTable):
             inputs |= {f"plan/{k}": v for k, v in self._plan(x.device)._asdict().items()}
             options = (*options, self.policy.depth)
         else:
-            options = (*options, identity(getattr(self.policy, "designer", self.policy)))
+            options = (*options, *self._learned_key())
+        # Read where they lie, and copied there before the run if they lie elsewhere.
+        branch = self.denoiser.unconditional if self.denoiser.guidance_scale is not None else {}
+        values = {k: cond[k] for k in branch if isinstance(cond.get(k), Tensor)}
+        read = (self.denoiser.unconditional_like(k, v) for k, v in values.items())
+        options = (*options, *((t.data_ptr(), t.shape, t.dtype) for t in read))
 
         def body(given: Mapping[str, Tensor]) -> Tensor:
-            tensors = {k[5:]: v for k, v in given.items() if k.startswith("cond/")}
             plan = None
             if "plan/rows" in given:
                 plan = Plan(given["plan/rows"], given["plan/c_noise"], given["plan/c_in"])
-            steps = self._steps(given["x"], {**fixed, **tensors}, plan)
+            steps = self._steps(given["x"], rebuild(given), plan)
             return run_plain(steps, given["x"], network_dtype, backend, None)
 
         return run_captured(GRAPHS, self.denoiser, options, body, inputs)
+
+    def _learned_key(self) -> tuple[Any, ...]:
+        """What a captured run of a policy depends on: the policy, and where its networks lie."""
+        held = [v for v in vars(self.policy).values() if isinstance(v, nn.Module)]
+        return (identity(self.policy), *map(identity, held))
 
     # -- runs that change the prediction (thresholding) -----------------------------------------
 

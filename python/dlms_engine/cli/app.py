@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from .._version import __version__
-from . import bench, demo, distill, evaluate, inspect, sample
+from . import bench, compare, convert, demo, distill, evaluate, export, inspect, sample
 
 app = typer.Typer(
     name="dlms",
@@ -20,8 +20,11 @@ app = typer.Typer(
 app.command()(demo.demo)
 app.command()(distill.distill)
 app.command()(sample.sample)
+app.command()(convert.convert)
 app.command()(evaluate.evaluate)
+app.command()(compare.compare)
 app.command()(inspect.inspect)
+app.command()(export.export)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(bench.bench)

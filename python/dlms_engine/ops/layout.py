@@ -85,7 +85,7 @@ def pack_row(
     depth = b.shape[-1]
     if not 0 <= slot < depth:
         raise ValueError(f"slot is {slot}, expected 0 .. {depth - 1}: b has {depth} weights")
-    return _pack(c_skip, c_out, a, c_in_next, guidance, torch.tensor(slot), b, dtype)
+    return _pack(c_skip, c_out, a, c_in_next, guidance, a.new_full((), slot), b, dtype)
 
 
 def _pack(
@@ -98,7 +98,9 @@ def _pack(
     b: Tensor,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    guidance = torch.as_tensor(guidance, dtype=a.dtype, device=a.device)
+    # Filled on the device: a copy of a host number could not be captured in a CUDA graph.
+    if not isinstance(guidance, Tensor):
+        guidance = a.new_full((), guidance)
     columns = (c_skip, c_out, a, c_in_next, guidance, slot.to(a))
     batch = torch.broadcast_shapes(b.shape[:-1], *(column.shape for column in columns))
     head = torch.stack([column.to(a).expand(batch) for column in columns], dim=-1)

@@ -6,6 +6,9 @@ same order, without contraction into fused multiply-adds, so in float32 they agr
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -28,14 +31,25 @@ def fused_row(
     the network's. x_next and m have the state dtype, network_input that of f. The ring is only read.
     """
     check(f, f_cond, x, ring, row)
+    return advance(f, f_cond, x, (read_slot(ring, row, k) for k in range(1, ring.shape[0])), row)
+
+
+def advance(
+    f: Tensor, f_cond: Tensor | None, x: Tensor, history: Iterable[Tensor | None], row: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fused_row` on a history that is a sequence, m_{n-1} first, instead of a ring; unchecked.
+
+    Weights of what the history lacks are not read, nor those of a None in it.
+    """
     coefficient = _columns(row, x)
     c_skip, c_out = coefficient(layout.C_SKIP), coefficient(layout.C_OUT)
     output = _mix(f, f_cond, coefficient(layout.GUIDANCE), x.dtype)
     m = c_skip * x + c_out * output
     x_next = coefficient(layout.A) * x
-    for k in range(ring.shape[0]):
+    for k, past in enumerate(itertools.chain((m,), history)):
+        if past is None:
+            continue
         weight = coefficient(layout.B + k)
-        past = m if k == 0 else read_slot(ring, row, k)
         # A zero weight leaves the slot unread: it may hold NaN, and 0 * NaN must not reach x.
         x_next = torch.where(weight != 0, x_next + weight * past, x_next)
     network_input = (coefficient(layout.C_IN) * x_next).to(f.dtype)

@@ -1,0 +1,72 @@
+"""``dlms export``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import (
+    AfsOption,
+    GridOption,
+    JsonOption,
+    MethodOption,
+    ModelOption,
+    NfeOption,
+    OrderOption,
+    SetOption,
+    choose_solver,
+    emit,
+    load_model,
+    parse_settings,
+)
+
+
+def export(
+    output: Annotated[Path, typer.Option(help="Package to write; ends in .pt2.")],
+    solver: Annotated[
+        Path | None, typer.Argument(help="Solver file written by dlms distill.")
+    ] = None,
+    method: MethodOption = None,
+    nfe: NfeOption = 5,
+    grid: GridOption = "polynomial",
+    order: OrderOption = None,
+    afs: AfsOption = "off",
+    set_: SetOption = None,
+    batch: Annotated[
+        int, typer.Option(min=0, help="The only batch it will take; 0 for any up to --max-batch.")
+    ] = 0,
+    max_batch: Annotated[
+        int | None, typer.Option(min=2, help="Largest batch; by default as large as one can be.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where the package will run: cpu or cuda.")] = "cpu",
+    model: ModelOption = "embedded",
+    as_json: JsonOption = False,
+) -> None:
+    """Write model and solver as one package that runs without this library."""
+    import torch
+
+    from ..export import export_sampler
+    from ..sampler import Sampler
+
+    options = parse_settings(set_)
+    held = load_model(model)
+    label, policy = choose_solver(
+        held.denoiser.process, solver, method, nfe, grid=grid, order=order, afs=afs, options=options
+    )
+    sampler = Sampler(held.denoiser, policy).to(device)
+    noise = torch.zeros(batch or 2, *held.shape, device=device)
+    started = time.perf_counter()
+    export_sampler(sampler, noise, output, dynamic_batch=batch == 0, max_batch=max_batch)
+    seconds = time.perf_counter() - started
+    facts = {
+        "output": output,
+        "solver": label,
+        "nfe": sampler.nfe,
+        "bytes": output.stat().st_size,
+        "seconds": seconds,
+    }
+    line = f"{output}: {label}, {sampler.nfe} network evaluations, compiled in {seconds:.0f} s"
+    emit(facts, as_json, [line, f'  run = torch._inductor.aoti_load_package("{output}")'])
