@@ -1,5 +1,6 @@
 """The papers' settings per data set, as data: ``distill(denoiser, **preset("amed-cifar10"), ...)``.
 
+Those of the embedded model are in ``presets_embedded``.
 Each entry names its method and only what differs from that method's defaults.
 """
 
@@ -7,6 +8,8 @@ from __future__ import annotations
 
 import copy
 from typing import Any
+
+from .presets_embedded import EMBEDDED
 
 _AMED_SOLVER: dict[str, Any] = {
     "method": "amed",
@@ -59,23 +62,6 @@ _DLMS: dict[str, Any] = {
     "lr": 5e-3,
     "ema_kimg": (1.0, 2.0, 3.0),
 }
-# Chosen on the embedded 16x16 model; docs/learners/dlms.md says what each setting buys.
-_DLMS_EMBEDDED: dict[str, Any] = {
-    "method": "dlms",
-    "prediction": "noise",
-    "init": "ipndm",
-    "grid": "polynomial",
-    "time_range": 1.0,
-    "teacher_interpolation": 2,
-    "last_step": "features",
-    "score": "product",
-    "endpoint_share": 0.85,
-    "trajectories": 3_200,
-    "lr": 1e-2,
-    "decay": "cosine",
-    "warmup": 5,
-    "ema_kimg": (0.25, 0.5, 1.0),
-}
 # Tong et al. 2024, appendix B.1; the loss is the most perceptual one that can be had (LPIPS in the
 # paper). For latent models the public code differs: lr 0.005, three rounds with network times.
 _LD3_PIXEL: dict[str, Any] = {
@@ -121,11 +107,7 @@ _DODE_NOISE: dict[str, Any] = {
 _DODE_EDM: dict[str, Any] = {**_DODE_NOISE, "prediction": "data", "grid": "polynomial"}
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "dlms-embedded": _DLMS_EMBEDDED,
-    # the same start and length without what is not in the paper
-    "dlms-embedded-local": {**_DLMS_EMBEDDED, "endpoint_share": 0.0, "time_range": 0.4, "lr": 5e-3},
-    # the paper's algorithm to the letter, on the embedded model's budget
-    "dlms-embedded-literal": {**_DLMS, "last_step": "features", "trajectories": 3_200},
+    **EMBEDDED,
     # Zhou et al. 2024, section 4.1 and appendix; batches as the authors gave them in public
     "amed-cifar10": {**_AMED_SOLVER, "batch": 128},
     "amed-ffhq64": _AMED_SOLVER,

@@ -1,0 +1,84 @@
+"""``dlms compare``."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import JsonOption, ModelOption, emit, load_model, parse_seeds
+
+
+def compare(
+    nfes: Annotated[str, typer.Option(help="Evaluations to compare: numbers and ranges.")] = "3-10",
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Names with commas; default: dlms,amed,amed-plugin,ld3,dode,gits,free_table."
+        ),
+    ] = None,
+    study: Annotated[
+        str | None,
+        typer.Option(help="Instead of methods: ablation or interpolation (M), both of DLMS."),
+    ] = None,
+    budget: Annotated[
+        int, typer.Option(min=1, help="Network calls (forward and backward) a distillation.")
+    ] = 100_000,
+    samples: Annotated[int, typer.Option(min=2, help="Samples of the Frechet distance.")] = 2000,
+    exact_samples: Annotated[int, typer.Option(min=2, help="Samples of the endpoint RMSE.")] = 1000,
+    exact_nfe: Annotated[int, typer.Option(min=1, help="Evaluations of the exact solution.")] = 96,
+    accurate_nfe: Annotated[
+        int, typer.Option(min=1, help="Evaluations of the accurate samples.")
+    ] = 24,
+    screen_samples: Annotated[
+        int,
+        typer.Option(min=0, help="Samples to find the best handcrafted solver on; 0: leave out."),
+    ] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 125,
+    seed: Annotated[int, typer.Option(help="Seed of the training noise.")] = 0,
+    folder: Annotated[
+        Path, typer.Option(help="Where everything is kept; a second call goes on there.")
+    ] = Path("compare-out"),
+    model: ModelOption = "embedded",
+    as_json: JsonOption = False,
+) -> None:
+    """Distil every method at the same cost and budget, and measure them side by side."""
+    from ..comparison import CompareSettings, choose
+    from ..comparison import compare as run
+    from ..comparison.page import markdown, page
+
+    if methods is not None and study is not None:
+        raise ValueError("give --methods or --study, not both")
+    names = None if methods is None else [name.strip() for name in methods.split(",")]
+    contestants = choose(names, study)
+    settings = CompareSettings(
+        nfes=tuple(parse_seeds(nfes)),
+        budget=budget,
+        samples=samples,
+        exact_samples=min(exact_samples, samples),
+        exact_nfe=exact_nfe,
+        accurate_nfe=accurate_nfe,
+        screen_samples=screen_samples,
+        batch=batch,
+        seed=seed,
+    )
+    held = load_model(model)
+    if held.features is None or held.reference is None:
+        raise ValueError(f"model {model!r} has no feature network: compare needs one")
+    result = run(
+        held.denoiser,
+        held.features,
+        held.reference,
+        held.shape,
+        contestants,
+        folder,
+        settings,
+        progress=not as_json,
+    )
+    text = markdown(result)
+    (folder / "compare.md").write_text(text, encoding="utf-8")
+    report = page(result, folder, command=shlex.join(["dlms", *sys.argv[1:]]))
+    emit(result, as_json, [text, str(report), str(folder / "compare.json")])

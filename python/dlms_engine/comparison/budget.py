@@ -1,0 +1,84 @@
+"""Network calls counted, and the trajectories that a budget of them pays for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Calls:
+    """Network calls, one for each sample in the batch.
+
+    Attributes:
+        forward: evaluations.
+        backward: of these, the ones gradients ran back through.
+    """
+
+    forward: int = 0
+    backward: int = 0
+
+    @property
+    def total(self) -> int:
+        """What a budget is spent on: a pass in either direction is one call."""
+        return self.forward + self.backward
+
+
+@contextmanager
+def counted(network: Any, advance: Callable[[int], None] | None = None) -> Iterator[Calls]:
+    """Counts the calls of ``network`` inside the block.
+
+    Args:
+        advance: told the calls as they are made.
+
+    Raises:
+        TypeError: not a module: a plain callable offers no place to count at.
+    """
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"the network is a {type(network).__name__}, expected a torch.nn.Module")
+    calls = Calls()
+
+    def count(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        samples = inputs[0].shape[0]
+        before = calls.total
+        calls.forward += samples
+        answer = output if isinstance(output, Tensor) else getattr(output, "sample", output[0])
+        if torch.is_grad_enabled() and answer.requires_grad:
+            calls.backward += samples
+        if advance is not None:
+            advance(calls.total - before)
+
+    handle = network.register_forward_hook(count)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def affordable(
+    cost: Callable[[int], int], budget: int, batch: int, *, probes: tuple[int, int] = (1, 3)
+) -> int:
+    """Trajectories, a multiple of ``batch``, whose training costs about ``budget`` calls.
+
+    Args:
+        cost: trajectories -> network calls; asked twice, at ``probes`` batches, and taken for a
+            straight line (validation and set-up are its intercept).
+
+    Raises:
+        ValueError: the budget does not pay for one batch.
+    """
+    few, more = (cost(batch * count) for count in probes)
+    slope = max(1.0, (more - few) / (probes[1] - probes[0]))
+    fixed = max(0.0, few - probes[0] * slope)
+    batches = int((budget - fixed) // slope)
+    if batches < 1:
+        raise ValueError(
+            f"budget is {budget:,} network calls, but set-up takes {fixed:,.0f} and a batch "
+            f"{slope:,.0f}: give at least {fixed + slope:,.0f}"
+        )
+    return batch * batches
