@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for the others before it gives up. A rank that dies is noticed at once."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,29 @@ class World:
             dist.all_reduce(value)
         return value
 
+    def gather(self, value: Tensor) -> list[Tensor]:
+        """``value`` of every rank, in rank order, on every rank; all must have the same shape."""
+        if self.size == 1:
+            return [value]
+        found = [torch.empty_like(value) for _ in range(self.size)]
+        dist.all_gather(found, value.contiguous())
+        return found
+
+    def rounds(self, count: int) -> list[list[int]]:
+        """``count`` whole batches dealt out in rounds, one batch a rank: ``[[0, 1], [2]]`` for two.
+
+        Batch ``round[rank]`` is this rank's (none where the last round is short). What a batch gives
+        does not depend on the world, so neither does a sum taken in the order of batches.
+        """
+        return [
+            list(range(first, min(first + self.size, count)))
+            for first in range(0, count, self.size)
+        ]
+
+    def deal(self, batches: Sequence[int]) -> int | None:
+        """The batch of one of ``rounds`` that is this rank's."""
+        return batches[self.rank] if self.rank < len(batches) else None
+
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.size > 1:
@@ -49,12 +77,21 @@ class World:
 
 
 def initialise(device: torch.device | str = "cpu") -> World:
-    """Joins the group that ``torchrun`` describes in the environment, once; else a world of one."""
+    """Joins the group that ``torchrun`` describes in the environment, once; else a world of one.
+
+    Tensors on the CPU go through gloo; with a CUDA ``device``, those on a GPU go through nccl.
+    """
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
         return World()
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.device(device).type == "cuda" else "gloo")
+        cuda = torch.device(device).type == "cuda"
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
     return World.current()
+
+
+def restarted() -> bool:
+    """Whether ``torchrun`` has started this process again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
 
 
 def finish() -> None:

@@ -44,6 +44,9 @@ def distill(
     device: pipelines.DeviceOption = "cpu",
     dtype: pipelines.DtypeOption = "float32",
     plot: Annotated[Path | None, typer.Option(help="Also draw the loss curve.")] = None,
+    tensorboard: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard events.")
+    ] = None,
     config: configs.ConfigOption = None,
     show_config: configs.ShowConfigOption = False,
     as_json: JsonOption = False,
@@ -65,7 +68,7 @@ def distill(
     if asked.check():
         pipelines.distill_for_pipeline(
             asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed, preset=None,
-            settings=settings, resume=resume, overwrite=overwrite, plot=plot, as_json=as_json,
+            settings={**settings, "tensorboard": tensorboard}, resume=resume, overwrite=overwrite, plot=plot, as_json=as_json,
         )  # fmt: skip
         return
     if output.exists() and not overwrite:
@@ -89,6 +92,7 @@ def distill(
         progress=not as_json,
         seed=seed,
         feature_network=held.features,
+        tensorboard=tensorboard,
         **settings,
     )
     configs.write_beside(output, found)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..denoiser import Denoiser
-from ..parallel import World
+from ..parallel import World, restarted
+from .monitor import Monitor, Silent, TensorBoard
 from .settings import split_settings
 from .solver import DistilledSolver
 
@@ -38,6 +39,7 @@ class RunOptions:
     settings: dict[str, Any]
     feature_network: Any = None
     cond: dict[str, Any] = dataclasses.field(default_factory=dict)
+    monitor: Monitor = dataclasses.field(default_factory=Silent)
 
     @property
     def checkpoint(self) -> Path | None:
@@ -58,6 +60,7 @@ def distill(
     seed: int = 0,
     feature_network: Any = None,
     cond: dict[str, Any] | None = None,
+    tensorboard: str | Path | None = None,
     **settings: Any,
 ) -> DistilledSolver:
     """Distils a solver of ``nfe`` evaluations for ``denoiser``; the network stays frozen.
@@ -69,8 +72,10 @@ def distill(
         shape: shape of one sample, e.g. ``(3, 32, 32)``.
         trajectories: start noises to train on; None is the method's own default.
         output: where the solver file goes; its checkpoint lies beside it and ``resume`` continues it.
+            A run that torchrun has started again resumes by itself.
         feature_network: module from finished samples to ``[B, F]`` for feature distances.
         cond: keyword tensors for the network, one row for all samples.
+        tensorboard: folder for TensorBoard events, one scalar a number and update.
         settings: the method's own settings; unknown names are refused.
 
     Returns:
@@ -78,14 +83,26 @@ def distill(
 
     Raises:
         ValueError: unknown method or setting, values out of range.
+        ImportError: ``tensorboard`` is asked for and missing.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, expected one of {sorted(METHODS)}")
     if nfe < 1:
         raise ValueError(f"nfe is {nfe}, expected at least 1")
     path = None if output is None else Path(output)
+    world = World.current()
+    watched = tensorboard is not None and world.rank == 0
     options = RunOptions(
-        nfe, trajectories, path, resume, progress, seed, settings, feature_network, cond or {}
+        nfe,
+        trajectories,
+        path,
+        resume or restarted(),
+        progress and world.rank == 0,
+        seed,
+        settings,
+        feature_network,
+        cond or {},
+        TensorBoard(str(tensorboard)) if watched else Silent(),
     )
     training = [p for p in denoiser.parameters() if p.requires_grad]
     for parameter in training:
@@ -97,9 +114,10 @@ def distill(
     finally:
         for parameter in training:
             parameter.requires_grad_(True)
-    if path is not None and World.current().rank == 0:
+        options.monitor.close()
+    if path is not None and world.rank == 0:
         solver.save(path)
         if options.checkpoint is not None:
             options.checkpoint.unlink(missing_ok=True)
-    World.current().barrier()
+    world.barrier()
     return solver

@@ -237,8 +237,8 @@ class Ld3:
         assert noise.grad is not None
         return Graded(losses.detach(), noise.grad)
 
-    def choose_start(self, noise: Tensor, target: Tensor) -> str:
-        """Loads the handcrafted grid with the least mean loss; returns its name ("best")."""
+    def choose_start(self, mean: Callable[[SampleLoss], float]) -> str:
+        """Loads the handcrafted grid with the least mean loss of ``measure``; returns its name."""
         found: list[tuple[float, str, Tensor]] = []
         steps, process = self.settings.steps, self.denoiser.process
         makers: dict[str, Callable[[], Tensor]] = {
@@ -251,7 +251,7 @@ class Ld3:
         for name, make in makers.items():
             grid = make()
             self._load_grid(grid)
-            loss = float(self.measure(noise, target).mean())
+            loss = mean(self.measure)
             if math.isfinite(loss):
                 found.append((loss, name, grid))
         _, name, grid = min(found, key=lambda item: item[0])

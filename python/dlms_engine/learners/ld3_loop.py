@@ -19,6 +19,7 @@ from ..parallel import World
 from .ld3 import TYPICAL_LOSS, Graded, Ld3
 from .ld3_data import Pairs, project
 from .ld3_state import Ld3State, Ld3Store
+from .monitor import Monitor, Silent
 from .noise import unit_noise
 
 log = logging.getLogger("dlms_engine")
@@ -41,7 +42,9 @@ class Ld3Loop:
         checkpoint: Path | None = None,
         fingerprint: dict[str, Any] | None = None,
         world: World | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
+        self._monitor = monitor or Silent()
         self.learner = learner
         self.settings = s = learner.settings
         self.world = world or World()
@@ -123,10 +126,9 @@ class Ld3Loop:
             bar.set_postfix(loss=f"{self.state.best_score:.4g}", round=self.state.round)
             bar.update()
             # several ranks meet in a checkpoint, so it cannot depend on one rank's clock
-            due = self.world.size > 1 and self.state.position == 0
-            if due or (
-                self.world.size == 1 and time.monotonic() - saved > self.settings.checkpoint_seconds
-            ):
+            late = time.monotonic() - saved > self.settings.checkpoint_seconds
+            due = self.state.position == 0 if self.world.size > 1 else late
+            if due:
                 self._store.save()
                 saved = time.monotonic()
 
@@ -146,18 +148,21 @@ class Ld3Loop:
         """Initial grid, loss scale and score, before the first update."""
         s, state = self.settings, self.state
         state.init = str(s.init) if isinstance(s.init, str) else "given"
-        if s.init == "best" and self.world.size > 1:
-            raise ValueError("init='best' runs in one process: name the grid it chose there")
         if s.init == "best":
-            valid = self.pairs["valid"]
-            state.init = self.learner.choose_start(valid.noise, valid.target)
+            state.init = self.learner.choose_start(self.pairs["valid"].measure)
         self._store.best = self._store.parameters()
         first = self._validate(whole=True)
         if s.loss_scale is not None:
             state.loss_scale = s.loss_scale
         elif self.learner.kind != "lpips" and first > 0:
             state.loss_scale = TYPICAL_LOSS / first
-        state.history.append({"update": 0, "validation": first, **self.describe()})
+        self._log({"update": 0, "validation": first, **self.describe()})
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        state = self.state
+        state.history.append(entry)
+        rates = {"lr": state.lr, "lr_times": state.lr_times, "lr_noise": state.lr_noise}
+        self._monitor.log(state.updates, {**self.describe(), **rates, **entry})
 
     def describe(self) -> dict[str, Any]:
         """The present times, JSON-able."""
@@ -212,7 +217,7 @@ class Ld3Loop:
             state.updates += 1
         score = self._validate()
         self._judge(score)
-        state.history.append({"update": state.updates, "round": state.round, "validation": score})
+        self._log({"update": state.updates, "round": state.round, "validation": score})
         if graded is not None:
             self._move("train", k, graded)
 

@@ -43,6 +43,7 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
         checkpoint=options.checkpoint,
         fingerprint=fingerprint,
         world=World.current(),
+        monitor=options.monitor,
     )
     state = trainer.run(resume=options.resume, progress=options.progress)
     best = {"score": state.best_score, "set": state.best_set}

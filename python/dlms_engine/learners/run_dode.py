@@ -28,6 +28,8 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
         **options.cond,
     )  # fmt: skip
     history = summary(fitted)
+    for row, entry in enumerate(history):
+        options.monitor.log(row, entry)
     record = {"method": "dode", **plain(settings), "seed": options.seed, "shape": list(shape)}
     best = {"score": history[-1]["rmse_after"], "set": "closed form"}
     return DistilledSolver(fitted.table, "dode", record, history, best)

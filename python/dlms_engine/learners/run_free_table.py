@@ -41,6 +41,7 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
         checkpoint=options.checkpoint,
         fingerprint=fingerprint,
         world=World.current(),
+        monitor=options.monitor,
     )
     state = trainer.run(resume=options.resume, progress=options.progress)
     with torch.no_grad():

@@ -22,6 +22,8 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
         denoiser, settings, shape, samples, seed=options.seed, world=World.current(), **options.cond
     )
     indices, report = search.search()
+    for row, entry in enumerate(report["tried"]):
+        options.monitor.log(row, {key: entry[key] for key in ("gamma", "rmse")})
     described = {
         "method": "gits",
         **plain(settings),

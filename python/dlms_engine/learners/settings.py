@@ -10,7 +10,7 @@ from typing import Any
 from ..table import SolverTable
 from .coerce import coerce
 
-_TRAINED = ("dlms_engine.learners.trainer", "TrainerSettings")
+_TRAINED = ("dlms_engine.learners.trainer_settings", "TrainerSettings")
 _KINDS: dict[str, tuple[tuple[str, str], ...]] = {
     "dlms": (("dlms_engine.learners.dlms", "DlmsSettings"), _TRAINED),
     "amed": (("dlms_engine.learners.amed_settings", "AmedSettings"), _TRAINED),

@@ -17,7 +17,11 @@ from tqdm.auto import tqdm
 from ..parallel import World
 from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EmaSets
+from .monitor import Monitor, Silent
 from .noise import tell_first_sample, unit_noise
+from .trainer_settings import TrainerSettings
+
+__all__ = ["Learner", "Progress", "Trainer", "TrainerSettings"]
 
 log = logging.getLogger("dlms_engine")
 
@@ -50,46 +54,6 @@ class Learner(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class TrainerSettings:
-    """Settings of the shared loop.
-
-    Attributes:
-        trajectories: start noises in all.
-        batch: trajectories per optimiser step.
-        lr: Adam's learning rate, betas (0.9, 0.999).
-        warmup: updates over which the rate rises from 0.
-        decay: "constant" or "cosine" to zero at the end.
-        clip: largest gradient norm.
-        ema_kimg: half-lives of the averaged parameter sets, in thousands of trajectories.
-        validate_every: updates between validations; 0 validates at the end only.
-        checkpoint_seconds: seconds between checkpoints.
-        seed: of the start noise and of the initialisation.
-    """
-
-    trajectories: int = 20_000
-    batch: int = 32
-    lr: float = 5e-3
-    warmup: int = 0
-    decay: str = "constant"
-    clip: float = 1.0
-    ema_kimg: tuple[float, ...] = (1.0, 2.0, 3.0)
-    validate_every: int = 25
-    checkpoint_seconds: float = 60.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("trajectories", "batch", "lr", "clip"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        if self.decay not in ("constant", "cosine"):
-            raise ValueError(f"decay is {self.decay!r}, expected 'constant' or 'cosine'")
-
-    @property
-    def updates(self) -> int:
-        return math.ceil(self.trajectories / self.batch)
-
-
 @dataclass
 class Progress:
     """What a checkpoint holds beside tensors."""
@@ -117,12 +81,14 @@ class Trainer:
         checkpoint: Path | None = None,
         fingerprint: dict[str, Any] | None = None,
         world: World | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         self.learner = learner
         self.settings = settings
         self.shape = shape
         self.world = world or World()
         self.state = Progress()
+        self._monitor = monitor or Silent()
         self._path = checkpoint
         self._fingerprint = fingerprint or {}
         groups = learner.parameter_groups(settings.lr)
@@ -191,8 +157,12 @@ class Trainer:
         entry: dict[str, Any] = {"update": self.state.update, **logged}
         if self.state.update == self.settings.updates or (every and self.state.update % every == 0):
             entry.update(self._validate())
-        self.state.history.append(entry)
+        self._log(entry)
         return logged
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        self.state.history.append(entry)
+        self._monitor.log(self.state.update, {**entry, "lr": self.optimiser.param_groups[0]["lr"]})
 
     def _step(self) -> None:
         start, stop = self.world.slice(self.settings.batch)
@@ -258,7 +228,7 @@ class Trainer:
                 self._best = {k: v.clone() for k, v in parameters.items()}
         self._restore(raw)
         if not self.state.update:
-            self.state.history.append({"update": 0, **found})
+            self._log({"update": 0, **found})
         return found
 
     # -- checkpoints ------------------------------------------------------------------------------
