@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
 from ..processes import EDM
+from .formats import check_format, read_metadata, stamp
 from .networks import NETWORKS
 from .restricted import Record, UnsafeCheckpointError, read_pickle, state_dict
 
@@ -110,10 +111,8 @@ def read_snapshot(path: str | Path) -> Snapshot:
 
 
 def _read_converted(path: Path) -> Snapshot:
-    with safetensors.safe_open(str(path), framework="pt") as opened:
-        metadata = opened.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path}: format is {metadata.get('format')!r}, expected {FORMAT!r}")
+    metadata = read_metadata(path)
+    check_format(path, metadata, FORMAT)
     return Snapshot(tensors=load_file(path), **json.loads(metadata["snapshot"]))
 
 
@@ -122,8 +121,10 @@ def convert(source: str | Path, target: str | Path) -> Path:
     snapshot, target = read_snapshot(source), Path(target)
     snapshot.network()  # refuses what could not be used later
     described = {k: v for k, v in vars(snapshot).items() if k != "tensors"}
-    metadata = {"format": FORMAT, "snapshot": json.dumps(described)}
-    save_file({k: v.contiguous() for k, v in snapshot.tensors.items()}, target, metadata)
+    metadata = {**stamp(FORMAT), "snapshot": json.dumps(described)}
+    partial = target.with_name(f".{target.name}.partial")
+    save_file({k: v.contiguous() for k, v in snapshot.tensors.items()}, partial, metadata)
+    os.replace(partial, target)
     return target
 
 

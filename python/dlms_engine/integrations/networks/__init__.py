@@ -6,8 +6,10 @@ Module names are those of the published weights, so that their tensors load by n
 from __future__ import annotations
 
 from .adm import DhariwalUNet
+from .guided import GuidedClassifier, GuidedUNet
 from .song import SongUNet
 
 NETWORKS = {"SongUNet": SongUNet, "DhariwalUNet": DhariwalUNet}
+GUIDED = {"GuidedUNet": GuidedUNet, "GuidedClassifier": GuidedClassifier}
 
-__all__ = ["NETWORKS", "DhariwalUNet", "SongUNet"]
+__all__ = ["GUIDED", "NETWORKS", "DhariwalUNet", "GuidedClassifier", "GuidedUNet", "SongUNet"]
