@@ -41,9 +41,6 @@ demo: $(DEMO)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
-	@if $(BIN)/python -c 'import triton' 2>/dev/null; then set -x; TRITON_INTERPRET=1 \
-	  $(BIN)/python -m pytest tests/kernels/test_fused_row_kernels.py tests/kernels/test_triton_operators.py; \
-	else echo 'no triton here: its kernels were not run under the interpreter'; fi
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -1,11 +1,26 @@
-"""Shared set-up: one thread, and this folder on the path so that tests can import ``analytic``."""
+"""Shared set-up: one thread, this folder on the path so that tests can import ``analytic``, the
+Triton interpreter where there is no GPU, and what ``needs_cuda`` means.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    # Before anything imports Triton, which looks once: its kernels then run on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _needs_cuda(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("needs_cuda"):
+        from gpu import require_cuda
+
+        require_cuda()

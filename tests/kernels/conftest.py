@@ -6,9 +6,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-
 import dlms_engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +24,3 @@ if importlib.util.find_spec("dlms_engine.kernels") is None:
     dlms_engine.kernels = module  # type: ignore[attr-defined]
 
 sys.path.insert(0, str(Path(__file__).parent))  # kernel_cases
-torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def _needs_cuda(request: pytest.FixtureRequest) -> None:
-    if request.node.get_closest_marker("needs_cuda"):
-        from kernel_cases import require_cuda
-
-        require_cuda()

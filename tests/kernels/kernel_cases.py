@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from dlms_engine.ops import layout, reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def require_cuda() -> None:
-    """Skip without a GPU, or fail under DLMS_REQUIRE_CUDA=1."""
-    if torch.cuda.is_available():
-        return
-    if os.environ.get("DLMS_REQUIRE_CUDA") == "1":
-        pytest.fail("DLMS_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
-    pytest.skip("needs an NVIDIA GPU: torch sees no CUDA device")
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import make_case, require_cuda
+from gpu import require_cuda
+from kernel_cases import make_case
 
 from dlms_engine import kernels, ops
 from dlms_engine.ops import reference

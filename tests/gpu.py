@@ -1,0 +1,17 @@
+"""What ``needs_cuda`` means."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+
+def require_cuda() -> None:
+    """Skip without a GPU, or fail under DLMS_REQUIRE_CUDA=1."""
+    if torch.cuda.is_available():
+        return
+    if os.environ.get("DLMS_REQUIRE_CUDA") == "1":
+        pytest.fail("DLMS_REQUIRE_CUDA=1, but torch sees no CUDA device", pytrace=False)
+    pytest.skip("needs an NVIDIA GPU: torch sees no CUDA device")
