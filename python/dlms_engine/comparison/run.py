@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..denoiser import Denoiser
 from ..embedded import ReferenceStatistics
+from ..evaluation.frechet import FeatureSums
 from ..evaluation.measure import Entry, Measurer
 from ..evaluation.rows import Floors, distance
 from ..evaluation.store import Store
@@ -185,7 +186,10 @@ class _Run:
         others = range(seeds.stop, seeds.stop + len(seeds))
         own = self._measurer.measure("accurate-own", [accurate], seeds)[0]
         other = self._measurer.measure("accurate-other", [accurate], others)[0]
-        references = {"accurate": other.sums, "data": reference}
+        references: dict[str, FeatureSums | ReferenceStatistics] = {
+            "accurate": other.sums,
+            "data": reference,
+        }
         floors = {side: distance(own.sums, held) for side, held in references.items()}
         self._floors = Floors(references, floors)
 
