@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .versioned import Versioned
+
 TIME_CHANNELS = 8
 LONGEST = 1e4
 
@@ -23,7 +25,7 @@ class Choice(NamedTuple):
     scale_time: Tensor  # [B] a_n, factor of sigma / alpha the network is told in the middle
 
 
-class AmedPredictor(nn.Module):
+class AmedPredictor(Versioned, nn.Module):
     """About 9k parameters: features -> 128 -> 4, two times -> 8 each, one linear head per number.
 
     Parameter names are those of the published predictors, so that their tensors load by name.

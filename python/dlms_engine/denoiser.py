@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .processes import Process
+from .versioned import Versioned
 
 Prediction = Literal["data", "noise", "velocity", "flow", "edm"]
 PREDICTIONS = ("data", "noise", "velocity", "flow", "edm")
@@ -49,7 +50,7 @@ class FeatureTap:
         self._held = threading.local()
 
 
-class Denoiser(nn.Module):
+class Denoiser(Versioned, nn.Module):
     """Wraps ``network(x, c_noise, **cond)`` so that every solver sees the same thing.
 
     Args:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .policy import Row
 from .processes import Process, from_config
+from .versioned import Versioned
 
 TimeCoordinate = Literal["log", "linear"]
 
@@ -55,7 +56,7 @@ class Design(NamedTuple):
     network_time: Tensor  # [B] s_n * t_n, clamped to the model's range
 
 
-class Designer(nn.Module):
+class Designer(Versioned, nn.Module):
     """(features, t_{n-1}, n-1) -> weights a^(n), next time t_n and its time scaling s_n.
 
     About 9k parameters: 64 -> 128 -> 4 features, 8 time and 8 index channels, one linear head

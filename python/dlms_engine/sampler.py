@@ -26,6 +26,7 @@ from .loops import (
 )
 from .policy import Policy, PolicyRun, TableRun
 from .table import SolverTable
+from .versioned import Versioned
 
 
 class Step(NamedTuple):
@@ -43,7 +44,7 @@ GRAPHS = GraphCache()
 """Captured runs of all samplers of this process; bounded, least recently used first out."""
 
 
-class Sampler(nn.Module):
+class Sampler(Versioned, nn.Module):
     """Samples with ``policy`` (a ``SolverTable`` or a learned policy) on ``denoiser``.
 
     Args:

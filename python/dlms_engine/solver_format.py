@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
+from ._version import __version__
 from .processes import Process, from_config
 
 FORMAT = "dlms-solver"
@@ -157,15 +158,11 @@ def _describe(path: Path, text: str, tensors: dict[str, Tensor]) -> SolverRecord
         description = json.loads(text, parse_constant=_reject)
     except (ValueError, RecursionError) as exc:
         raise SolverFileError(f"{path}: description is not JSON: {exc}") from exc
+    if isinstance(description, dict):
+        _check_version(path, description)
     if not isinstance(description, dict) or set(description) != HEADER_KEYS:
         keys = sorted(description) if isinstance(description, dict) else type(description).__name__
         raise SolverFileError(f"{path}: description has {keys}, expected {sorted(HEADER_KEYS)}")
-    found = (description["format"], description["version"])
-    if found != (FORMAT, VERSION) or isinstance(found[1], bool):
-        raise SolverFileError(
-            f"{path}: format and version are {found!r}, expected {(FORMAT, VERSION)!r}; a newer "
-            "file needs a newer dlms_engine"
-        )
     for key in ("process", "settings", "training", "distilled"):
         value = description[key]
         if not isinstance(value, dict) and not (key == "distilled" and value is None):
@@ -181,6 +178,19 @@ def _describe(path: Path, text: str, tensors: dict[str, Tensor]) -> SolverRecord
         description["settings"],
         description["distilled"],
         description["training"],
+    )
+
+
+def _check_version(path: Path, description: Mapping[str, Any]) -> None:
+    """Before the keys, which another version may have changed."""
+    found = (description.get("format"), description.get("version"))
+    if found == (FORMAT, VERSION) and not isinstance(found[1], bool):
+        return
+    newer = isinstance(found[1], int) and found[1] > VERSION
+    raise SolverFileError(
+        f"{path}: format and version are {found!r}, expected {(FORMAT, VERSION)!r}, which "
+        f"dlms_engine {__version__} reads: "
+        + ("a newer file needs a newer dlms_engine" if newer else "distil the solver again")
     )
 
 

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from .processes import Process
+from .versioned import Versioned
 
 Prediction = Literal["data", "noise"]
 TENSORS = ("a", "b", "times", "initial_scale", "grid")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SolverTable:
+class SolverTable(Versioned):
     """x_{n+1} = a[n] x_n + sum_k b[n, k] m_{n-k}, all float64.
 
     Attributes:

@@ -141,15 +141,15 @@ def _groups(prompts: Sequence[str] | None, arguments: dict[str, Any]) -> Iterato
         yield {}
         return
     negative = arguments.get("negative_prompt")
-    several = isinstance(negative, list)
-    if several and len(negative) != len(prompts):
-        raise ValueError(f"{len(negative)} negative prompts for {len(prompts)} prompts")
+    each = list(negative) if isinstance(negative, list | tuple) else None
+    if each is not None and len(each) != len(prompts):
+        raise ValueError(f"{len(each)} negative prompts for {len(prompts)} prompts")
     for start in range(0, len(prompts), GROUP):
         chosen = list(prompts[start : start + GROUP])
         group: dict[str, Any] = {"prompt": chosen}
         if negative is not None:
             group["negative_prompt"] = (
-                negative[start : start + GROUP] if several else [negative] * len(chosen)
+                [negative] * len(chosen) if each is None else each[start : start + GROUP]
             )
         yield group
 

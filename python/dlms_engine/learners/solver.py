@@ -13,10 +13,11 @@ from ..denoiser import Denoiser
 from ..designer import DesignerPolicy
 from ..policy import Policy
 from ..table import SolverTable
+from ..versioned import Versioned
 
 
 @dataclass
-class DistilledSolver:
+class DistilledSolver(Versioned):
     """A learned solver; ``Sampler(denoiser, solver)`` runs it.
 
     Attributes:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...versioned import Versioned
 from .blocks import BlockStyle, Norm, Positional, Resample, UNetBlock, silu
 from .song import one_hot
 
 
-class DhariwalUNet(nn.Module):
+class DhariwalUNet(Versioned, nn.Module):
     """Called as ``network(x, noise_labels, class_labels)``; arguments as published."""
 
     def __init__(

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...versioned import Versioned
 from .guided_blocks import (
     AttentionBlock,
     AttentionPool,
@@ -24,7 +25,7 @@ from .guided_blocks import (
 )
 
 
-class _Trunk(nn.Module):
+class _Trunk(Versioned, nn.Module):
     """Time embedding, the downward path and the middle."""
 
     def __init__(
@@ -70,7 +71,8 @@ class _Trunk(nn.Module):
     def embed(self, timesteps: Tensor) -> Tensor:
         """``[B]`` -> ``[B, E]``; sine and cosine in the times' own precision."""
         told = time_embedding(timesteps, self.model_channels)
-        embedded: Tensor = self.time_embed(told.to(self.time_embed[0].weight.dtype))
+        weights = next(self.time_embed.parameters())
+        embedded: Tensor = self.time_embed(told.to(weights.dtype))
         return embedded
 
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...versioned import Versioned
 from .blocks import BlockStyle, Fourier, Norm, Positional, Resample, UNetBlock, silu
 
 
-class SongUNet(nn.Module):
+class SongUNet(Versioned, nn.Module):
     """Called as ``network(x, noise_labels, class_labels)``; arguments as in the published configs.
 
     Args:

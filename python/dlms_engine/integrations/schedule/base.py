@@ -10,6 +10,7 @@ import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from torch import Tensor
 
+from ...versioned import Versioned
 from .adopt import adopt, is_foreign
 from .noise import NoiseModel
 from .runner import Runner, Source, load_source
@@ -18,7 +19,7 @@ SOLVER_FILE = "dlms_solver.safetensors"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
-class EngineScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Loading, saving and noising; ``DLMSScheduler`` adds constructor and loop."""
 
     timesteps: Tensor
