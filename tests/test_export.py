@@ -291,3 +291,13 @@ def test_without_a_compiler_the_reason_is_given(tmp_path, monkeypatch):
     monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "no-such-compiler"),))
     with pytest.raises(SamplerExportError, match=r"needs a working C\+\+ compiler"):
         export_sampler(make("table")[0], noise(2), tmp_path / "sampler.pt2")
+
+
+@pytest.mark.parametrize("name", ["dlms", "dlms guided", "amed", "amed plugin"])
+def test_policies_compile_to_one_graph_with_the_samplers_bits(name):
+    """Traced by Dynamo, which sees Python where torch.export runs it; tables: test_sampler.py."""
+    torch._dynamo.reset()
+    sampler, cond = make(name)
+    compiled = torch.compile(sampler, fullgraph=True, backend="aot_eager")
+    x, given = noise(3), cond(3)
+    assert torch.equal(compiled(x, **given), sampler(x, **given))

@@ -72,7 +72,11 @@ class AmedPolicy:
         if device not in self._grids:
             self._grids[device] = self.grid.to(device)
         grid = self._grids[device]
-        return Walk(self.base, self.process, grid, lambda weight, form: form * weight, self._asked)
+
+        def scale(weight: Tensor, form: Form) -> Form:
+            return form.__mul__(weight)  # with the operator, torch.compile asks the tensor first
+
+        return Walk(self.base, self.process, grid, scale, self._asked)
 
     def choose(self, features: Tensor | None, i: int, levels: tuple[Tensor, Tensor]) -> Choice:
         """The predictor's word on step ``i``; a subclass may record or replace it."""
