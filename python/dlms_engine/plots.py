@@ -211,8 +211,13 @@ def samples(
     images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, enlarge: int = 4
 ) -> Path:
     """A plain grid of images ``[B, C, H, W]`` in [-1, 1], exact pixels, no axes."""
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            "pictures are written by pillow: pip install 'dlms-engine[plots]'; a .safetensors file "
+            "needs nothing"
+        ) from error
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     canvas = tile(images, columns, enlarge=enlarge).numpy()

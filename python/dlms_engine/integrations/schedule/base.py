@@ -7,8 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
 from torch import Tensor
+
+try:
+    from diffusers import ConfigMixin, SchedulerMixin
+except ImportError as exc:
+    raise ImportError("schedulers need diffusers: pip install 'dlms-engine[diffusers]'") from exc
 
 from ...versioned import Versioned
 from .adopt import adopt, is_foreign

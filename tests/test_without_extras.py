@@ -1,0 +1,149 @@
+"""The core needs none of the extras, and what needs one says how to install it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from without_extras import EXTRAS
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+CORE_TESTS = (
+    "test_denoiser.py", "test_grids.py", "test_processes.py", "test_sampler.py", "test_solver_file.py",
+    "test_table.py", "test_trace.py", "test_versioned.py", "integrations/test_edm.py",
+    "integrations/test_k_diffusion.py", "solvers/test_registry.py",
+)  # fmt: skip
+SETUP = "import without_extras; without_extras.block()\n"
+
+SAMPLING = """
+import torch
+import dlms_engine as dlms
+from dlms_engine import grids, processes, solvers
+
+denoiser = dlms.Denoiser(torch.nn.Identity(), processes.EDM(), prediction="data")
+class Shrink(torch.nn.Module):
+    def forward(self, x, t):
+        return x / (1 + t.reshape(-1, 1, 1, 1) ** 2)
+denoiser = dlms.Denoiser(Shrink(), processes.EDM(), prediction="data")
+table = solvers.ipndm(denoiser.process, grids.polynomial(denoiser.process, 5))
+images = dlms.Sampler(denoiser, table).sample(seeds=range(4), shape=(3, 8, 8))
+solver = dlms.distill(denoiser, method="gits", nfe=3, shape=(3, 8, 8), trajectories=4, progress=False)
+solver.save("solver.safetensors")
+again = dlms.Sampler(denoiser, dlms.load_solver("solver.safetensors"))
+assert torch.equal(again.sample(seeds=[1], shape=(3, 8, 8)),
+                   dlms.Sampler(denoiser, solver).sample(seeds=[1], shape=(3, 8, 8)))
+from dlms_engine.cli import main
+main(["inspect", "solver.safetensors", "--json"])
+print("finite", bool(images.isfinite().all()))
+"""
+# every module of the package but those that are an extra's own
+IMPORTS = """
+import importlib, pkgutil
+import dlms_engine
+own = []
+for found in pkgutil.walk_packages(dlms_engine.__path__, "dlms_engine.", onerror=lambda name: None):
+    library = found.name.partition(".")[2].startswith(("kernels", "_C", "_ops_"))  # compiled
+    if library or found.name.endswith("__main__"):
+        continue
+    try:
+        importlib.import_module(found.name)
+    except ImportError as error:
+        assert "pip install" in str(error), (found.name, error)
+        own.append(found.name)
+print(*own)
+"""
+# what a user types -> the extra or package its message must name
+ASKED = {
+    "import dlms_engine; dlms_engine.accelerate": "dlms-engine[diffusers]",
+    "import dlms_engine.integrations.diffusers": "dlms-engine[diffusers]",
+    "import dlms_engine.integrations.calibrate": "dlms-engine[diffusers]",
+    "import dlms_engine.integrations.single_file": "dlms-engine[diffusers]",
+    "from dlms_engine import embedded; embedded.embedded_network()": "dlms-engine[diffusers]",
+    "import torch; from dlms_engine import plots; "
+    "plots.samples(torch.zeros(1, 3, 4, 4), 'a.png')": "dlms-engine[plots]",
+    "import torch; from dlms_engine.evaluation import frechet; "
+    "frechet._metric(torch.nn.Identity())": "dlms-engine[evaluation]",
+    "from dlms_engine.cli import main; "
+    "main(['distill', '--pipeline', '.', '--output', 'x', '--debug'])": "dlms-engine[diffusers]",
+}
+
+
+def run(code: str, folder: Path, *, blocked: bool = True) -> subprocess.CompletedProcess[str]:
+    paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-c", (SETUP if blocked else "") + code],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths},
+        check=False,
+    )
+
+
+def test_every_extra_is_blocked() -> None:
+    """A package added to an extra in pyproject.toml must be added to the block too."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {"pillow": "PIL", "pyyaml": "yaml"}
+    tools = {"hypothesis", "pytest", "setuptools", "clang-format", "mypy", "ruff"}
+    for extra, packages in project["optional-dependencies"].items():
+        for package in packages:
+            name = package.partition("[")[0].partition(">")[0].partition(";")[0].strip()
+            if name in tools | {"dlms-engine"} or name.startswith(("types-", "mkdocs")):
+                continue
+            assert named.get(name, name).replace("-", "_") in EXTRAS, f"{extra}: {name}"
+
+
+def test_core_samples_distils_and_saves(tmp_path: Path) -> None:
+    done = run(SAMPLING, tmp_path)
+    assert done.returncode == 0 and "finite True" in done.stdout, done.stderr
+
+
+def test_modules_import_or_name_their_extra(tmp_path: Path) -> None:
+    done = run(IMPORTS, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {
+        "dlms_engine.integrations.calibrate",
+        "dlms_engine.integrations.diffusers",
+        "dlms_engine.integrations.schedule.base",
+        "dlms_engine.integrations.single_file",
+    }
+
+
+@pytest.mark.parametrize("code", ASKED)
+def test_what_needs_an_extra_says_so(code: str, tmp_path: Path) -> None:
+    done = run(code, tmp_path)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert (
+        "ImportError" in last and "pip install" in last and ASKED[code] in last.replace("_", "-")
+    ), done.stderr
+
+
+def test_the_block_is_what_makes_them_fail(tmp_path: Path) -> None:
+    """Planted: with the extras there, the same lines run."""
+    pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
+    done = run("import dlms_engine; dlms_engine.accelerate", tmp_path, blocked=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_core_tests_pass_without_extras() -> None:
+    """The core's own tests, in an interpreter without the extras; none of them is skipped for one."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "-p", "without_extras", "-q", "--no-header",
+            "-p", "no:cacheprovider", "-k", "not compile and not agrees_with_eager",
+            *(str(TESTS / name) for name in CORE_TESTS),
+        ],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(TESTS)},
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "needs the extra" not in done.stdout
