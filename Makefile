@@ -46,6 +46,7 @@ lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict python/dlms_engine
+	$(BIN)/mypy --strict kernels
 	$(BIN)/clang-format --dry-run -Werror $(NATIVE)
 
 format: $(DEV)

@@ -17,7 +17,7 @@ if knobs.runtime.interpret:
         """A * b; the interpreter computes with NumPy, which does not contract."""
         return a * b
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def to_network(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
         """V in the network's dtype, to nearest even.
 
@@ -42,20 +42,20 @@ else:
         """
         return libdevice.mul_rn(a, b)
 
-    @triton.jit
+    @triton.jit  # type: ignore[untyped-decorator]
     def to_network(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
         """V in the network's dtype, to nearest even as hardware does."""
         return v.to(dtype)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def ring_slot(row, depth: tl.constexpr):  # type: ignore[no-untyped-def]
     """The row's slot modulo the depth: inside the ring whatever the row holds."""
     slot = tl.load(row + 5).to(tl.int32) % depth
     return (slot + depth) % depth
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def mixed_branches(f, f_cond, guidance, guided: tl.constexpr):  # type: ignore[no-untyped-def]
     """F + guidance * (f_cond - f), or f."""
     if guided:
@@ -63,7 +63,7 @@ def mixed_branches(f, f_cond, guidance, guided: tl.constexpr):  # type: ignore[n
     return f
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def fused_row_kernel(  # type: ignore[no-untyped-def]
     f_ptr,  # [samples, n] network dtype
     f_cond_ptr,  # the same, or anything when not GUIDED
@@ -126,7 +126,7 @@ def dot(u, v):  # type: ignore[no-untyped-def]
     return tl.sum(u.to(tl.float64) * v.to(tl.float64), axis=0)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def fused_row_backward_kernel(  # type: ignore[no-untyped-def]
     grad_x_next_ptr,  # [samples, n], as all below unless noted
     grad_m_ptr,
@@ -216,7 +216,7 @@ def fused_row_backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(partial + 3, dot(grad_input, x_next))
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def sum_middle_kernel(  # type: ignore[no-untyped-def]
     in_ptr,  # [outer, count, width] float64
     out_ptr,  # [outer, width]

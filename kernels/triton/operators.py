@@ -30,7 +30,8 @@ def fused_row(
     f: Tensor, f_cond: Tensor | None, x: Tensor, ring: Tensor, row: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.reference.fused_row`."""
-    return launch.fused_row(f, f_cond, x, ring, row, _wrap)
+    out: tuple[Tensor, Tensor, Tensor] = launch.fused_row(f, f_cond, x, ring, row, _wrap)
+    return out
 
 
 @_operator("fused_row_", ("x", "ring", "network_input"))  # type: ignore[untyped-decorator]
@@ -53,9 +54,10 @@ def fused_row_backward(
     row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `ops.reference.fused_row_backward`."""
-    return launch.fused_row_backward(
+    out: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] = launch.fused_row_backward(
         grad_x_next, grad_m, grad_input, f, f_cond, x, ring, row, _wrap
     )
+    return out
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -92,6 +92,10 @@ class SamplerModule(nn.Module):
         fixed: arguments of the network that are no tensors; they become part of the graph.
     """
 
+    rows: Tensor
+    c_noise: Tensor
+    c_in: Tensor
+
     def __init__(
         self, sampler: Sampler, device: torch.device, fixed: Mapping[str, Any] | None = None
     ) -> None:
