@@ -69,3 +69,82 @@ def test_edm_page(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("edm.md", {"snapshot": "tiny.safetensors", "shape": (3, 8, 8)})
     assert names["images"].shape == (4, 3, 8, 8)
     assert (tmp_path / "snapshot.safetensors").exists()
+
+
+def test_comfyui_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    import comfy_standin
+
+    comfy_standin.install(monkeypatch)
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        return x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+    model = comfy_standin.Model(comfy_standin.EpsSampling(), denoise)
+    steps: list[int] = []
+    names = run(
+        "comfyui.md",
+        {
+            "model": model,
+            "denoiser": model,
+            "noise": torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)),
+            "callback": lambda i, *_: steps.append(i),
+        },
+    )
+    assert names["latents"].std() < 2 and steps == list(range(6))
+    workflow = re.findall(r"```json\n(.*?)```", (DOCS / "comfyui.md").read_text(), flags=re.S)[0]
+    from dlms_engine.integrations.comfyui import NODE_CLASS_MAPPINGS
+
+    for node in json.loads(workflow).values():
+        kind = NODE_CLASS_MAPPINGS.get(node["class_type"])
+        if kind is not None:
+            asked = kind.INPUT_TYPES()
+            assert set(node["inputs"]) == {*asked["required"], *asked["optional"]}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_checkpoints_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's own files, narrower: what it passes must fit weights of the published layout."""
+    pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
+    pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
+    import tiny_pipelines as tiny
+    from guided_reference import random_state
+    from ldm_keys import ldm_state
+
+    monkeypatch.chdir(tmp_path)
+    flags = {
+        "in_channels": 3, "model_channels": 64, "out_channels": 6, "num_res_blocks": 1,
+        "attention_resolutions": [2], "channel_mult": [1, 2], "num_classes": 5,
+        "use_scale_shift_norm": True, "resblock_updown": True,
+    }  # fmt: skip
+    noisy = {**flags, "out_channels": 5, "num_classes": None, "pool": "attention", "image_size": 8}
+    torch.save(random_state(flags), "64x64_diffusion.pt")
+    torch.save(random_state(noisy), "64x64_classifier.pt")
+    edm = {**flags, "out_channels": 3, "attention_dims": 2}
+    torch.save(random_state(edm), "edm_imagenet64_ema.pt")
+    (tmp_path / "words").mkdir()
+    pipe = tiny.sd(text=tiny.clip(tmp_path / "words"))
+    pipe.save_pretrained("stable-diffusion-folder")
+    torch.save({"state_dict": ldm_state(pipe)}, "model.ckpt")
+    parts = {
+        "text_encoder": pipe.text_encoder, "tokenizer": pipe.tokenizer, "safety_checker": None,
+        "feature_extractor": None, "scheduler": pipe.scheduler,
+    }  # fmt: skip
+    names = run(
+        "checkpoints.md",
+        {
+            "shape": (3, 8, 8),
+            "labels": torch.tensor([1, 4]),
+            "parts": parts,
+            "size": {"height": 16, "width": 16, "output_type": "np"},
+        },
+    )
+    assert bool(names["images"].isfinite().all()) and names["image"].shape == (16, 16, 3)
+    assert names["denoiser"].prediction == "edm" and (tmp_path / "edm64.safetensors").exists()
+
+
+def test_every_page_is_run() -> None:
+    """A new page needs a test here."""
+    tested = {f"test_{page.stem}_page" for page in DOCS.glob("*.md")}
+    assert tested <= set(globals()), sorted(tested - set(globals()))
