@@ -6,6 +6,7 @@ What this cannot see: races, the launch and the host code, which need a GPU (scr
 from __future__ import annotations
 
 import ctypes
+import mmap
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -113,6 +114,26 @@ def test_forward_bits(library, dtype, aligned, shape, depth, per_sample, guided)
     reference.write_slot(ring, case.row, want[1])
     assert_same_bits((got[0], got[2]), (want[0], want[2]), "in place")
     torch.testing.assert_close(again.ring, ring, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("aligned", [True, False], ids=["words", "scalars"])
+def test_slots_beyond_two_to_the_31(library, aligned):
+    """A ring of 20 slots of 2^27 elements, of which only the pages that are touched exist."""
+    depth, total, n = 20, 2**27, 64
+    case = make_case((1, n), depth)
+    case.row[layout.SLOT] = 3.0  # m_{n-4} and older lie in slots 19, 18, ..., 4
+    want = reference.fused_row(*case.forward())
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    with mmap.mmap(-1, 4 * depth * total, flags=flags) as memory:
+        address = ctypes.addressof(held := ctypes.c_char.from_buffer(memory))
+        for slot in range(depth):
+            ctypes.memmove(address + 4 * slot * total, case.ring[slot].data_ptr(), 4 * n)
+        x, m, network_input = case.x.clone(), empty(case.x), empty(case.f)
+        arguments = pointers([case.f, None, x, None, case.row, x, m, network_input])
+        arguments[3] = address
+        library.dlms_forward(0, arguments, numbers(1, n, total, 0, depth), False, aligned)
+        del held  # the view that keeps the memory open
+    assert_same_bits((x, m, network_input), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -68,6 +68,17 @@ def test_forward_has_the_bits_of_the_reference(backend, dtype, shape, depth, per
         assert_no_worse_than_eager(g, w, truth)
 
 
+@pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "each"])
+def test_every_depth(backend, per_sample):
+    for depth in range(1, 21):
+        case = make_case((2, 5), depth, per_sample=per_sample, guided=depth % 2 == 0, seed=depth)
+        assert_same_bits(run(backend, case), reference.fused_row(*case.forward()), f"depth {depth}")
+        got = backend[0].fused_row_backward(*case.to(backend[1]).backward())
+        want = reference.fused_row_backward(*case.backward())
+        assert_same_bits(tuple(got[:4]), want[:4], f"gradients at depth {depth}")
+        torch.testing.assert_close(got[4].cpu(), want[4], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "each"])
 def test_any_shape_functional_and_in_place(backend, shape, per_sample):

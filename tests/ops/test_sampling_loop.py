@@ -74,6 +74,13 @@ def test_loop_has_the_bits_of_eager_rows(per_sample, net, dtypes):
         assert torch.equal(out, expected[-1])
 
 
+@pytest.mark.parametrize("depth", range(1, 21))
+def test_every_depth(depth):
+    rows, x0 = table(rows=depth + 2, depth=depth), torch.randn(SHAPE)
+    out = engine.Engine(SHAPE, depth).run(x0, rows, network)
+    assert torch.equal(out, reference_loop(x0, rows, network)[-1])
+
+
 def test_rows_asked_for_while_sampling():
     rows = table(per_sample=True)
     x0, order = torch.randn(SHAPE), []
