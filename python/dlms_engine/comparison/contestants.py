@@ -77,7 +77,8 @@ def _of_preset(label: str, name: str, **changes: Any) -> Contestant:
 
 
 def _contestants() -> dict[str, Contestant]:
-    heun = Base("dpm_solver_2", grid="time_uniform", afs="odd")
+    dpm_solver_pp = Base("dpm_solver_pp", "logsnr", 3, "dockhorn")
+    midpoint = Base("dpm_solver_2", grid="time_uniform", afs="odd")
     return {
         "dlms": _of_preset("dlms", "dlms-embedded", base=IPNDM),
         "dlms-local": _of_preset("dlms-local", "dlms-embedded-local", base=IPNDM),
@@ -86,8 +87,11 @@ def _contestants() -> dict[str, Contestant]:
             "dlms-embedded-literal",
             base=Base("ipndm", "time_uniform", 4, "dockhorn"),
         ),
-        "amed": _of_preset("amed", "amed-embedded", base=heun),
-        "amed-plugin": _of_preset("amed-plugin", "amed-plugin-embedded", base=IPNDM),
+        "amed": _of_preset("amed", "amed-embedded", base=midpoint),
+        "amed-plugin": _of_preset("amed-plugin", "amed-plugin-embedded", base=dpm_solver_pp),
+        "amed-plugin-ipndm": _of_preset(
+            "amed-plugin-ipndm", "amed-plugin-ipndm-embedded", base=IPNDM
+        ),
         "ld3": _of_preset("ld3", "ld3-embedded", base=Base("unipc", "logsnr", 3)),
         "dode": Contestant(
             "dode", "dode", {"solver": "ddim"}, Base("ddim"), scales=False, trajectories=256
@@ -100,8 +104,8 @@ def _contestants() -> dict[str, Contestant]:
 CONTESTANTS = _contestants()
 """name -> contestant, with the settings chosen on the embedded model."""
 
-PAPERS = ("dlms", "amed", "amed-plugin", "ld3", "dode")
-"""The methods of the four papers."""
+STANDARD = ("dlms", "amed", "amed-plugin", "ld3", "dode", "gits", "free_table")
+"""Who takes part unless others are named."""
 
 
 def _ablations() -> list[Contestant]:
@@ -140,7 +144,7 @@ STUDIES = {"ablation": _ablations, "interpolation": _interpolations}
 
 
 def choose(names: Sequence[str] | None, study: str | None) -> list[Contestant]:
-    """The contestants called ``names`` (all but the variants of DLMS for None), or of a study.
+    """The contestants called ``names`` (``STANDARD`` for None), or of a study.
 
     Raises:
         ValueError: an unknown name.
@@ -150,7 +154,7 @@ def choose(names: Sequence[str] | None, study: str | None) -> list[Contestant]:
             raise ValueError(f"study is {study!r}, expected one of {sorted(STUDIES)}")
         return STUDIES[study]()
     if names is None:
-        names = [name for name in CONTESTANTS if not name.startswith("dlms-")]
+        names = STANDARD
     unknown = [name for name in names if name not in CONTESTANTS]
     if unknown:
         raise ValueError(f"method is {unknown[0]!r}, expected one of {sorted(CONTESTANTS)}")

@@ -30,14 +30,12 @@ _DLMS_LOCAL: dict[str, Any] = {
 }
 _AMED: dict[str, Any] = {
     "method": "amed",
-    "grid": "polynomial",
-    "scale_dir": 0.1,
-    "scale_time": 0.2,
     "batch": 32,
     "trajectories": 2_048,
     "decay": "cosine",
     "ema_kimg": (0.25, 0.5),
 }
+_PLUGIN: dict[str, Any] = {**_AMED, "scale_dir": 0.1, "scale_time": 0.2, "interpolation": 4}
 
 EMBEDDED: dict[str, dict[str, Any]] = {
     "dlms-embedded": _DLMS,
@@ -56,7 +54,8 @@ EMBEDDED: dict[str, dict[str, Any]] = {
         "trajectories": 3_200,
     },
     "amed-embedded": {**_AMED, "solver": "amed"},
-    "amed-plugin-embedded": {**_AMED, "solver": "ipndm", "order": 4, "interpolation": 4},
+    "amed-plugin-embedded": {**_PLUGIN, "solver": "dpm_solver_pp", "order": 3},
+    "amed-plugin-ipndm-embedded": {**_PLUGIN, "solver": "ipndm", "order": 4},
     "ld3-embedded": {
         "method": "ld3",
         "student": "unipc",
