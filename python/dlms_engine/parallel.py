@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,6 +65,15 @@ class World:
         """The batch of one of ``rounds`` that is this rank's."""
         return batches[self.rank] if self.rank < len(batches) else None
 
+    def check_equal(self, value: int, what: str) -> None:
+        """Raises ValueError where the ranks hold different values."""
+        values = [int(v) for v in self.gather(torch.tensor(value))]
+        if len(set(values)) > 1:
+            raise ValueError(
+                f"the processes disagree on {what} ({values}, by rank): they must see the same files, "
+                "so put the output on a file system that all of them share"
+            )
+
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.size > 1:
@@ -85,8 +95,30 @@ def initialise(device: torch.device | str = "cpu") -> World:
         return World()
     if not dist.is_initialized():
         cuda = torch.device(device).type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT, **_meeting_point()
+        )
     return World.current()
+
+
+def _meeting_point() -> dict[str, Any]:
+    """Arguments of ``init_process_group`` where the default ones do not survive a restart.
+
+    On one node ``torchrun`` serves one store for all attempts, in which those who start again find the
+    addresses of the dead and wait for them; a name for each attempt keeps them apart.
+    """
+    own = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    size = int(os.environ["WORLD_SIZE"])
+    if not own or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size:
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(host, port, size, is_master=False, timeout=TIMEOUT)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {
+        "store": dist.PrefixStore(f"attempt-{attempt}", store),
+        "rank": int(os.environ["RANK"]),
+        "world_size": size,
+    }
 
 
 def restarted() -> bool:

@@ -22,6 +22,7 @@ from ..designer import (
     TimeCoordinate,
     step_coefficients,
 )
+from ..parallel import World
 from ..sampler import Sampler
 from .coerce import check_choices
 from .endpoint import endpoint_loss, endpoint_numbers
@@ -147,6 +148,7 @@ class Dlms:
         self.denoiser = denoiser
         self.settings = settings
         self.cond = cond
+        self.world = World()  # ranks that share a batch
         self.progress = 0.0  # share of the run that is done, set by the trainer
         process = denoiser.process
         times = start_times(process, settings.grid, settings.steps)

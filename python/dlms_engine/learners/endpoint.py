@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..parallel import World
 from .validation import exact_solution
 
 if TYPE_CHECKING:
@@ -30,8 +31,24 @@ def endpoint_loss(learner: Dlms, x: Tensor) -> Tensor:
     end = student_end(learner, x)
     pixels = (end - target).square().mean()
     if learner.distance is None:
-        return pixels.log()
-    return pixels.log() + learner.distance(end, target).mean().log()
+        return log_mean(pixels, len(x), learner.world)
+    features = learner.distance(end, target).mean()
+    return log_mean(pixels, len(x), learner.world) + log_mean(features, len(x), learner.world)
+
+
+def log_mean(mean: Tensor, count: int, world: World) -> Tensor:
+    """Logarithm of the mean over all ranks, from the ``mean`` over this rank's ``count`` samples.
+
+    A logarithm of shares is not a share of the logarithm: the gradient is that of the rank's mean over
+    the common one, so that the ranks' gradients, weighted by their counts, add up to the whole's.
+    """
+    if world.size == 1:
+        return mean.log()
+    sums = torch.stack([mean.detach().double() * count, torch.tensor(float(count)).double()])
+    total, number = world.sum_(sums).unbind()
+    whole = (total / number).to(mean.dtype)
+    share = mean / whole
+    return share - share.detach() + whole.log()
 
 
 def student_end(learner: Dlms, x: Tensor) -> Tensor:

@@ -101,8 +101,11 @@ class Ld3Loop:
         try:
             self._loop(batches, bar)
         except KeyboardInterrupt:
-            self._store.rewind()
-            self._store.save()
+            if (
+                self.world.size == 1
+            ):  # several ranks stop at several places: the last round's counts
+                self._store.rewind()
+                self._store.save()
             if self._store.path is not None:
                 log.warning("interrupted: %s is saved, resume continues it", self._store.path)
             raise

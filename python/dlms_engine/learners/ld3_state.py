@@ -128,7 +128,9 @@ class Ld3Store:
 
     def resume(self) -> bool:
         """Loads the checkpoint, if there is one."""
-        if self.path is None or not self.path.exists():
+        found = self.path is not None and self.path.exists()
+        self._world.check_equal(int(found), "whether there is a checkpoint to resume")
+        if self.path is None or not found:
             return False
         tensors, state = load_checkpoint(self.path, self._fingerprint)
         self.state = Ld3State(**state)

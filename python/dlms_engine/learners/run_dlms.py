@@ -31,6 +31,7 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
         seed=options.seed,
         **options.cond,
     )
+    learner.world = World.current()
     fingerprint: dict[str, Any] = {
         **learner.fingerprint(),
         **dataclasses.asdict(training),

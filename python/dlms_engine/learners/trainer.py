@@ -87,6 +87,11 @@ class Trainer:
         self.settings = settings
         self.shape = shape
         self.world = world or World()
+        if settings.batch < self.world.size:
+            raise ValueError(
+                f"batch is {settings.batch}, but {self.world.size} processes share it: set batch to "
+                "at least one trajectory a process"
+            )
         self.state = Progress()
         self._monitor = monitor or Silent()
         self._path = checkpoint
@@ -125,10 +130,12 @@ class Trainer:
                 if time.monotonic() - saved > self.settings.checkpoint_seconds:
                     self._save()
                     saved = time.monotonic()
-        except KeyboardInterrupt:
-            self._rewind()
+        except (KeyboardInterrupt, RuntimeError) as stop:
+            if isinstance(stop, RuntimeError) and self.world.size == 1:
+                raise
+            self._rewind()  # with several ranks an error is most often another rank's end
             self._save()
-            if self._path is not None:
+            if self._path is not None and self.world.rank == 0:
                 log.warning("interrupted: %s is saved, resume continues it", self._path)
             raise
         finally:
@@ -151,6 +158,7 @@ class Trainer:
             logged = numbers
             self._step()
             self.optimiser.zero_grad(set_to_none=True)
+        logged = self._mean(logged)
         self._ema.update(self.learner.module, self.settings.batch)
         self.state.update += 1
         every = self.settings.validate_every
@@ -163,6 +171,15 @@ class Trainer:
     def _log(self, entry: dict[str, Any]) -> None:
         self.state.history.append(entry)
         self._monitor.log(self.state.update, {**entry, "lr": self.optimiser.param_groups[0]["lr"]})
+
+    def _mean(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Numbers of the whole batch from those of every rank's share."""
+        if self.world.size == 1:
+            return numbers
+        start, stop = self.world.slice(self.settings.batch)
+        own = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        whole = self.world.sum_(own * (stop - start) / self.settings.batch)
+        return dict(zip(numbers, whole.tolist(), strict=True))
 
     def _step(self) -> None:
         start, stop = self.world.slice(self.settings.batch)
@@ -266,7 +283,9 @@ class Trainer:
         self._load(tensors)
 
     def _resume(self) -> None:
-        if self._path is None or not self._path.exists():
+        found = self._path is not None and self._path.exists()
+        self.world.check_equal(int(found), "whether there is a checkpoint to resume")
+        if self._path is None or not found:
             return
         tensors, state = load_checkpoint(self._path, self._fingerprint)
         self.state = Progress(**state)
