@@ -7,6 +7,9 @@ without contraction (no fma of the state's arithmetic) and without spills in the
 
     scripts/compile_kernels.py [--cuda] [--triton] [--arch 80 --arch 90] [--json FILE]
 
+Environment: DLMS_TORCH_DIR, the folder of a torch package whose headers are used instead of the
+installed one's (that of the oldest torch this library takes, say).
+
 Exit status 1 if a check fails, 2 if what was asked for cannot be had (no nvcc, no triton).
 """
 
@@ -78,13 +81,18 @@ def find_nvcc() -> str | None:
 
 
 def torch_includes() -> list[str]:
-    """Folders of torch's headers, without importing torch."""
+    """Folders of torch's headers, without importing torch; DLMS_TORCH_DIR names another torch."""
     from importlib.util import find_spec
 
-    spec = find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise SystemExit("compile_kernels: torch is needed for its headers: pip install torch")
-    include = Path(spec.origin).parent / "include"
+    given = os.environ.get("DLMS_TORCH_DIR")
+    if given is None:
+        spec = find_spec("torch")
+        if spec is None or spec.origin is None:
+            raise SystemExit("compile_kernels: torch is needed for its headers: pip install torch")
+        given = str(Path(spec.origin).parent)
+    include = Path(given) / "include"
+    if not (include / "torch" / "csrc" / "stable").is_dir():
+        raise SystemExit(f"compile_kernels: {include} has no headers of torch >= 2.11")
     return [str(include), str(include / "torch" / "csrc" / "api" / "include")]
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from cli_model import TinyNetwork
+from package_alone import run_alone
 from torch import Tensor, nn
 
 from dlms_engine import grids, processes, solvers
@@ -223,28 +221,6 @@ def test_other_names_are_refused(tmp_path):
 compiler = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="AOTInductor needs a C++ compiler"
 )
-PROGRAM = """
-import json, sys, torch
-folder = sys.argv[1]
-run = torch._inductor.aoti_load_package(folder + "/sampler.pt2")
-given = torch.load(folder + "/given.pt", weights_only=True)
-outputs = [run(*arguments) for arguments in given]
-assert not [name for name in sys.modules if name.startswith("dlms")], "the library was imported"
-assert not hasattr(torch.ops.dlms, "fused_row"), "its operators were loaded"
-torch.save(outputs, folder + "/outputs.pt")
-print(json.dumps(run.get_metadata()))
-"""
-
-
-def run_alone(folder: Path, given: list) -> tuple[list[Tensor], dict]:
-    """(outputs, metadata) of the package in `folder`, in a process of its own."""
-    torch.save(given, folder / "given.pt")
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(folder)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    outputs = torch.load(folder / "outputs.pt", weights_only=True)
-    return outputs, json.loads(done.stdout.splitlines()[-1])
 
 
 def assert_no_worse_than_eager(got: Tensor, sampler: Sampler, x: Tensor, cond: dict) -> None:

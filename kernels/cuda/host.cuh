@@ -37,7 +37,10 @@ struct Sizes {
 
 inline cudaStream_t current_stream(const Tensor& t) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
+  // Written out: torch 2.11 and 2.12 have different names for the macro that checks the code.
+  const int32_t device = t.get_device_index();
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == AOTI_TORCH_SUCCESS,
+      "dlms: torch gives no current stream of cuda:", device);
   return static_cast<cudaStream_t>(stream);
 }
 
