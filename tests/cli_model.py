@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +48,23 @@ def tiny() -> Model:
     eye = torch.eye(FEATURES, dtype=torch.float64)
     reference = ReferenceStatistics(100, torch.zeros(FEATURES, dtype=torch.float64), 0.2 * eye)
     return Model(denoiser, SHAPE, Means(), reference)
+
+
+def dying() -> Model:
+    """``tiny``; rank 1 of several processes is killed in its 150th evaluation, the first time."""
+    held, calls = tiny(), 0
+
+    def die(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+        again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if calls == 150 and os.environ.get("RANK") == "1" and not again:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    network = held.denoiser.network
+    assert isinstance(network, nn.Module)
+    network.register_forward_pre_hook(die)
+    return held
 
 
 def pair() -> tuple[Denoiser, tuple[int, ...]]:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+from types import FrameType
+
 from .cli import main
 from .parallel import finish, initialise
 
+
+def interrupt(_signal: int, _frame: FrameType | None) -> None:
+    """``torchrun`` ends its processes with SIGTERM: a checkpoint is saved as for Ctrl-C."""
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    initialise()
+    if initialise().size > 1:
+        signal.signal(signal.SIGTERM, interrupt)
     try:
         main()
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,15 +25,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         status = app(args=arguments, prog_name="dlms", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        print("dlms: interrupted", file=sys.stderr)
+        print(f"dlms: {_rank()}interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if debug:
             raise
-        print(f"dlms: {_one_line(error)}", file=sys.stderr)
+        print(f"dlms: {_rank()}{_one_line(error)}", file=sys.stderr)
         sys.exit(int(getattr(error, "exit_code", 1)))
     if isinstance(status, int) and status:
         sys.exit(status)
+
+
+def _rank() -> str:
+    """``"rank 1: "`` where torchrun runs several processes."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
+    return f"rank {os.environ['RANK']}: " if several else ""
 
 
 def _one_line(error: Exception) -> str:

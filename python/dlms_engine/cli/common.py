@@ -178,12 +178,21 @@ def choose_solver(
 
 
 def emit(facts: Mapping[str, Any], as_json: bool, lines: Sequence[str]) -> None:
-    """Prints the facts as JSON, or the lines."""
+    """Prints the facts as JSON, or the lines; of several processes the first alone does."""
+    if not leads():
+        return
     if as_json:
         typer.echo(json.dumps(_jsonable(facts)))
         return
     for line in lines:
         typer.echo(line)
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and prints: rank 0."""
+    from ..parallel import World
+
+    return World.current().rank == 0
 
 
 def _jsonable(value: Any) -> Any:

@@ -10,7 +10,16 @@ import typer
 
 from . import config as configs
 from . import pipeline as pipelines
-from .common import JsonOption, ModelOption, NfeOption, SetOption, emit, load_model, parse_settings
+from .common import (
+    JsonOption,
+    ModelOption,
+    NfeOption,
+    SetOption,
+    emit,
+    leads,
+    load_model,
+    parse_settings,
+)
 
 
 def distill(
@@ -44,9 +53,7 @@ def distill(
     device: pipelines.DeviceOption = "cpu",
     dtype: pipelines.DtypeOption = "float32",
     plot: Annotated[Path | None, typer.Option(help="Also draw the loss curve.")] = None,
-    tensorboard: Annotated[
-        Path | None, typer.Option(help="Folder for TensorBoard events.")
-    ] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
     config: configs.ConfigOption = None,
     show_config: configs.ShowConfigOption = False,
     as_json: JsonOption = False,
@@ -56,6 +63,7 @@ def distill(
         preset = "dlms-embedded"
     method, trajectories, settings = _settings(context, method, preset, trajectories, set_)
     from ..learners.settings import resolved
+    from ..parallel import restarted
 
     full = resolved(method, nfe, settings, trajectories=trajectories, seed=seed)
     found = configs.configuration(context, full)
@@ -68,10 +76,11 @@ def distill(
     if asked.check():
         pipelines.distill_for_pipeline(
             asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed, preset=None,
-            settings={**settings, "tensorboard": tensorboard}, resume=resume, overwrite=overwrite, plot=plot, as_json=as_json,
+            settings={**settings, "tensorboard": tensorboard}, resume=resume, overwrite=overwrite,
+            plot=plot, as_json=as_json,
         )  # fmt: skip
         return
-    if output.exists() and not overwrite:
+    if output.exists() and not overwrite and not restarted():
         raise ValueError(f"{output} exists: choose another --output, or give --overwrite")
     if not output.parent.is_dir():
         raise ValueError(f"{output.parent} is no folder: create it, or choose another --output")
@@ -95,8 +104,10 @@ def distill(
         tensorboard=tensorboard,
         **settings,
     )
-    configs.write_beside(output, found)
     seconds = time.perf_counter() - started
+    if not leads():
+        return
+    configs.write_beside(output, found)
     if plot is not None:
         from ..plots import loss_curve
 

@@ -19,6 +19,7 @@ from .common import (
     SetOption,
     choose_solver,
     emit,
+    leads,
     load_model,
     parse_seeds,
     parse_settings,
@@ -190,6 +191,8 @@ def _record(
         settings,
         progress=not as_json,
     )
+    if not leads():
+        return
     text = report.markdown(result)
     (folder / "record.md").write_text(text, encoding="utf-8")
     pictures = report.draw(result, folder)

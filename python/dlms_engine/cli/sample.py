@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,7 @@ from .common import (
     SolverOption,
     choose_solver,
     emit,
+    leads,
     load_model,
     parse_seeds,
     parse_settings,
@@ -69,8 +71,10 @@ def sample(
     sampler = Sampler(held.denoiser, policy, backend=backend)
     started = time.perf_counter()
     parts = [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
-    images = torch.cat([sampler.sample(part, held.shape) for part in parts])
+    images = torch.cat(_shared(lambda part: sampler.sample(part, held.shape), parts, held.shape))
     seconds = time.perf_counter() - started
+    if not leads():
+        return
     _write(images, output, columns or math.ceil(math.sqrt(len(numbers))))
     emit(
         {
@@ -86,6 +90,26 @@ def sample(
             f"{seconds:.1f} s"
         ],
     )
+
+
+def _shared(
+    sample: Callable[[list[int]], Tensor], parts: list[list[int]], shape: tuple[int, ...]
+) -> list[Tensor]:
+    """The images of every part in order: processes take whole parts, so who takes it is not seen."""
+    import torch
+
+    from ..parallel import World
+
+    world = World.current()
+    found: list[Tensor] = []
+    for part_numbers in world.rounds(len(parts)):
+        own = world.deal(part_numbers)
+        images = torch.zeros(0, *shape) if own is None else sample(parts[own])
+        if world.size > 1:  # all ranks send as many
+            images = torch.cat([images, torch.zeros(len(parts[0]) - len(images), *shape)])
+        several = world.gather(images)
+        found += [several[rank][: len(parts[k])] for rank, k in enumerate(part_numbers)]
+    return found
 
 
 def _write(images: Tensor, output: Path, columns: int) -> None:

@@ -100,7 +100,8 @@ def _metric(feature: nn.Module) -> Any:
         ) from error
     # normalize=True: floating-point input; a custom feature module gets it untouched. The sums
     # are float64 as they are; set_dtype(float64) would widen the feature network too.
-    return FrechetInceptionDistance(feature=feature, normalize=True)
+    # Ranks merge their sums themselves; torchmetrics would add up what all of them hold already.
+    return FrechetInceptionDistance(feature=feature, normalize=True, sync_on_compute=False)
 
 
 def _fill(metric: Any, sums: FeatureSums, side: str) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import grids, solvers
 from ..denoiser import Denoiser
+from ..parallel import World
 from ..policy import Policy
 from ..sampler import Sampler, seeded_noise
 from ..table import SolverTable
@@ -21,6 +22,7 @@ from .memo import memoised
 from .store import Store, digest, network_digest
 
 SAVE_SECONDS = 20.0
+SUMMED = ("total", "outer", "error", "compared")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,10 @@ class Measurer:
         shape: shape of one sample.
         batch: samples per run.
         advance: told the network evaluations (per sample) that were done or found done.
+        world: ranks that share the work; None for the current ones.
+
+    Ranks take whole batches, and what the batches give is added in their order: every figure has the
+    same bits for any number of ranks. Rank 0 alone writes to the store, which all must see.
     """
 
     def __init__(
@@ -82,13 +88,16 @@ class Measurer:
         *,
         batch: int = 250,
         advance: Callable[[int], None] = lambda _done: None,
+        world: World | None = None,
     ) -> None:
+        self.world = world or World.current()
         self.denoiser = denoiser
         self.features = features
         self.shape = shape
         self.batch = batch
         self._store = store
         self._advance = advance
+        self._width: int | None = None
         self._twin, self._memo = memoised(denoiser)
         process = denoiser.process
         start = torch.tensor(process.t_max, dtype=torch.float64)
@@ -104,16 +113,21 @@ class Measurer:
     def endpoints(self, nfe: int, seeds: range) -> Tensor:
         """Exact solutions ``[len(seeds), *shape]`` of the ODE from each seed's noise."""
         key = self._key([Entry("exact", self.accurate_table(nfe))], seeds)
-        held = self._store.load("exact", key)
+        held = self._load("exact", key)
         done = int(held["done"]) if held else 0
         x = held["x"] if held else torch.zeros(len(seeds), *self.shape)
         self._advance(done * nfe)
         sampler = Sampler(self.denoiser, self.accurate_table(nfe))
-        for start in range(done, len(seeds), self.batch):
-            part = seeds[start : start + self.batch]
-            x[start : start + len(part)] = self._run(sampler, self._noise(part))
-            done = start + len(part)
-            self._store.save("exact", key, {"x": x, "done": torch.tensor(done)})
+        for parts in self._rounds(seeds[done:]):
+            own = self.world.deal(range(len(parts)))
+            found = torch.zeros(self.batch, *self.shape)
+            if own is not None:
+                found[: len(parts[own])] = self._run(sampler, self._noise(parts[own]))
+            for part, images in zip(parts, self.world.gather(found), strict=False):
+                x[done : done + len(part)] = images[: len(part)]
+                done += len(part)
+            self._advance_others(parts, nfe)
+            self._save("exact", key, {"x": x, "done": torch.tensor(done)})
         return x
 
     @torch.no_grad()
@@ -128,27 +142,55 @@ class Measurer:
     ) -> list[Measured]:
         """One result an entry; ``exact`` ``[n, ...]`` belongs to the first n seeds."""
         key = self._key(entries, seeds, len(exact) if exact is not None else 0)
-        state = self._store.load(name, key) or self._empty(len(entries))
+        state = self._load(name, key) or self._empty(len(entries))
         done = int(state["done"])
         self._advance(done * sum(entry.nfe for entry in entries))
         samplers = [self._sampler(entry) for entry in entries]
         saved = time.monotonic()
-        for start in range(done, len(seeds), self.batch):
-            part = seeds[start : start + self.batch]
-            noise = self._noise(part)
-            self._memo.forget()
-            target = None if exact is None else exact[start : start + len(part)]
-            for row, sampler in enumerate(samplers):
-                self._add(state, row, self._run(sampler, noise), target)
-            done = start + len(part)
+        for parts in self._rounds(seeds[done:]):
+            own = self.world.deal(range(len(parts)))
+            found = self._empty(len(entries))
+            if own is not None:
+                noise = self._noise(parts[own])
+                self._memo.forget()
+                first = parts[own].start - seeds.start
+                target = None if exact is None else exact[first : first + len(noise)]
+                for row, sampler in enumerate(samplers):
+                    self._add(found, row, self._run(sampler, noise), target)
+            for held in SUMMED:  # one after the other, as a single process would
+                for _, value in zip(parts, self.world.gather(found[held]), strict=False):
+                    state[held] += value
+            done += sum(len(part) for part in parts)
             state["done"] = torch.tensor(done)
+            self._advance_others(parts, sum(entry.nfe for entry in entries))
             if done == len(seeds) or time.monotonic() - saved > SAVE_SECONDS:
-                self._store.save(name, key, state)
+                self._save(name, key, state)
                 saved = time.monotonic()
         self._memo.forget()
         return [self._result(state, row, done) for row in range(len(entries))]
 
     # -- parts ----------------------------------------------------------------------------------
+
+    def _rounds(self, seeds: range) -> list[list[range]]:
+        """The batches of ``seeds`` in rounds of one a rank."""
+        parts = [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
+        return [[parts[k] for k in chosen] for chosen in self.world.rounds(len(parts))]
+
+    def _load(self, name: str, key: dict[str, Any]) -> dict[str, Tensor] | None:
+        """What is stored, if all ranks see the same of it."""
+        held = self._store.load(name, key)
+        done = int(held["done"]) if held else 0
+        seen = {int(value) for value in self.world.gather(torch.tensor(done))}
+        return held if len(seen) == 1 else None
+
+    def _save(self, name: str, key: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if self.world.rank == 0:
+            self._store.save(name, key, tensors)
+
+    def _advance_others(self, parts: list[range], nfe: int) -> None:
+        """Tells of the evaluations that the other ranks did meanwhile."""
+        own = self.world.deal(range(len(parts)))
+        self._advance(nfe * sum(len(part) for k, part in enumerate(parts) if k != own))
 
     def _noise(self, seeds: range) -> Tensor:
         return seeded_noise(seeds, self.shape, self._scale)
@@ -174,7 +216,9 @@ class Measurer:
         }
 
     def _empty(self, entries: int) -> dict[str, Tensor]:
-        f = self.features(torch.zeros(1, *self.shape)).shape[1]
+        if self._width is None:
+            self._width = int(self.features(torch.zeros(1, *self.shape)).shape[1])
+        f = self._width
         return {
             "done": torch.tensor(0),
             "total": torch.zeros(entries, f, dtype=torch.float64),

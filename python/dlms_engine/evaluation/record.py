@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..denoiser import Denoiser
 from ..embedded import ReferenceStatistics
+from ..parallel import World
 from .frechet import FeatureSums
 from .measure import Entry, Measurer
 from .rows import SIDES, Floors, distance, finalists, measured_row, shortlist
@@ -98,10 +99,18 @@ def record(
     settings = settings or RecordSettings()
     learned = [entry for entry in learned if entry.nfe in settings.nfes]
     total = _work(settings, handcrafted, learned)
-    bar = tqdm(total=total, unit="eval", unit_scale=True, disable=not progress, desc="record")
+    bar = tqdm(
+        total=total,
+        unit="eval",
+        unit_scale=True,
+        disable=not (progress and World.current().rank == 0),
+        desc="record",
+    )
     measurer = _measurer(denoiser, features, shape, folder, settings, bar)
     with bar:
         result = _measure(measurer, reference, handcrafted, learned, settings, bar)
+    if measurer.world.rank != 0:
+        return result
     path = folder / "record.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result, indent=1, allow_nan=True), encoding="utf-8")
@@ -207,7 +216,13 @@ def evaluate_one(
     """
     count = settings.samples
     total = count * (settings.exact_nfe + settings.accurate_nfe + entry.nfe)
-    bar = tqdm(total=total, unit="eval", unit_scale=True, disable=not progress, leave=False)
+    bar = tqdm(
+        total=total,
+        unit="eval",
+        unit_scale=True,
+        disable=not (progress and World.current().rank == 0),
+        leave=False,
+    )
     measurer = _measurer(denoiser, features, shape, folder, settings, bar)
     with bar:
         bar.set_description("exact solutions (kept)")

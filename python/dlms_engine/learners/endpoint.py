@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..parallel import World
+from .losses import FeatureDistance
 from .validation import exact_solution
 
 if TYPE_CHECKING:
@@ -28,12 +29,17 @@ def endpoint_loss(learner: Dlms, x: Tensor) -> Tensor:
     """
     settings = learner.settings
     target = exact_solution(learner.denoiser, x, settings.endpoint_steps, **learner.cond)
-    end = student_end(learner, x)
-    pixels = (end - target).square().mean()
-    if learner.distance is None:
-        return log_mean(pixels, len(x), learner.world)
-    features = learner.distance(end, target).mean()
-    return log_mean(pixels, len(x), learner.world) + log_mean(features, len(x), learner.world)
+    return log_distance(student_end(learner, x), target, learner.distance, learner.world)
+
+
+def log_distance(
+    end: Tensor, target: Tensor, distance: FeatureDistance | None, world: World
+) -> Tensor:
+    """Logarithm of the mean squared pixel distance of ``[B, ...]``, plus that of the features'."""
+    loss = log_mean((end - target).square().mean(), len(end), world)
+    if distance is None:
+        return loss
+    return loss + log_mean(distance(end, target).mean(), len(end), world)
 
 
 def log_mean(mean: Tensor, count: int, world: World) -> Tensor:

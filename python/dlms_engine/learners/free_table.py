@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from .. import solvers
 from ..denoiser import Denoiser
 from ..designer import step_coefficients
+from ..parallel import World
 from ..sampler import Sampler
 from ..solvers.common import Afs
 from ..table import Prediction, SolverTable
 from .adjoint import solve, walk
 from .base_table import Base, BaseName
+from .endpoint import log_distance
 from .grid_tools import GridSource, refine, start_times
 from .ld3_grid import LearnedGrid
 from .losses import FeatureDistance, last_step_distance
@@ -50,10 +52,11 @@ class FreeTableSettings:
         sum_to_base: corrections of a row's output weights add up to zero.
         times_lr, network_times_lr, weights_lr: factors of the learning rate; a weight's correction
             acts on the whole image at once, a step in log time does not.
-        loss: "endpoint" against the exact solution, or "trajectory": that and every state on the
-            way, against a teacher on the student's own grid.
+        loss: "endpoint" against the exact solution, the sum of the logarithms of the mean squared
+            pixel and feature distances; or "trajectory": the end and every state on the way,
+            against a teacher on the student's own grid.
         last_step: distance of the endpoint: "pixels", "bottleneck" or "features".
-        last_step_weight: its factor.
+        last_step_weight: its factor ("trajectory").
         feature_sigma: noise level of "bottleneck".
         teacher_steps: evaluations of the exact solution ("endpoint").
         interpolation: teacher's points inside each interval ("trajectory").
@@ -222,7 +225,7 @@ class FreeTable:
         states = solve(self.denoiser, table, x, **self.cond)
         if self.settings.loss == "endpoint":
             target = exact_solution(self.denoiser, x, self.settings.teacher_steps, **self.cond)
-            loss = self._last(states[-1], target)
+            loss = log_distance(states[-1], target, self._distance, World.current())
         else:
             loss = self._trajectory(table, states, x)
         torch.autograd.backward(loss)
