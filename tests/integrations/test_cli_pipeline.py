@@ -29,7 +29,6 @@ CALL = ["--call=height=16", "--call=width=16"]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A Stable Diffusion pipeline on disk, and a prompt file."""
-    (tmp_path / "words").mkdir()
     tiny.sd(text=tiny.clip(tmp_path / "words")).save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     return tmp_path
@@ -140,6 +139,48 @@ def test_mistakes_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "not a directory" in complaint(
         capsys, *plain, "--pipeline", "/no/such/place", "--prompts", folder / "prompts.txt"
     )
+
+
+def with_text(kind: str, folder: Path) -> Any:
+    """SDXL, SD3 and FLUX with the text encoders they are published with."""
+
+    def pair(number: str, parts: tuple[Any, Any]) -> dict[str, Any]:
+        return {f"text_encoder{number}": parts[0], f"tokenizer{number}": parts[1]}
+
+    if kind == "sdxl":
+        first = pair("", tiny.clip(folder, 4))
+        return tiny.sdxl(**first, **pair("_2", tiny.clip(folder, 4, 8)))
+    if kind == "sd3":
+        first = pair("", tiny.clip(folder, 8, 4))
+        return tiny.sd3(**first, **pair("_2", tiny.clip(folder, 8, 4)), **pair("_3", tiny.t5()))
+    return tiny.flux(
+        use_dynamic_shifting=False, **pair("", tiny.clip(folder)), **pair("_2", tiny.t5())
+    )
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+def test_the_other_families(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Distilled from disk and run in the loaded pipeline; a second run encodes nothing anew."""
+    with_text(kind, tmp_path / "words").save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("a cat\ndog\nthe sea\n")
+    more = ["--call=max_sequence_length=12"] if kind != "sdxl" else []
+    asked = [*command(tmp_path, "--output", tmp_path / "solver", "--json"), *more]
+    assert run(*asked) == 0, capsys.readouterr().err
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["best"]["score"] <= facts["initial"]
+    pipe = load_pipeline(tmp_path / "model")
+    pipe.scheduler = DLMSScheduler.from_pretrained(tmp_path / "solver")
+    size = {"height": 16, "width": 16, "output_type": "latent", "num_inference_steps": 3}
+    if kind != "sdxl":
+        size["max_sequence_length"] = 12
+    assert pipe.scheduler.solver.policy.designer.settings.afs == (kind == "sdxl")
+    image = pipe("a cat", **size, generator=torch.Generator().manual_seed(0)).images
+    assert bool(image.isfinite().all())
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "solver.cache").iterdir()}
+    assert sorted(kept)[-1] == "prompts-00000.safetensors" and len(kept) == 2
+    assert run(*asked, "--overwrite") == 0, capsys.readouterr().err
+    again = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "solver.cache").iterdir()}
+    assert again == kept
 
 
 def test_unconditional_pipeline_needs_no_prompts(

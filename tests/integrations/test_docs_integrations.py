@@ -123,7 +123,6 @@ def test_checkpoints_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     torch.save(random_state(noisy), "64x64_classifier.pt")
     edm = {**flags, "out_channels": 3, "attention_dims": 2}
     torch.save(random_state(edm), "edm_imagenet64_ema.pt")
-    (tmp_path / "words").mkdir()
     pipe = tiny.sd(text=tiny.clip(tmp_path / "words"))
     pipe.save_pretrained("stable-diffusion-folder")
     torch.save({"state_dict": ldm_state(pipe)}, "model.ckpt")

@@ -28,7 +28,6 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 @pytest.fixture
 def model(tmp_path: Path) -> tuple[Any, Path]:
     """A tiny Stable Diffusion pipeline, and its directory, for the JSON files."""
-    (tmp_path / "words").mkdir()
     pipe = tiny.sd(text=tiny.clip(tmp_path / "words"))
     pipe.save_pretrained(tmp_path / "config")
     return pipe, tmp_path

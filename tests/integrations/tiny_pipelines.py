@@ -68,28 +68,55 @@ def _unet(**extra: Any) -> Any:
     )
 
 
-def clip(folder: Path) -> tuple[Any, Any]:
-    """A text encoder of width 8 and a tokenizer of letters, written into ``folder`` on the way."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def clip(folder: Path, width: int = 8, projection: int | None = None) -> tuple[Any, Any]:
+    """A text encoder and a tokenizer of letters, written into ``folder`` on the way.
+
+    ``projection``: of the pooled embedding, as in the encoders of SDXL and SD3.
+    """
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
 
     letters = "abcdefghijklmnopqrstuvwxyz"
     ends = ["<|startoftext|>", "<|endoftext|>"]
     words = [*letters, *(letter + "</w>" for letter in letters), *ends]
+    folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     files = str(folder / "vocab.json"), str(folder / "merges.txt")
     config = CLIPTextConfig(
         vocab_size=len(words),
-        hidden_size=8,
+        hidden_size=width,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=12,
+        projection_dim=projection or width,
         bos_token_id=len(words) - 2,
         eos_token_id=len(words) - 1,
         pad_token_id=len(words) - 1,
     )
-    return seeded(lambda: CLIPTextModel(config)), CLIPTokenizer(*files, model_max_length=12)
+    kind = CLIPTextModel if projection is None else CLIPTextModelWithProjection
+    return seeded(lambda: kind(config)), CLIPTokenizer(*files, model_max_length=12)
+
+
+def t5() -> tuple[Any, Any]:
+    """An encoder of width 16 and a tokenizer of a few words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
+
+    words = ["<pad>", "</s>", "<unk>", "a", "cat", "dog", "the", "sea", "rain"]
+    rules = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=rules, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        model_max_length=12,
+    )  # fmt: skip
+    config = T5Config(vocab_size=len(words), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return seeded(lambda: T5EncoderModel(config)), tokenizer
 
 
 def sd(kind: str = "", text: tuple[Any, Any] = (None, None), **options: Any) -> Any:
@@ -120,7 +147,7 @@ def sd_inputs(batch: int = 1) -> dict[str, Any]:
     }
 
 
-def sdxl(kind: str = "") -> Any:
+def sdxl(kind: str = "", **parts: Any) -> Any:
     """StableDiffusionXL{,Img2Img,Inpaint}Pipeline."""
     unet = _unet(
         addition_embed_type="text_time",
@@ -128,17 +155,17 @@ def sdxl(kind: str = "") -> Any:
         projection_class_embeddings_input_dim=8 + 6 * 4,
     )
     cls = getattr(diffusers, f"StableDiffusionXL{kind}Pipeline")
+    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     pipe = cls(
         vae=vae(),
-        text_encoder=None,
-        text_encoder_2=None,
-        tokenizer=None,
-        tokenizer_2=None,
+        **{name: parts.get(name) for name in names},
         unet=unet,
         scheduler=diffusers.EulerDiscreteScheduler(**SD_CONFIG, timestep_spacing="leading"),
         add_watermarker=False,
     )
-    if kind:  # without a text encoder the pipeline does not know the embedding's width
+    if (
+        kind and not parts
+    ):  # without a text encoder the pipeline does not know the embedding's width
         pipe._get_add_time_ids = _add_time_ids(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -160,8 +187,14 @@ def sdxl_inputs(batch: int = 1) -> dict[str, Any]:
     }
 
 
+TEXT_PARTS = (
+    "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3",
+)  # fmt: skip
+
+
 def sd3(kind: str = "", **scheduler: Any) -> Any:
-    """StableDiffusion3{,Img2Img}Pipeline."""
+    """StableDiffusion3{,Img2Img}Pipeline; text encoders and tokenizers by name."""
+    parts = {name: scheduler.pop(name, None) for name in TEXT_PARTS}
     transformer = seeded(
         lambda: SD3Transformer2DModel(
             sample_size=8,
@@ -182,12 +215,7 @@ def sd3(kind: str = "", **scheduler: Any) -> Any:
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
         vae=vae(),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
-        text_encoder_3=None,
-        tokenizer_3=None,
+        **parts,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -208,7 +236,8 @@ def sd3_inputs(batch: int = 1) -> dict[str, Any]:
 
 
 def flux(kind: str = "", **scheduler: Any) -> Any:
-    """Flux{,Img2Img}Pipeline."""
+    """Flux{,Img2Img}Pipeline; text encoders and tokenizers by name."""
+    parts = {name: scheduler.pop(name, None) for name in TEXT_PARTS[:4]}
     transformer = seeded(
         lambda: FluxTransformer2DModel(
             patch_size=1,
@@ -228,10 +257,7 @@ def flux(kind: str = "", **scheduler: Any) -> Any:
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**settings),
         vae=vae(latent_channels=4),
-        text_encoder=None,
-        tokenizer=None,
-        text_encoder_2=None,
-        tokenizer_2=None,
+        **parts,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe

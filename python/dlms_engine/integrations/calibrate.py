@@ -31,6 +31,7 @@ from .prompt_calls import NetworkCall, is_batched, network_of, prompt_calls
 from .schedule.probe import Loop, first_argument
 
 log = logging.getLogger("dlms_engine")
+AFS_BY_DEFAULT = ("dlms", "free_table")
 FEATURES = 64  # length of the bottleneck vector the learned designers read
 
 
@@ -42,6 +43,7 @@ class PipelineNetwork(nn.Module):
         call: arguments of one call of the network for all prompts.
 
     Attributes:
+        call: what it was made with.
         first: number of the batch's first sample, so that training goes through all prompts.
 
     The network's own device is used whatever the samples' device is.
@@ -50,6 +52,7 @@ class PipelineNetwork(nn.Module):
     def __init__(self, network: nn.Module, call: NetworkCall) -> None:
         super().__init__()
         self.network = network
+        self.call = call
         self._loop = Loop(network)
         self._loop.call = call.args, call.kwargs
         self._prompts, self._branches = call.prompts, call.branches
@@ -190,7 +193,8 @@ def distill_pipeline(
         method: one of ``dlms_engine.learners.METHODS``.
         output: where the solver file goes as well.
         features: bottleneck for DLMS; a network without it, or with one that is not 8 x 8, gets
-            the variant that does not read it.
+            the variant that does not read it. Pipelines that do not call ``scale_model_input`` (SD3,
+            FLUX, DDPM) get the one without an analytical first step, unless ``afs`` is given.
         folder: keeps the prompts' embeddings and exact latents, for a later or resumed run.
         pipeline_arguments: for the pipeline's call (``height``, ``width``, ``prompt_embeds``, ...).
         settings: of the method.
@@ -205,6 +209,8 @@ def distill_pipeline(
     )
     if method == "dlms" and not _attach(denoiser, features, shape):
         settings.setdefault("bottleneck", False)
+    if method in AFS_BY_DEFAULT and not denoiser.network.call.scaled:
+        settings.setdefault("afs", False)  # the pipeline could not run it step by step
     solver = distill(
         denoiser, method, nfe=nfe, shape=shape, trajectories=trajectories, output=output, **settings
     )

@@ -217,6 +217,11 @@ class DLMSScheduler(EngineScheduler):
             return sample
         return self._runner.scaled(self._now(timestep), sample)
 
+    @property
+    def scaled_input(self) -> bool:
+        """Whether ``scale_model_input`` was called in this run."""
+        return self._runner is not None and self._runner.was_scaled
+
     def _now(self, timestep: Any) -> int:
         if self._step_index is not None:
             return self._step_index

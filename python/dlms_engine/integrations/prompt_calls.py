@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 from .schedule.probe import Loop, first_argument
 
 log = logging.getLogger("dlms_engine")
-FORMAT = "dlms_engine.prompts/1"
+FORMAT = "dlms_engine.prompts/2"
 GROUP = 8  # prompts encoded together
 WITHOUT_BATCH = ("txt_ids", "img_ids", "image_rotary_emb")
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "class_labels")
@@ -51,6 +51,8 @@ class NetworkCall:
         branches: 2 with classifier-free guidance, else 1.
         guidance: its scale; None without.
         timestep: what the scheduler called the time of that call.
+        scaled: whether the pipeline lets the scheduler scale the network's input, as an analytical
+            first step needs.
     """
 
     args: tuple[Any, ...]
@@ -59,6 +61,7 @@ class NetworkCall:
     branches: int
     guidance: float | None
     timestep: float
+    scaled: bool
 
 
 def network_of(pipe: Any) -> nn.Module:
@@ -108,6 +111,7 @@ def capture(pipe: Any, arguments: dict[str, Any]) -> NetworkCall:
         branches=branches,
         guidance=float(pipe.guidance_scale) if guided else None,
         timestep=float(pipe.scheduler.timesteps.tolist()[0]),
+        scaled=pipe.scheduler.scaled_input,
     )
 
 
@@ -195,7 +199,7 @@ def join(parts: Sequence[NetworkCall]) -> NetworkCall:
         else:
             leaves.append(values[0])
     args, kwargs = pytree.tree_unflatten(leaves, flat[0][1])
-    return NetworkCall(args, kwargs, total, first.branches, first.guidance, first.timestep)
+    return replace(first, args=args, kwargs=kwargs, prompts=total)
 
 
 def _stacked(values: list[Tensor], branches: int) -> Tensor:

@@ -179,6 +179,11 @@ class Runner:
 
     # -- steps ------------------------------------------------------------------------------------
 
+    @property
+    def was_scaled(self) -> bool:
+        """Whether the pipeline has let ``scaled`` see the network's input."""
+        return self._was_scaled
+
     def scaled(self, n: int, sample: Tensor) -> Tensor:
         """The network's input of evaluation ``n``."""
         self._was_scaled = True
