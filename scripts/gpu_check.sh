@@ -39,6 +39,7 @@ phase() {
     say "== $name: skipped, the budget of $BUDGET s is spent"
     RESULTS+=("{\"phase\": \"$name\", \"status\": \"out of time\", \"seconds\": 0}")
     FAILED=1
+    write_json
     return 1
   fi
   ((limit > left)) && limit=$left
@@ -53,6 +54,7 @@ phase() {
   esac
   say "== $name: $outcome after $((SECONDS - start)) s"
   RESULTS+=("{\"phase\": \"$name\", \"status\": \"$outcome\", \"seconds\": $((SECONDS - start))}")
+  write_json # after each phase: a machine may be taken away
   if ((status != 0)); then
     FAILED=1
     return 1
@@ -65,7 +67,6 @@ write_json() {
   local joined
   joined=$(printf ',\n  %s' "${RESULTS[@]}")
   printf '{"machine": %s,\n "phases": [%s\n ]}\n' "$MACHINE" "${joined:1}" >"$OUT/gpu_check.json"
-  say "wrote $OUT/gpu_check.json"
 }
 
 PHASES=${*:-build tests sanitize bench}
@@ -115,7 +116,7 @@ if wanted build; then
   phase build 240 "$PYTHON" -m pip install --no-build-isolation --no-deps --no-index \
     --target "$SITE" --config-settings=cmake.define.DLMS_CUDA=ON \
     --config-settings="cmake.define.DLMS_CUDA_ARCHITECTURES=$ARCH-real" \
-    --config-settings=cmake.define.DLMS_REQUIRE_NATIVE=ON . || { write_json; exit 1; }
+    --config-settings=cmake.define.DLMS_REQUIRE_NATIVE=ON . || exit 1
 fi
 [[ -d $SITE ]] || missing "nothing is built in $SITE" "run the phase 'build' too"
 # An editable installation answers imports before PYTHONPATH does: what is tested here is the build.
@@ -135,13 +136,13 @@ if place != pathlib.Path(sys.argv[1]):
     raise SystemExit("the package does not come from the build that is to be tested")
 missing = {"cuda", "triton"} - set(found)
 if missing:
-    raise SystemExit(f"not built or not loaded: {sorted(missing)}")' "$SITE" || { write_json; exit 1; }
+    raise SystemExit(f"not built or not loaded: {sorted(missing)}")' "$SITE" || exit 1
 
 # A passing run in which nothing ran is a failure: DLMS_REQUIRE_CUDA turns needs_cuda skips into
 # failures. The compile checks belong to machines without a GPU.
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider -W default)
 if wanted tests; then
-  phase tests 200 "${PYTEST[@]}" tests/kernels/test_fused_row_kernels.py \
+  phase tests 240 "${PYTEST[@]}" tests/kernels/test_fused_row_kernels.py \
     tests/kernels/test_triton_operators.py tests/kernels/test_graph.py \
     tests/kernels/test_graph_cache.py tests/kernels/test_sampler_cuda.py \
     -k "not interpreted and not (eager and not cuda) and not cpu"
@@ -175,6 +176,7 @@ if wanted bench; then
 fi
 
 write_json
+say "wrote $OUT/gpu_check.json"
 if ((FAILED)); then
   say "gpu_check: FAILED"
   exit 1

@@ -11,9 +11,10 @@ import torch
 from dlms_engine import ops
 from dlms_engine.ops import layout, reference
 
-# A full and a ragged block, aligned and not, one sample and several; every depth kernel.
+# A full and a ragged block, aligned and not, one sample and several; every depth kernel that is
+# compiled beforehand, and of Triton's, which are compiled here, one with a row for each sample.
 SHAPES = ((2, 4, 8, 8), (3, 3, 5, 7), (1, 2051))
-DEPTHS = (1, 2, 3, 4, 6)
+DEPTHS = {"cuda": (1, 2, 3, 4, 6), "triton": (2, 3)}
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -31,7 +32,7 @@ def check(name: str) -> int:
     backend = ops.select(name, "cuda")
     launches = 0
     for shape in SHAPES:
-        for depth in DEPTHS:
+        for depth in DEPTHS[name]:
             for dtype in DTYPES:
                 given = inputs(shape, depth, dtype, each=depth % 2 == 0)
                 on_cpu = [t.cpu() for t in given]

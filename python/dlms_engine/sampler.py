@@ -147,7 +147,7 @@ class Sampler(Versioned, nn.Module):
             return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
         if backend.name == "cpu" and engine.available() and x.numel():
             return self._engines.run(self._steps(x, cond), x, network_dtype, after)
-        if x.is_cuda and after is None and backend.name != "eager":
+        if x.is_cuda and x.numel() and after is None and backend.name != "eager":
             return self._run_graph(x, network_dtype, backend, cond)
         return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
 

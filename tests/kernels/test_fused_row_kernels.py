@@ -70,7 +70,8 @@ def test_forward_has_the_bits_of_the_reference(backend, dtype, shape, depth, per
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "each"])
 def test_every_depth(backend, per_sample):
-    for depth in range(1, 21):
+    compiled = backend[0].name == "triton" and backend[1] == "cuda"  # seconds for each depth
+    for depth in (1, 5, 12, 20) if compiled else range(1, 21):
         case = make_case((2, 5), depth, per_sample=per_sample, guided=depth % 2 == 0, seed=depth)
         assert_same_bits(run(backend, case), reference.fused_row(*case.forward()), f"depth {depth}")
         got = backend[0].fused_row_backward(*case.to(backend[1]).backward())

@@ -93,6 +93,10 @@ def test_a_run_is_captured_and_has_the_plain_loops_bits(cache, policy, process, 
     )
 
 
+def test_an_empty_batch_is_not_captured(cache):
+    assert make("table")(noise(0, 0)).shape == (0, *SHAPE) and len(cache) == 0
+
+
 def test_guided_runs_are_captured(cache, caplog):
     held = make("table", guidance_scale=2.0, unconditional={"label": torch.zeros(1)})
     for value in (1.0, 2.0):
