@@ -112,10 +112,10 @@ def _meeting_point() -> dict[str, Any]:
     if not own or int(os.environ.get("LOCAL_WORLD_SIZE", "0")) != size:
         return {}
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(host, port, size, is_master=False, timeout=TIMEOUT)
+    store = dist.TCPStore(host, port, size, is_master=False, timeout=TIMEOUT)  # type: ignore[attr-defined]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {
-        "store": dist.PrefixStore(f"attempt-{attempt}", store),
+        "store": dist.PrefixStore(f"attempt-{attempt}", store),  # type: ignore[attr-defined]
         "rank": int(os.environ["RANK"]),
         "world_size": size,
     }

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from mixture_network import mixture_denoiser
 from safetensors.torch import load_file
 
+from dlms_engine.learners.dlms import Dlms, DlmsSettings
 from dlms_engine.learners.endpoint import log_mean
 from dlms_engine.learners.noise import unit_noise
+from dlms_engine.learners.trainer import Trainer, TrainerSettings
 from dlms_engine.parallel import World
 from dlms_engine.sampler import seeded_noise
 from dlms_engine.solver_file import load_solver
@@ -119,6 +122,24 @@ def test_the_logarithm_of_a_mean_is_shared_out_rightly() -> None:
         assert other.grad is not None and not torch.allclose(other.grad, own.grad)
     assert whole.grad is not None
     torch.testing.assert_close(torch.cat(found), whole.grad)
+
+
+def test_a_batch_smaller_than_the_world_is_refused() -> None:
+    learner = Dlms(mixture_denoiser(), DlmsSettings(nfe=3), (16,))
+    settings = TrainerSettings(batch=2, trajectories=4)
+    Trainer(learner, settings, (16,), world=World(1, 2))
+    with pytest.raises(ValueError, match="batch is 2, but 3 processes share it"):
+        Trainer(learner, settings, (16,), world=World(1, 3))
+
+
+def test_ranks_that_see_other_files_are_told() -> None:
+    class Fake(World):
+        def gather(self, value: torch.Tensor) -> list[torch.Tensor]:
+            return [value, torch.tensor(1)]
+
+    Fake(0, 2).check_equal(1, "the checkpoint")
+    with pytest.raises(ValueError, match=r"disagree on the checkpoint \(\[0, 1\], by rank\)"):
+        Fake(0, 2).check_equal(0, "the checkpoint")
 
 
 def test_shares_cover_a_batch_once_and_noise_does_not_depend_on_them() -> None:
