@@ -18,6 +18,7 @@ from dlms_engine.cli import main  # noqa: E402
 from dlms_engine.integrations import prompt_calls as calls  # noqa: E402
 from dlms_engine.integrations.calibrate import load_pipeline, pipeline_denoiser  # noqa: E402
 from dlms_engine.integrations.diffusers import DLMSScheduler  # noqa: E402
+from dlms_engine.learners.dlms import Dlms  # noqa: E402
 from dlms_engine.solver_file import load_solver  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -82,6 +83,30 @@ def test_one_command_from_a_pipeline_to_a_scheduler(
     assert torch.equal(*images) and bool(images[0].isfinite().all())
     hub = inspect.signature(DLMSScheduler.save_pretrained).parameters
     assert "push_to_hub" in hub and callable(DLMSScheduler.push_to_hub)
+
+
+def test_an_interrupted_run_goes_on(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at the fourth update and resumed: bit for bit the solver of a run that was not."""
+    assert run(*command(folder, "--output", folder / "whole", "--json")) == 0
+    iteration = Dlms.iteration
+
+    def interrupted(self: Any, noise: torch.Tensor) -> Any:
+        if self.progress >= 3 / 6:
+            raise KeyboardInterrupt
+        return iteration(self, noise)
+
+    asked = command(folder, "--output", folder / "solver", "--json")
+    with monkeypatch.context() as patch:
+        patch.setattr(Dlms, "iteration", interrupted)
+        assert run(*asked) == 130
+    assert not (folder / "solver" / "scheduler_config.json").exists()
+    assert run(*asked, "--resume") == 0, capsys.readouterr().err
+    name = "dlms_solver.safetensors"
+    assert (folder / "solver" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+    written = {path.name for path in (folder / "solver").iterdir()}
+    assert written == {"scheduler_config.json", name}
 
 
 def test_push_to_hub_uploads_the_solver_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

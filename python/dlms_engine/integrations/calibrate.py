@@ -57,6 +57,7 @@ class PipelineNetwork(nn.Module):
         self._loop.call = call.args, call.kwargs
         self._prompts, self._branches = call.prompts, call.branches
         self._batched = _batched(call)
+        self._shared = {k: v for k, v in self._loop.tensors().items() if k not in self._batched}
         self.first = 0
 
     def forward(self, x: Tensor, time: Tensor, **_: Any) -> Tensor:
@@ -66,6 +67,7 @@ class PipelineNetwork(nn.Module):
         rows = (torch.arange(batch, device=device) + self.first) % self._prompts
         rows = torch.cat([rows + self._prompts * k for k in range(self._branches)])
         chosen = {k: v[rows.to(v.device)].to(device) for k, v in self._batched.items()}
+        chosen |= {k: v.to(device) for k, v in self._shared.items()}
         out = self._loop.evaluate(x.to(device), time.to(device), chosen).to(x.device)
         return out[:, : x.shape[1]] if out.ndim == 4 else out
 
