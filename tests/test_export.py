@@ -11,6 +11,7 @@ import torch
 from cli_model import TinyNetwork
 from package_alone import run_alone
 from torch import Tensor, nn
+from torch._inductor import metrics
 
 from dlms_engine import grids, processes, solvers
 from dlms_engine.amed_policy import AmedPolicy
@@ -31,6 +32,7 @@ from dlms_engine.sampler import Sampler, seeded_noise
 EDM = processes.EDM()
 GRID = grids.polynomial(EDM, 4)
 SHAPE = (3, 8, 8)
+HAVE_COMPILER = bool(shutil.which("g++") or shutil.which("clang++"))
 
 
 class Labelled(TinyNetwork):
@@ -141,6 +143,29 @@ def test_weights_of_zero_are_left_out_of_the_graph():
     assert products(solvers.ipndm(EDM, grid, order=3)) == 1 + 2 + 3 + 3
 
 
+class Product(nn.Module):
+    """One matrix product, which Inductor hands to a library: what is left around it are the rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64, bias=False).requires_grad_(False)
+
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+@pytest.mark.skipif(not HAVE_COMPILER, reason="Inductor needs a C++ compiler")
+def test_inductor_makes_one_loop_of_each_row():
+    table = solvers.ipndm(EDM, GRID, order=3)
+    sampler = Sampler(Denoiser(Product(), EDM, "edm"), table, backend="eager")
+    x = seeded_noise(range(3), (64,), 80.0)
+    module = trace_sampler(sampler, x, dynamic_batch=False).module()
+    torch._dynamo.reset()
+    metrics.reset()
+    torch.compile(module, fullgraph=True)(x)
+    assert metrics.generated_kernel_count == 1 + table.nfe  # the first network input, and the rows
+
+
 def test_the_sampler_is_as_it_was_afterwards():
     sampler, _ = make("dlms")
     before = sampler(noise(2))
@@ -218,9 +243,7 @@ def test_other_names_are_refused(tmp_path):
         export_sampler(make("table")[0], noise(2), tmp_path / "sampler.zip")
 
 
-compiler = pytest.mark.skipif(
-    not (shutil.which("g++") or shutil.which("clang++")), reason="AOTInductor needs a C++ compiler"
-)
+compiler = pytest.mark.skipif(not HAVE_COMPILER, reason="AOTInductor needs a C++ compiler")
 
 
 def assert_no_worse_than_eager(got: Tensor, sampler: Sampler, x: Tensor, cond: dict) -> None:
