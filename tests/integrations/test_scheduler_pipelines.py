@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,12 @@ VP: dict[str, Case] = {
         lambda: tiny.sdxl("Img2Img"),
         lambda: {**tiny.sdxl_inputs(), "image": IMAGE, "strength": 0.6},
     ),
+    "sdxl-inpaint": (
+        lambda: tiny.sdxl("Inpaint"),
+        lambda: {
+            **tiny.sdxl_inputs(), **SIZE, "image": IMAGE, "mask_image": MASK, "strength": 0.8,
+        },
+    ),
     "sdxl-refiner": (
         lambda: tiny.sdxl("Img2Img"),
         lambda: {**tiny.sdxl_inputs(), "image": IMAGE, "denoising_start": 0.4},
@@ -54,7 +61,15 @@ FLOW: dict[str, Case] = {
         lambda: tiny.sd3("Img2Img"),
         lambda: {**tiny.sd3_inputs(), "image": IMAGE, "strength": 0.6},
     ),
+    "sd3-inpaint": (
+        lambda: tiny.sd3("Inpaint"),
+        lambda: {**tiny.sd3_inputs(), "image": IMAGE, "mask_image": MASK, "strength": 0.8},
+    ),
     "flux": (tiny.flux, tiny.flux_inputs),
+    "flux-inpaint": (
+        lambda: tiny.flux("Inpaint"),
+        lambda: {**tiny.flux_inputs(), "image": IMAGE, "mask_image": MASK, "strength": 0.8},
+    ),
     "flux-static-shift": (lambda: tiny.flux(use_dynamic_shifting=False), tiny.flux_inputs),
     "flux-img2img": (
         lambda: tiny.flux("Img2Img"),
@@ -103,6 +118,77 @@ def test_flow_pipelines(case: str) -> None:
     second = images(pipe, {**inputs(), **STEPS})
     assert bool(second.isfinite().all())
     assert (expected - second).abs().max() > 1e-4  # another solver, another image
+
+
+def oracle(case: str, config: Any) -> tuple[Any, Any]:
+    """diffusers' scheduler and ours for the same solver on the same grid."""
+    if case in FLOW:
+        return diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+            config
+        ), DLMSScheduler.from_config(config, solver="ddim")
+    leading = {"timestep_spacing": "leading"}
+    return diffusers.DPMSolverMultistepScheduler.from_config(
+        config, **leading
+    ), DLMSScheduler.from_config(
+        config, solver="dpm_solver_pp", final_sigmas_type="zero", **leading
+    )
+
+
+TEXT_TO_IMAGE = ("sd", "sdxl", "sd3", "flux-static-shift")
+
+
+@pytest.mark.parametrize("case", TEXT_TO_IMAGE)
+def test_callbacks_that_change_latents(case: str) -> None:
+    """The changed latents are taken over, the history goes on, as in diffusers."""
+    make, inputs = (VP | FLOW)[case]
+    pipe = make()
+
+    def halve(_pipe: Any, i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": tensors["latents"] * 0.5} if i == 1 else tensors
+
+    asked = {**STEPS, "callback_on_step_end": halve}
+    found = []
+    for scheduler in oracle(case, pipe.scheduler.config):
+        pipe.scheduler = scheduler
+        found.append(images(pipe, {**inputs(), **asked}))
+    assert_same(*found)
+    plain = images(pipe, {**inputs(), **STEPS})
+    assert (plain - found[1]).abs().max() > 1e-3  # the callback did something
+
+
+@pytest.mark.parametrize("case", TEXT_TO_IMAGE)
+def test_interrupted_and_copied_pipelines(case: str) -> None:
+    """A copy of a scheduler that was stopped in the middle runs a whole image as a new one does."""
+    make, inputs = (VP | FLOW)[case]
+    pipe = make()
+    _, scheduler = oracle(case, pipe.scheduler.config)
+    pipe.scheduler = scheduler
+    expected = images(pipe, {**inputs(), **STEPS})
+
+    def stop(pipe: Any, i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = i >= 2
+        return tensors
+
+    images(pipe, {**inputs(), **STEPS, "callback_on_step_end": stop})
+    assert scheduler.step_index == 3
+    pipe.scheduler = copy.deepcopy(scheduler)
+    assert torch.equal(images(pipe, {**inputs(), **STEPS}), expected)
+    pipe.scheduler = scheduler
+    assert torch.equal(images(pipe, {**inputs(), **STEPS}), expected)
+
+
+@pytest.mark.parametrize("case", TEXT_TO_IMAGE)
+def test_bfloat16_pipelines(case: str) -> None:
+    """bfloat16 in and out, float32 within; the state is the shadow, so steps do not round."""
+    make, inputs = (VP | FLOW)[case]
+    pipe = make().to(torch.bfloat16)
+    _, pipe.scheduler = oracle(case, pipe.scheduler.config)
+    asked = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in inputs().items()}
+    out = images(pipe, {**asked, **STEPS})
+    assert out.dtype == torch.bfloat16 and bool(out.isfinite().all())
+    shadow = pipe.scheduler._runner._state
+    assert shadow._x.dtype == torch.float32
+    assert torch.equal(shadow._x.bfloat16().reshape(out.shape), out)
 
 
 def test_custom_sigmas_reach_flux() -> None:

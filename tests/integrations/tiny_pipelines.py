@@ -193,20 +193,21 @@ TEXT_PARTS = (
 
 
 def sd3(kind: str = "", **scheduler: Any) -> Any:
-    """StableDiffusion3{,Img2Img}Pipeline; text encoders and tokenizers by name."""
+    """StableDiffusion3{,Img2Img,Inpaint}Pipeline; text encoders and tokenizers by name."""
     parts = {name: scheduler.pop(name, None) for name in TEXT_PARTS}
+    channels = 16 if kind == "Inpaint" else 4  # the inpainting pipeline insists on 16
     transformer = seeded(
         lambda: SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
-            in_channels=4,
+            in_channels=channels,
             num_layers=1,
             attention_head_dim=8,
             num_attention_heads=2,
             joint_attention_dim=16,
             caption_projection_dim=16,
             pooled_projection_dim=8,
-            out_channels=4,
+            out_channels=channels,
             pos_embed_max_size=8,
         )
     )
@@ -214,7 +215,7 @@ def sd3(kind: str = "", **scheduler: Any) -> Any:
     pipe = cls(
         transformer=transformer,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**({"shift": 3.0} | scheduler)),
-        vae=vae(),
+        vae=vae(channels),
         **parts,
     )
     pipe.set_progress_bar_config(disable=True)
@@ -236,7 +237,7 @@ def sd3_inputs(batch: int = 1) -> dict[str, Any]:
 
 
 def flux(kind: str = "", **scheduler: Any) -> Any:
-    """Flux{,Img2Img}Pipeline; text encoders and tokenizers by name."""
+    """Flux{,Img2Img,Inpaint}Pipeline; text encoders and tokenizers by name."""
     parts = {name: scheduler.pop(name, None) for name in TEXT_PARTS[:4]}
     transformer = seeded(
         lambda: FluxTransformer2DModel(
