@@ -71,8 +71,16 @@ EMBEDDED: dict[str, dict[str, Any]] = {
         "method": "free_table",
         "last_step": "features",
         "score": "product",
+        # few updates: corrections that keep constants constant, and weights as quick as times
+        "sum_to_base": True,
+        "learn_state": False,
         "trajectories": 1_600,
         "lr": 1e-2,
+        "times_lr": 3.0,
+        "network_times_lr": 1.5,
+        "weights_lr": 1.0,
+        "warmup": 3,
+        "ema_kimg": (0.25, 0.5),
     },
 }
 """name -> keyword arguments of ``distill``."""
