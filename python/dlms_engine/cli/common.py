@@ -26,8 +26,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="'embedded', or module:function in the current folder or installed; the function "
-        "returns (denoiser, sample shape)."
+        help="'embedded', 'cifar10-32' (see docs/benchmark_model.md), or module:function in the "
+        "current folder or installed; the function returns (denoiser, sample shape)."
     ),
 ]
 SolverOption = Annotated[Path | None, typer.Option(help="Solver file written by dlms distill.")]
@@ -59,16 +59,24 @@ class Model:
 
 
 def load_model(spec: str) -> Model:
-    """The embedded model, or what ``module:function`` returns.
+    """The embedded model, a benchmark model, or what ``module:function`` returns.
 
     Raises:
         ValueError: no such function, or it returns something else.
+        FileNotFoundError: the benchmark model has not been made.
     """
     if spec == "embedded":
         return _embedded()
     module_name, _, function_name = spec.partition(":")
     if not function_name:
-        raise ValueError(f"model is {spec!r}, expected 'embedded' or module:function")
+        from .. import models
+
+        if spec in models.NAMES:
+            return Model(*models.load(spec))
+        raise ValueError(
+            f"model is {spec!r}, expected 'embedded', {', '.join(map(repr, models.NAMES))} or "
+            "module:function"
+        )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
