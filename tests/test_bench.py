@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from dlms_engine.bench import __main__ as bench
-from dlms_engine.bench import device, loop, step
+from dlms_engine.bench import device, loop, pipeline, step
 
 QUICK = {
     "step": ["--quick", "--rounds", "1", "--seconds", "0.001"],
     "loop": ["--network", "plain", "--repeats", "2", "--nfe", "2"],
     "device": [],
+    "pipeline": ["--no-compile", "--batches", "1", "--repeats", "1", "--nfe", "2"],
 }
 
 
@@ -47,5 +48,7 @@ def test_json_is_a_flag_and_output_a_file(
 
 
 def test_each_module_is_one_of_them() -> None:
-    assert set(bench.WHAT) == {m.__name__.rpartition(".")[2] for m in (step, loop, device)}
+    assert set(bench.WHAT) == {
+        m.__name__.rpartition(".")[2] for m in (step, loop, device, pipeline)
+    }
     assert bench.main(["magic"]) == 2

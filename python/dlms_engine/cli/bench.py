@@ -14,10 +14,11 @@ class What(str, Enum):
     step = "step"
     loop = "loop"
     device = "device"
+    pipeline = "pipeline"
 
 
 def bench(context: typer.Context, what: What) -> None:
-    """Time a solver step, the sampling loop or a GPU kernel; options: dlms bench step -- --help."""
+    """Time a solver step, the sampling loop, a GPU kernel or whole samples; options: dlms bench step -- --help."""
     module = importlib.import_module(f"dlms_engine.bench.{what.value}")
     status = module.main(list(context.args))
     if status:
