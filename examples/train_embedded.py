@@ -134,7 +134,8 @@ class Clock:
         return self.limit - self.spent()
 
 
-def train(args: argparse.Namespace) -> None:
+def train(args: argparse.Namespace) -> bool:
+    """Trains until the end of the run or of the time; True at the end of the run."""
     clock = Clock(args.minutes)
     if args.finish and (args.minutes is None or not args.cooldown):
         raise ValueError("--finish needs --minutes and a preset or option with a --cooldown")
@@ -199,6 +200,7 @@ def train(args: argparse.Namespace) -> None:
     draw(state, args)
     word = "finished" if state.step >= goal else "stopped, call again"
     print(f"{word}: {state.step * args.batch} images in {state.seconds:.0f} s; {checkpoint}")
+    return state.step >= goal
 
 
 def record_losses(state: State, waiting: list[Tensor], batch: int) -> None:
@@ -273,4 +275,6 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    train(arguments())
+    given = arguments()
+    ended = train(given)
+    raise SystemExit(75 if given.finish and not ended else 0)  # 75: to be called again

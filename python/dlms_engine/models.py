@@ -5,7 +5,7 @@ They are too large for the package. ``benchmarks/models/NAME/`` of a checkout ho
 
     DLMS_MODEL_DEVICE   cpu or cuda; default: cuda where there is a GPU
     DLMS_MODEL_DTYPE    float32, float16 or bfloat16: the dtype the networks compute in
-    DLMS_MODEL_COMPILE  1: torch.compile the U-Net where no gradient runs
+    DLMS_MODEL_COMPILE  1: torch.compile the U-Net for large batches without gradients
 
 On a GPU the networks live there and the samples stay on the host: everything that works on a CPU
 model works on these, bit for bit the same noise included.
@@ -35,6 +35,8 @@ FILES = (
     "reference.safetensors",
     "provenance.json",
 )
+COMPILED_FROM = 256
+"""Batch size from which ``DLMS_MODEL_COMPILE`` takes effect."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -111,7 +113,10 @@ class BenchmarkNetwork(nn.Module):
 
     Args:
         unet: a diffusers ``UNet2DModel``.
-        compile: use torch.compile where no gradient is recorded; it compiles once a batch size.
+        compile: use torch.compile for batches of at least ``COMPILED_FROM`` without gradients; it
+            compiles once a batch size, which small and rare ones would not pay back.
+
+    One call at a time: threads need a copy each.
     """
 
     def __init__(self, unet: nn.Module, *, compile: bool = False) -> None:
@@ -123,7 +128,7 @@ class BenchmarkNetwork(nn.Module):
         self._middle: Tensor | None = None
         cast(nn.Module, unet.mid_block).register_forward_hook(self._keep)
         self._plain: Callable[..., tuple[Tensor, Tensor]] = self._both
-        self._fast = torch.compile(self._both) if compile else self._both
+        self._fast = torch.compile(self._both, dynamic=False) if compile else self._both
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self._middle = output
@@ -140,7 +145,8 @@ class BenchmarkNetwork(nn.Module):
         c_noise = ln(sigma) / 4 is never rounded below float32.
         """
         inside = next(self.unet.parameters())
-        call = self._plain if torch.is_grad_enabled() and x.requires_grad else self._fast
+        small = len(x) < COMPILED_FROM or (torch.is_grad_enabled() and x.requires_grad)
+        call = self._plain if small else self._fast
         moved = x.to(inside.device, inside.dtype, memory_format=torch.channels_last)
         wide = torch.promote_types(c_noise.dtype, torch.float32)
         output, middle = call(moved, c_noise.to(inside.device, wide))
@@ -243,15 +249,18 @@ def load_features(name: str, device: torch.device | str = "cpu") -> ResidualFeat
     with safetensors.safe_open(str(path), framework="pt") as opened:
         widths = (opened.metadata() or {}).get("widths", "")
     if not widths:
-        raise ValueError(f"{path} does not say its widths: export it with examples/export_embedded.py")
+        raise ValueError(
+            f"{path} does not say its widths: export it with examples/export_embedded.py"
+        )
     network = ResidualFeatures(tuple(int(width) for width in widths.split(",")))
     missing, unexpected = network.load_state_dict(load_file(path), strict=False)
     # BatchNorm's step counters are not stored: they play no part in eval mode.
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
     if missing or unexpected:
         raise ValueError(f"{path}: missing {missing}, unexpected {unexpected}")
-    network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network.eval().requires_grad_(False)
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.eval().requires_grad_(False)
+    return network
 
 
 def load_reference(name: str) -> ReferenceStatistics:
