@@ -17,13 +17,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dlms_engine import ops
-from dlms_engine.bench.timing import finish, json_options
+from dlms_engine.bench.timing import commit, finish, json_options
 from dlms_engine.ops import layout, reference
 
 SHAPES = ((1, 4, 64, 64), (64, 3, 32, 32), (64, 3, 256, 256))
@@ -90,6 +91,34 @@ def time_each(run: Callable[[int], object], repeats: int = 20, inner: int = 50) 
     return times
 
 
+def interleaved_events(
+    runs: Sequence[Callable[[int], object]], rounds: int = 20, milliseconds: float = 3.0
+) -> list[list[float]]:
+    """Microseconds of one call of each run, `[len(runs)][rounds]`, between two CUDA events.
+
+    A round measures every run in turn, as many calls as take about `milliseconds`, so that a busy
+    or throttled phase of the machine falls on all of them. ``run(i)`` counts its calls.
+    """
+    inner = []
+    for run in runs:
+        once = statistics.median(time_each(run, 3, 3))
+        inner.append(max(3, min(2000, round(1e3 * milliseconds / max(once, 0.1)))))
+    times: list[list[float]] = [[] for _ in runs]
+    turns = [0] * len(runs)
+    for _ in range(rounds):
+        for k, run in enumerate(runs):
+            start = torch.cuda.Event(enable_timing=True)
+            end = torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(inner[k]):
+                run(turns[k])
+                turns[k] += 1
+            end.record()
+            end.synchronize()
+            times[k].append(1e3 * start.elapsed_time(end) / inner[k])
+    return times
+
+
 def copy_bandwidth(nbytes: int = 1 << 31) -> float:
     """Bytes/s of a device-to-device copy, bytes read plus bytes written."""
     source = torch.empty(nbytes // 4, dtype=torch.float32, device="cuda").normal_()
@@ -135,8 +164,10 @@ def check(backend: ops.Backend, problem: Problem) -> None:
             )
 
 
-def graph_times(problems: list[Problem], backend: ops.Backend, nodes: int = 200) -> list[float]:
-    """Microseconds per row inside one captured graph of `nodes` rows."""
+def capture_rows(
+    problems: list[Problem], backend: ops.Backend, nodes: int
+) -> Callable[[int], object]:
+    """A call that replays one captured graph of `nodes` rows, on one problem after the other."""
     for problem in problems:
         problem.step(backend)
     torch.cuda.synchronize()
@@ -144,7 +175,12 @@ def graph_times(problems: list[Problem], backend: ops.Backend, nodes: int = 200)
     with torch.cuda.graph(graph):
         for i in range(nodes):
             problems[i % len(problems)].step(backend)
-    return [t / nodes for t in time_each(lambda _: graph.replay(), 20, 3)]
+    return lambda _: graph.replay()
+
+
+def graph_times(problems: list[Problem], backend: ops.Backend, nodes: int = 200) -> list[float]:
+    """Microseconds per row inside one captured graph of `nodes` rows."""
+    return [t / nodes for t in time_each(capture_rows(problems, backend, nodes), 20, 3)]
 
 
 def measure(shape: Sequence[int], dtype: torch.dtype, depth: int, bandwidth: float) -> list[Timing]:
@@ -186,9 +222,19 @@ def machine() -> dict[str, Any]:
         "driver": driver,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "diffusers": _version("diffusers"),
+        "commit": commit(),
         "python": platform.python_version(),
         "backends": ops.available("cuda"),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def no_gpu(program: str) -> bool:

@@ -128,11 +128,7 @@ class Stepper:
         self._sets = [_Set(f.clone(), latent.clone(), _clone(state)) for _ in range(sets)]
 
     def compiled(self, backend: str) -> Stepper:
-        """A copy whose step runs under ``torch.compile``, with every traced graph counted.
-
-        What was compiled before is dropped: too many schedulers in one process, and torch.compile
-        would run the next one eagerly without a word.
-        """
+        """A copy whose step runs under ``torch.compile``, with every traced graph counted."""
         from torch._dynamo.backends.registry import lookup_backend
 
         other = copy.copy(self)
@@ -143,7 +139,6 @@ class Stepper:
             other.graphs += 1
             return inner(module, inputs)
 
-        torch._dynamo.reset()
         other._step = torch.compile(self.scheduler.step, backend=count, dynamic=False)
         return other
 
@@ -157,6 +152,16 @@ class Stepper:
             setattr(self.scheduler, key, value.copy() if isinstance(value, list) else value)
         out: Tensor = self._step(held.f, self._t, held.latent, return_dict=False)[0]
         return out
+
+
+def forget_compiled() -> None:
+    """Drops what torch.compile has compiled so far.
+
+    Too many schedulers in one process, and torch.compile runs the next one eagerly without a word.
+    """
+    import torch._dynamo
+
+    torch._dynamo.reset()
 
 
 def step_call(name: str, x: Tensor, f: Tensor) -> Callable[[], object]:

@@ -4,6 +4,8 @@ The engine's step forms m, the next state and the next network input of a two-st
 (depth 2: DPM-Solver++(2M), UniPC-1, iPNDM-2) with float32 state and history. diffusers' step gets
 the same network output and forms the next state, with its state in the network's dtype. `copy` is
 `dst.copy_(src)` of one latent: its bytes per second are the limit of the machine.
+
+`--device cuda` measures on a GPU: `bench/step_cuda.py`.
 """
 
 from __future__ import annotations
@@ -19,23 +21,26 @@ from torch import Tensor
 from dlms_engine import engine, ops
 from dlms_engine.ops import layout
 
-from . import rivals, timing
+from . import device, rivals, step_cuda, timing
 
 SHAPES = ((1, 4, 64, 64), (8, 4, 128, 128), (64, 3, 32, 32))
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEPTH = 2
 LOOP_ROWS = 20
+ROUNDS = 9
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints a table, and with --json the figures; returns the exit status."""
     options = _parse(arguments)
+    if options.device == "cuda":
+        return 2 if device.no_gpu("dlms bench step") else step_cuda.main(options)
     torch.set_num_threads(options.threads)
     cases = []
     with torch.inference_mode():
         for shape in SHAPES[: 1 if options.quick else None]:
             for dtype in DTYPES:
-                cases.append(measure(shape, dtype, options.rounds, options.seconds))
+                cases.append(measure(shape, dtype, options.rounds or ROUNDS, options.seconds))
                 if not options.json:
                     _print_case(cases[-1])
     report: dict[str, Any] = {
@@ -124,11 +129,27 @@ def _print_case(case: dict[str, Any]) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="dlms bench step", description=__doc__)
     timing.json_options(parser)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds")
-    parser.add_argument("--seconds", type=float, default=0.02, help="per candidate and round")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        help=f"interleaved rounds; default {ROUNDS}, on a GPU {step_cuda.ROUNDS}",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=0.02, help="per candidate and round, on the CPU"
+    )
     parser.add_argument("--quick", action="store_true", help="the smallest shape only")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--no-compile",
+        dest="compile",
+        action="store_false",
+        help="on a GPU: leave out torch.compile of diffusers' steps",
+    )
+    options = parser.parse_args(arguments)
+    if options.rounds is not None and options.rounds < 1:
+        parser.error(f"--rounds is {options.rounds}, expected at least 1")
+    return options
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def conditions() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "dlms_engine": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -83,7 +83,10 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The commit of this checkout; ``DLMS_COMMIT`` says it where there is none."""
+    if given := os.environ.get("DLMS_COMMIT"):
+        return given
     command = ["git", "describe", "--always", "--dirty"]
     try:
         done = subprocess.run(
@@ -100,11 +103,17 @@ def json_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
 
 
-def finish(report: dict[str, Any], options: argparse.Namespace) -> bool:
-    """Writes the report where ``--output`` says; prints it and is True with ``--json``."""
+def save(report: dict[str, Any], options: argparse.Namespace) -> str:
+    """Writes the report where ``--output`` says; returns its JSON."""
     text = json.dumps(report, indent=2)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def finish(report: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Writes the report where ``--output`` says; prints it and is True with ``--json``."""
+    text = save(report, options)
     if options.json:
         print(text)
     return bool(options.json)
