@@ -163,3 +163,25 @@ def test_contestants_have_the_settings_of_their_method(name: str) -> None:
     if contestant.base is not None:
         table = contestant.base.table(held.denoiser.process, 5)
         assert table.nfe == 5
+
+
+def test_command_writes_table_page_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dlms_engine.cli import main
+
+    sizes = ("--samples=8", "--exact-samples=4", "--exact-nfe=8", "--accurate-nfe=6", "--batch=4")
+    words = ["compare", "--model=cli_model:tiny", "--methods=dode", "--nfes=3-4", *sizes]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--screen-samples=0", f"--folder={tmp_path / 'out'}"])
+        raise SystemExit(0)
+    assert not stop.value.code
+    table = capsys.readouterr().out
+    assert "| 3 | **dode** |" in table and "| 4 | **dode** |" in table
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    wanted = {"compare.json", "compare.md", "compare.html", "samples-3.png", "samples-4.png"}
+    assert made >= wanted
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--study=ablation"])
+    assert stop.value.code
+    assert "not both" in capsys.readouterr().err
