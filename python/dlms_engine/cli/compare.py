@@ -59,6 +59,7 @@ def compare(
         budget=budget,
         samples=samples,
         exact_samples=min(exact_samples, samples),
+        shown=min(CompareSettings().shown, exact_samples, samples),
         exact_nfe=exact_nfe,
         accurate_nfe=accurate_nfe,
         screen_samples=screen_samples,
