@@ -15,7 +15,8 @@
 # Several stages in one call share its time. Environment: VENV or PYTHON, DATA (image folder or tar
 # with train/CLASS and test/CLASS), DATA_NOTE (what provenance says of it), WORK (runs/cifar10-32,
 # keep it between calls), MODELS (benchmarks/models), PACK ($WORK/pack), BUDGET (seconds, 570),
-# MINUTES (of a piece of training, 9), SAMPLES (50000), CALLS (network calls a distillation, 100000).
+# MINUTES (of a piece of training, 9), SAMPLES (50000), CALLS (network calls a distillation, 100000),
+# DLMS_COMMIT (what provenance names where there is no git history).
 # Status 0: done. 75: out of time, call again. 1: failed. 2: something that is needed is not there.
 set -uo pipefail
 
@@ -42,7 +43,7 @@ if ((REHEARSE)); then
   DATA=${DATA:-$WORK/images.tar}
   DEVICE=cpu
   MINUTES=${MINUTES:-0.3}
-  SAMPLES=16 FEW=16 EXACT=16 SCREEN=2 BATCH=8 CALLS=${CALLS:-4000} PROBE=2
+  SAMPLES=16 FEW=16 EXACT=16 SCREEN=2 BATCH=8 CALLS=${CALLS:-6000} PROBE=2
   METHODS=dlms,gits NFES=3 FULL=3 ACCURATE_NFE=6 EXACT_NFE=8
   TRAIN=(--channels 8,8,16 --groups 4 --layers 1 --batch 8 --no-compile --images 10000
     --warmup 40 --cooldown 400 --grid-every 1e9)

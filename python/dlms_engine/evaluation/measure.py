@@ -145,7 +145,8 @@ class Measurer:
         state = self._load(name, key) or self._empty(len(entries))
         done = int(state["done"])
         self._advance(done * sum(entry.nfe for entry in entries))
-        samplers = [self._sampler(entry) for entry in entries]
+        shared = len(entries) > 1  # a single sampler asks nothing twice
+        samplers = [self._sampler(entry, shared) for entry in entries]
         saved = time.monotonic()
         for parts in self._rounds(seeds[done:]):
             own = self.world.deal(range(len(parts)))
@@ -195,9 +196,9 @@ class Measurer:
     def _noise(self, seeds: range) -> Tensor:
         return seeded_noise(seeds, self.shape, self._scale)
 
-    def _sampler(self, entry: Entry) -> Sampler:
+    def _sampler(self, entry: Entry, shared: bool) -> Sampler:
         static = isinstance(entry.policy, SolverTable)
-        return Sampler(self._twin if static else self.denoiser, entry.policy)
+        return Sampler(self._twin if static and shared else self.denoiser, entry.policy)
 
     def _run(self, sampler: Sampler, noise: Tensor) -> Tensor:
         x = sampler(noise)
