@@ -88,9 +88,9 @@ limited() {
   return "$status"
 }
 
-# minutes: of training, at most MINUTES and what the budget leaves with 20 s for loading and saving.
+# minutes: of training, at most MINUTES and what the budget leaves with 30 s for imports and saving.
 minutes() {
-  "$PYTHON" -c 'import sys; print(max(0.0, min(float(sys.argv[1]), (float(sys.argv[2]) - 20) / 60)))' \
+  "$PYTHON" -c 'import sys; print(max(0.0, min(float(sys.argv[1]), (float(sys.argv[2]) - 30) / 60)))' \
     "$MINUTES" "$((BUDGET - SECONDS))"
 }
 
@@ -232,10 +232,15 @@ if ((${#stages[@]} == 0)); then
   stages=(train finish classifier export compare speed ablation interpolation record pack pack-cache)
 fi
 command -v "$PYTHON" >/dev/null || missing "no '$PYTHON'" "set PYTHON or VENV"
-for module in torch diffusers PIL matplotlib tqdm torchmetrics scipy dlms_engine; do
-  "$PYTHON" -c "import $module" 2>/dev/null || missing "$PYTHON has no $module" \
-    "pip install 'dlms-engine[demo]' pillow, or put it on PYTHONPATH"
-done
+absent=$("$PYTHON" - <<'PY'
+from importlib.util import find_spec
+
+names = "torch diffusers PIL matplotlib tqdm torchmetrics scipy dlms_engine".split()
+print(*(name for name in names if find_spec(name) is None))
+PY
+)
+[[ -z $absent ]] || missing "$PYTHON has no $absent" \
+  "pip install 'dlms-engine[demo]' pillow, or put it on PYTHONPATH"
 if ((!REHEARSE)); then
   "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || missing \
     "torch sees no GPU" "run this on a machine with one, or try it: scripts/gpu_record.sh --rehearse"

@@ -10,27 +10,30 @@ import torch
 
 from dlms_engine import grids, solvers
 from dlms_engine.bench import pipeline
+from dlms_engine.processes import EDM
 from dlms_engine.solver_file import save_solver
 
 pytest.importorskip("diffusers")
 
 
 def test_both_ways_end_at_the_same_image() -> None:
-    denoiser, shape = pipeline.make_denoiser("embedded", "cpu", torch.float32)
-    assert pipeline.check(denoiser, shape, "cpu") < 0.02
+    network, shape = pipeline.make_network("embedded", "cpu", torch.float32)
+    denoiser = pipeline.make_denoiser(network, pipeline.solver_of(None, 5)[1])
+    assert pipeline.check(denoiser, network, shape, "cpu") < 0.02
 
 
 def test_another_model_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The planted fault: diffusers told another standard deviation of the data."""
-    denoiser, shape = pipeline.make_denoiser("embedded", "cpu", torch.float32)
+    network, shape = pipeline.make_network("embedded", "cpu", torch.float32)
+    denoiser = pipeline.make_denoiser(network, pipeline.solver_of(None, 5)[1])
     monkeypatch.setattr(pipeline.embedded, "SIGMA_DATA", 1.0)
     with pytest.raises(RuntimeError, match="different models"):
-        pipeline.check(denoiser, shape, "cpu")
+        pipeline.check(denoiser, network, shape, "cpu")
 
 
 def test_report_of_a_solver_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    denoiser, _ = pipeline.make_denoiser("embedded", "cpu", torch.float32)
-    table = solvers.ddim(denoiser.process, grids.polynomial(denoiser.process, 2))
+    process = EDM()
+    table = solvers.ddim(process, grids.polynomial(process, 2))
     save_solver(tmp_path / "two.safetensors", table)
     options = ["--no-compile", "--batches", "1,2", "--repeats", "2"]
     assert pipeline.main([*options, "--solver", str(tmp_path / "two.safetensors"), "--json"]) == 0

@@ -141,6 +141,12 @@ def test_dtypes_stay_inside_the_network(exported: Path, monkeypatch: pytest.Monk
     assert half.denoiser.last_features.dtype == torch.float32
     assert not torch.equal(found, wide)
     torch.testing.assert_close(found, wide, atol=0.1, rtol=0.1)
+    x.requires_grad_(True)
+    traced = half.denoiser(x, 0.7)
+    assert torch.equal(traced, models.load(NAME).denoiser(x, 0.7)), "float32 where gradients run"
+    traced.sum().backward()
+    assert x.grad is not None and float(x.grad.abs().max()) > 0
+    assert half.denoiser.last_features.requires_grad
 
 
 def test_compiled_network_is_the_same_and_gradients_go_around_it(

@@ -4,7 +4,8 @@ They are too large for the package. ``benchmarks/models/NAME/`` of a checkout ho
 ``NAME/`` in the folder that the environment variable ``DLMS_MODELS`` names. What reads them:
 
     DLMS_MODEL_DEVICE   cpu or cuda; default: cuda where there is a GPU
-    DLMS_MODEL_DTYPE    float32, float16 or bfloat16: the dtype the networks compute in
+    DLMS_MODEL_DTYPE    float32, float16 or bfloat16: the dtype the U-Net computes in where no
+                        gradient runs; there it stays float32, as do the features
     DLMS_MODEL_COMPILE  1: torch.compile the U-Net for large batches without gradients
 
 On a GPU the networks live there and the samples stay on the host: everything that works on a CPU
@@ -113,28 +114,36 @@ class BenchmarkNetwork(nn.Module):
 
     Args:
         unet: a diffusers ``UNet2DModel``.
+        precise: the same in float32, asked where gradients run back; float16 would lose the small
+            ones. None: ``unet`` itself.
         compile: use torch.compile for batches of at least ``COMPILED_FROM`` without gradients; it
             compiles once a batch size, which small and rare ones would not pay back.
 
     One call at a time: threads need a copy each.
     """
 
-    def __init__(self, unet: nn.Module, *, compile: bool = False) -> None:
+    def __init__(
+        self, unet: nn.Module, *, precise: nn.Module | None = None, compile: bool = False
+    ) -> None:
         super().__init__()
         # The first parameter's dtype is what a denoiser hands over: float32, whatever the U-Net's.
         self.outside = nn.Parameter(torch.zeros(()), requires_grad=False)
         self.unet = unet
+        self.precise = precise
         self.bottleneck = nn.Identity()
         self._middle: Tensor | None = None
-        cast(nn.Module, unet.mid_block).register_forward_hook(self._keep)
-        self._plain: Callable[..., tuple[Tensor, Tensor]] = self._both
-        self._fast = torch.compile(self._both, dynamic=False) if compile else self._both
+        for each in (unet, precise):
+            if each is not None:
+                cast(nn.Module, each.mid_block).register_forward_hook(self._keep)
+        self._fast: Callable[..., tuple[Tensor, Tensor]] = (
+            torch.compile(self._both, dynamic=False) if compile else self._both
+        )
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self._middle = output
 
-    def _both(self, x: Tensor, c_noise: Tensor) -> tuple[Tensor, Tensor]:
-        output = self.unet(x, C_NOISE_SCALE * c_noise, return_dict=False)[0]
+    def _both(self, x: Tensor, c_noise: Tensor, unet: nn.Module) -> tuple[Tensor, Tensor]:
+        output = unet(x, C_NOISE_SCALE * c_noise, return_dict=False)[0]
         middle, self._middle = self._middle, None
         assert middle is not None
         return output, middle
@@ -144,12 +153,13 @@ class BenchmarkNetwork(nn.Module):
 
         c_noise = ln(sigma) / 4 is never rounded below float32.
         """
-        inside = next(self.unet.parameters())
-        small = len(x) < COMPILED_FROM or (torch.is_grad_enabled() and x.requires_grad)
-        call = self._plain if small else self._fast
+        gradients = torch.is_grad_enabled() and x.requires_grad
+        unet = self.precise if gradients and self.precise is not None else self.unet
+        call = self._both if gradients or len(x) < COMPILED_FROM else self._fast
+        inside = next(unet.parameters())
         moved = x.to(inside.device, inside.dtype, memory_format=torch.channels_last)
         wide = torch.promote_types(c_noise.dtype, torch.float32)
-        output, middle = call(moved, c_noise.to(inside.device, wide))
+        output, middle = call(moved, c_noise.to(inside.device, wide), unet)
         self.bottleneck(middle.to(x.device, x.dtype))
         return output.to(x.device, x.dtype, memory_format=torch.contiguous_format)
 
@@ -202,10 +212,9 @@ def load(name: str) -> BenchmarkModel:
     """
     device, dtype = _device(), _dtype()
     unet = load_unet(name, device, dtype)
+    precise = None if dtype == torch.float32 else load_unet(name, device)
     compiled = os.environ.get("DLMS_MODEL_COMPILE", "0") not in ("", "0")
-    network = BenchmarkNetwork(unet, compile=compiled).eval()
-    if device.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    network = BenchmarkNetwork(unet, precise=precise, compile=compiled).eval()
     process = EDM(SIGMA_MIN, SIGMA_MAX)
     denoiser = Denoiser(network, process, "edm", sigma_data=SIGMA_DATA, features="bottleneck")
     size = int(cast(Any, unet).config.sample_size)

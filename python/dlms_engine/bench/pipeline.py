@@ -2,7 +2,7 @@
 
     dlms bench pipeline --model cifar10-32 --device cuda --solver dlms-5.safetensors
 
-One network, compiled once, in the same dtype for both: the engine's sampler (one CUDA graph on a
+One network, compiled alike and in the same dtype for both: the engine's sampler (one CUDA graph on a
 GPU) and diffusers' DPM-Solver++ (``EDMDPMSolverMultistepScheduler``, order 2) with as many network
 evaluations. On a GPU a third way compiles the network for diffusers with ``mode="reduce-overhead"``,
 i.e. as a CUDA graph of each evaluation. Before anything is timed, both are run with many evaluations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,15 @@ from dlms_engine.bench.timing import conditions, finish, json_options
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.processes import EDM
 from dlms_engine.sampler import Sampler, seeded_noise
+from dlms_engine.table import SolverTable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHECK_EVALUATIONS, CHECK_RMSE = 40, 0.05
 Run = Callable[[Tensor], Tensor]
 
 
-def make_denoiser(model: str, device: str, dtype: torch.dtype) -> tuple[Denoiser, tuple[int, ...]]:
-    """The model on the device itself, its bottleneck tapped, and the shape of a sample.
+def make_network(model: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[int, ...]]:
+    """The model's network on the device itself, and the shape of a sample.
 
     Raises:
         ValueError: no such model.
@@ -52,12 +53,15 @@ def make_denoiser(model: str, device: str, dtype: torch.dtype) -> tuple[Denoiser
     else:
         names = ", ".join(("embedded", *models.NAMES))
         raise ValueError(f"model is {model!r}, expected one of {names}")
-    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network, shape
+
+
+def make_denoiser(network: nn.Module, policy: Any) -> Denoiser:
+    """For the policy: a table needs no bottleneck, and so no hook in the network."""
+    tap = None if isinstance(policy, SolverTable) else embedded.BOTTLENECK
     process = EDM(embedded.SIGMA_MIN, embedded.SIGMA_MAX)
-    denoiser = Denoiser(
-        network, process, sigma_data=embedded.SIGMA_DATA, features=embedded.BOTTLENECK
-    )
-    return denoiser, shape
+    return Denoiser(network, process, sigma_data=embedded.SIGMA_DATA, features=tap)
 
 
 def diffusers_run(network: nn.Module, nfe: int) -> Run:
@@ -83,6 +87,7 @@ def diffusers_run(network: nn.Module, nfe: int) -> Run:
         scheduler.set_timesteps(nfe, device=noise.device)
         x = noise
         for t in scheduler.timesteps:
+            torch.compiler.cudagraph_mark_step_begin()  # the last output has been used up
             scaled = scheduler.scale_model_input(x, t).to(dtype)
             output: Tensor = network(scaled, t.float().expand(len(x)))
             x = scheduler.step(output.float(), t, x, return_dict=False)[0]
@@ -91,7 +96,7 @@ def diffusers_run(network: nn.Module, nfe: int) -> Run:
     return run
 
 
-def check(denoiser: Denoiser, shape: tuple[int, ...], device: str) -> float:
+def check(denoiser: Denoiser, rival: nn.Module, shape: tuple[int, ...], device: str) -> float:
     """RMSE between both ways at ``CHECK_EVALUATIONS`` evaluations of DPM-Solver++.
 
     Raises:
@@ -101,8 +106,8 @@ def check(denoiser: Denoiser, shape: tuple[int, ...], device: str) -> float:
     noise = seeded_noise(range(2), shape, process.t_max, device=device)
     grid = grids.polynomial(process, CHECK_EVALUATIONS)
     own = Sampler(denoiser, solvers.dpm_solver_pp(process, grid, order=2)).to(device)(noise)
-    assert isinstance(own, Tensor) and isinstance(denoiser.network, nn.Module)
-    other = diffusers_run(denoiser.network, CHECK_EVALUATIONS)(noise)
+    assert isinstance(own, Tensor)
+    other = diffusers_run(rival, CHECK_EVALUATIONS)(noise)
     off = float((own - other).square().mean().sqrt())
     if not off <= CHECK_RMSE:
         raise RuntimeError(
@@ -119,24 +124,19 @@ def measure(
     device: str,
     batch: int,
     repeats: int,
-    reduced: nn.Module | None,
+    rivals: Mapping[str, nn.Module],
 ) -> dict[str, dict[str, float]]:
     """{way: milliseconds and images per second} at one batch size.
 
     Args:
         policy: the solver of the engine; the others get as many evaluations.
-        reduced: the network compiled with ``mode="reduce-overhead"``, or None.
+        rivals: name -> network that diffusers' scheduler runs.
     """
     process, nfe = denoiser.process, int(policy.nfe)
     noise = seeded_noise(range(batch), shape, process.t_max, device=device)
     sampler = Sampler(denoiser, policy).to(device)
-    assert isinstance(denoiser.network, nn.Module)
-    ways: dict[str, Run] = {
-        "dlms_engine": lambda x: sampler(x),
-        "diffusers": diffusers_run(denoiser.network, nfe),
-    }
-    if reduced is not None:
-        ways["diffusers, reduce-overhead"] = diffusers_run(reduced, nfe)
+    ways: dict[str, Run] = {"dlms_engine": lambda x: sampler(x)}
+    ways |= {name: diffusers_run(network, nfe) for name, network in rivals.items()}
     found = {}
     for name, run in ways.items():
         times = wall_times(lambda run=run: run(noise), device, repeats)  # type: ignore[misc]
@@ -150,14 +150,14 @@ def measure(
     return found
 
 
-def solver_of(denoiser: Denoiser, path: Path | None, nfe: int) -> tuple[str, Any]:
+def solver_of(path: Path | None, nfe: int) -> tuple[str, Any]:
     """Name and policy of a solver file, or iPNDM with ``nfe`` evaluations.
 
     Raises:
         ValueError: the file is no solver.
     """
     if path is None:
-        process = denoiser.process
+        process = EDM(embedded.SIGMA_MIN, embedded.SIGMA_MAX)
         return f"ipndm-{nfe}", solvers.ipndm(process, grids.polynomial(process, nfe))
     from dlms_engine.solver_file import load_solver
 
@@ -168,19 +168,23 @@ def solver_of(denoiser: Denoiser, path: Path | None, nfe: int) -> tuple[str, Any
 
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """Everything, as JSON."""
-    denoiser, shape = make_denoiser(args.model, args.device, DTYPES[args.dtype])
-    network: Any = denoiser.network
-    reduced = None
+    network, shape = make_network(args.model, args.device, DTYPES[args.dtype])
+    label, policy = solver_of(args.solver, args.nfe)
+    # Copies, so that nobody's network carries the hook that a learned solver needs.
+    rivals = {"diffusers": copy.deepcopy(network)}
     if args.compile and args.device == "cuda":
-        reduced = copy.deepcopy(network)
-        reduced.compile(mode="reduce-overhead")
+        rivals["diffusers, reduce-overhead"] = copy.deepcopy(network)
+    denoiser = make_denoiser(network, policy)
     if args.compile:
-        network.compile()
-    label, policy = solver_of(denoiser, args.solver, args.nfe)
+        # A batch size compiles for itself: kernels for any size would be slower.
+        for each, mode in zip(
+            (network, *rivals.values()), (None, None, "reduce-overhead"), strict=False
+        ):
+            each.compile(dynamic=False, mode=mode)
     batches = {}
-    off = check(denoiser, shape, args.device)
+    off = check(denoiser, rivals["diffusers"], shape, args.device)
     for batch in args.batches:
-        found = measure(denoiser, policy, shape, args.device, batch, args.repeats, reduced)
+        found = measure(denoiser, policy, shape, args.device, batch, args.repeats, rivals)
         own = found["dlms_engine"]["images_per_second"]
         rate = {n: own / t["images_per_second"] for n, t in found.items() if n != "dlms_engine"}
         batches[str(batch)] = {"ways": found, "times_the_speed_of": rate}
