@@ -5,7 +5,9 @@
 #   scripts/gpu_check.sh [build|tests|sanitize|bench ...]      default: all four, in this order
 #
 # Environment: VENV (a virtual environment to use, else PYTHON or python3), OUT (build/gpu_check),
-# BUDGET (seconds in all, 570), ARCH (the GPU's own architecture, asked of torch).
+# BUDGET (seconds in all, 570), ARCH (the GPU's own architecture, asked of torch), VENDOR (vendor, a
+# folder with packages that the machine lacks: diffusers, to be compared with; git ignores it),
+# DLMS_COMMIT (the commit, where there is no git).
 # Writes $OUT/gpu_check.log, $OUT/gpu_check.json and the benchmarks' JSON. Status 0: every phase
 # passed. 1: a phase failed or ran out of time. 2: something that is needed is not there.
 set -uo pipefail
@@ -21,6 +23,7 @@ fi
 mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
 LOG=$OUT/gpu_check.log
+VENDOR=${VENDOR:-$ROOT/vendor}
 SITE=$ROOT/build/gpu_site # the build is installed here, beside whatever the Python has
 RESULTS=()
 FAILED=0
@@ -79,6 +82,10 @@ done
 
 # -- what must be there ------------------------------------------------------------------------------
 
+for package in torch triton dlms_engine; do
+  [[ ! -e $VENDOR/$package ]] || missing "$VENDOR holds $package" \
+    "remove it: what is tested is this checkout, with the machine's own torch and triton"
+done
 command -v "$PYTHON" >/dev/null || missing "no '$PYTHON'" "set PYTHON or VENV"
 "$PYTHON" -c 'import torch' 2>>"$LOG" || missing "$PYTHON has no torch" \
   "use a Python with torch >= 2.11 built for CUDA: PYTHON=/path/to/python3"
@@ -104,7 +111,9 @@ PY
 )
 ARCH=${ARCH:-$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')}
 say "$MACHINE"
-say "commit $(git rev-parse --short HEAD 2>/dev/null || echo unknown)"
+DLMS_COMMIT=${DLMS_COMMIT:-$(git describe --always --dirty 2>/dev/null || echo unknown)}
+export DLMS_COMMIT
+say "commit $DLMS_COMMIT"
 
 # -- phases ----------------------------------------------------------------------------------------------
 
@@ -126,6 +135,10 @@ import sys
 sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith("ScikitBuild")]
 PY
 export PYTHONPATH=$SITE${PYTHONPATH:+:$PYTHONPATH}
+if [[ -d $VENDOR ]]; then
+  export PYTHONPATH=$PYTHONPATH:$VENDOR
+  say "with $VENDOR"
+fi
 phase backends 60 "$PYTHON" -c '
 import pathlib, sys
 import dlms_engine
@@ -168,11 +181,12 @@ if wanted sanitize; then
 fi
 
 if wanted bench; then
-  phase bench-row 90 "$PYTHON" -m dlms_engine.bench.device --output "$OUT/bench_row.json"
-  network=plain
-  "$PYTHON" -c 'import diffusers' 2>/dev/null && network=embedded
-  phase bench-loop 60 "$PYTHON" -m dlms_engine.bench.loop --device cuda --network "$network" \
+  # What could not be measured is in their JSON with the reason; bench-step writes after each shape.
+  phase bench-step 120 "$PYTHON" -m dlms_engine.bench step --device cuda \
+    --output "$OUT/bench_step.json"
+  phase bench-loop 60 "$PYTHON" -m dlms_engine.bench loop --device cuda \
     --output "$OUT/bench_loop.json"
+  phase bench-row 60 "$PYTHON" -m dlms_engine.bench device --output "$OUT/bench_row.json"
 fi
 
 write_json
