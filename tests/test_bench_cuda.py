@@ -290,3 +290,65 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     assert step.main(["--device", "cuda"]) == 2 and not called
     monkeypatch.setattr(step.device, "no_gpu", lambda program: False)
     assert step.main(["--device", "cuda"]) == 0 and called[0].device == "cuda"
+
+
+class FakeEvents:
+    """CUDA's clock without CUDA: every call of a run moves it by that run's price."""
+
+    def __init__(self, prices: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.calls: list[tuple[int, int]] = []
+        clock = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = clock.now
+
+            def synchronize(self) -> None: ...
+
+            def elapsed_time(self, end: Any) -> float:
+                return float(end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        self.runs = [self._run(k, price) for k, price in enumerate(prices)]
+
+    def _run(self, k: int, price: float) -> Callable[[int], object]:
+        def run(i: int) -> None:
+            self.now += price
+            self.calls.append((k, i))
+
+        return run
+
+
+def test_rounds_on_a_gpu_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeEvents([0.25, 8.0], monkeypatch)  # milliseconds
+    times = device.interleaved_events(fake.runs, 4, milliseconds=3.0)
+    assert times == [[pytest.approx(250.0)] * 4, [pytest.approx(8000.0)] * 4]
+    timed = fake.calls[-4 * (12 + 3) :]  # a round: 3 ms of the first, at least three of the second
+    assert [k for k, _ in timed] == ([0] * 12 + [1] * 3) * 4
+    for k, many in ((0, 48), (1, 12)):  # every call has the next buffers
+        assert [i for which, i in timed if which == k] == list(range(many))
+
+
+def test_a_figure_comes_with_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    monkeypatch.setenv("DLMS_COMMIT", "1234567-dirty")
+    found = device.machine()
+    assert found["gpu"] == "NVIDIA H200" and found["commit"] == "1234567-dirty"
+    assert {"driver", "torch", "cuda", "triton", "python"} <= set(found)
+    assert (found["diffusers"] is not None) or not rivals.available()
+    assert device._version("no-such-package") is None
+
+
+@pytest.mark.needs_cuda
+def test_on_a_gpu() -> None:
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    given = step_cuda.Tools(cache_bytes=cache, compiler=None)
+    found = step_cuda.Case((1, 4, 64, 64), "float32", given, 3).measure()
+    assert {"triton", "triton in graph"} <= {way for _, way in ways(found)}
+    assert all(0 < r["p20_us"] <= r["p50_us"] <= r["p80_us"] for r in found["rows"])
+    assert step_report.to_reach([found])[0].measured is not None
