@@ -241,7 +241,9 @@ def load_unet(
     unet: nn.Module = from_pretrained(
         folder(name), low_cpu_mem_usage=False, use_safetensors=True, local_files_only=True
     )
-    unet = unet.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # Not diffusers' own to(), which warns of every change of dtype.
+    nn.Module.to(unet, device=device, dtype=dtype)
+    nn.Module.to(unet, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return unet.eval().requires_grad_(False)
 
 
