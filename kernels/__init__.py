@@ -31,14 +31,16 @@ def interpreted() -> bool:
 
 def register() -> None:
     """Register the Triton backend, also for `dlms::` on CUDA if no CUDA library is loaded."""
-    from dlms_engine.ops import backends, schema  # here: ops calls this while it is imported
+    # Here: ops calls this while it is imported.
+    from dlms_engine.ops import backends, designer_row, schema
 
     reason = triton_reason()
     if reason is not None:
         backends.mark_missing("triton", reason)
         return
-    from dlms_engine.kernels.triton import launch, operators
+    from dlms_engine.kernels.triton import designer, launch, operators
 
+    designer_row.register(designer.KERNELS)
     backends.register_backend(
         backends.Backend(
             name="triton",

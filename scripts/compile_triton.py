@@ -19,10 +19,29 @@ CASES = ((1, False), (3, True), (4, False))
 """(depth, guided) that are compiled; the kernels differ in nothing else."""
 
 
-def load_device() -> ModuleType:
-    """kernels/triton/device.py, which needs nothing but Triton."""
-    path = ROOT / "kernels" / "triton" / "device.py"
-    spec = importlib.util.spec_from_file_location("dlms_triton_device", path)
+DESIGNERS = (
+    # label, parameters, row, c_noise, what differs from DESIGNER
+    ("edm,fp32", "fp32", "fp32", "fp32", {}),
+    ("edm,fp64", "fp64", "fp64", "fp64", {}),
+    ("edm,noise,afs", "fp32", "fp32", "fp32", {"NOISE": 1}),
+    ("edm,no features", "fp32", "fp32", "fp32", {"FEATURES": 0}),
+    ("vp,noise", "fp32", "fp32", "fp32", {"PROCESS": 1, "NETWORK": 2, "LEVEL": 1, "NOISE": 1}),
+    ("flow", "fp32", "fp32", "fp32", {"PROCESS": 2, "NETWORK": 4, "LEVEL": 1, "LOG": 0}),
+    ("cosine", "fp32", "fp32", "fp32", {"PROCESS": 3, "NETWORK": 3, "LEVEL": 1}),
+    ("discrete", "fp32", "fp32", "fp32", {"PROCESS": 4, "NETWORK": 2, "LEVEL": 2}),
+)
+"""Designer rows that are compiled: every process and kind of network once."""
+
+DESIGNER = {
+    **{"STEPS": 5, "ORDER": 4, "DEPTH": 4, "AFS": 1, "FEATURES": 64, "LOG": 1, "FROZEN": 0},
+    **{"PROCESS": 0, "NOISE": 0, "NETWORK": 0, "LEVEL": 0, "LANES": 8, "HIDDEN": 128, "CHUNK": 32},
+}
+
+
+def load_device(name: str = "device") -> ModuleType:
+    """kernels/triton/`name`.py; those that hold kernels need nothing but Triton."""
+    path = ROOT / "kernels" / "triton" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"dlms_triton_{name}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -68,6 +87,26 @@ def variants(device: ModuleType) -> list[tuple[str, Any, dict[str, str], dict[st
     return found
 
 
+def designer_variants(
+    device: ModuleType,
+) -> list[tuple[str, Any, dict[str, str], dict[str, Any]]]:
+    """As `variants`, of the designer's row."""
+    kernel, found = device.designer_row_kernel, []
+    network = {"w1_ptr", "b1_ptr", "w2_ptr", "b2_ptr", "time_w_ptr", "time_b_ptr"}
+    network |= {"index_ptr", "head_ptr", "bias_ptr"}
+    for label, state, row, noise, changes in DESIGNERS:
+        types = {name: "*fp64" for name in kernel.arg_names if name.endswith("_ptr")}
+        types |= {name: f"*{state}" for name in (*network, "features_ptr")}
+        types |= {"row_ptr": f"*{row}", "c_noise_ptr": f"*{noise}", "n": "i32"}
+        starts = label not in ("edm,noise,afs", "edm,no features")  # those differ in the row alone
+        for start in (True, False) if starts else (False,):
+            constants = {**DESIGNER, **changes, "START": start}
+            signature = _signature(kernel, types, constants)
+            name = f"triton.designer_{'start' if start else 'row'}<{label}>"
+            found.append((name, kernel, signature, constants))
+    return found
+
+
 def compile_one(
     kernel: Any, signature: dict[str, str], constants: dict[str, Any], arch: int, warps: int
 ) -> Any:
@@ -79,7 +118,7 @@ def compile_one(
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if name.endswith("_ptr") or name in ("n", "total")
+        if name.endswith("_ptr") or (name in ("n", "total") and signature[name] == "i64")
     }
     source = ASTSource(kernel, signature, constants, divisible)
     return triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": warps})
@@ -105,10 +144,10 @@ def assemble(ptx: str, arch: int) -> str:
 def contracted(label: str, ptx: str) -> str | None:
     """The fused multiply-adds that would change the state's bits, or None.
 
-    In float64 backward kernels the coefficient sums may be contracted: they are compared with a
-    tolerance, not bit for bit.
+    In float64 backward kernels the coefficient sums may be contracted, and all of the designer's
+    rows: they are compared with a tolerance, not bit for bit.
     """
-    if "backward<fp64" in label or "sum_middle" in label:
+    if "backward<fp64" in label or "sum_middle" in label or "designer" in label:
         return None
     wide = r"fma\.rn\.f64" if "<fp64" in label else r"fma\.rn(\.ftz)?\.f32"
     found = re.findall(wide, ptx)
@@ -127,7 +166,8 @@ def triton_report(arches: tuple[int, ...]) -> list[dict[str, Any]]:
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: unset it to compile the Triton kernels")
     found = []
-    for label, kernel, signature, constants in variants(load_device()):
+    every = variants(load_device()) + designer_variants(load_device("designer_device"))
+    for label, kernel, signature, constants in every:
         warps = 8 if "backward" in label else 4
         for arch in arches:
             compiled = compile_one(kernel, signature, constants, arch, warps)

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .ops.designer_row import kernel_constants
 from .policy import Row
 from .processes import Process, from_config
 from .versioned import Versioned
@@ -74,6 +75,7 @@ class Designer(Versioned, nn.Module):
     grid: Tensor
     init_weights: Tensor
     init_logits: Tensor
+    constants: Tensor
 
     def __init__(
         self, settings: DesignerSettings, process: Process, grid: Tensor, weights: Tensor
@@ -90,6 +92,9 @@ class Designer(Versioned, nn.Module):
         self.register_buffer("grid", grid.detach().to(torch.float64).clone())
         self.register_buffer("init_weights", weights.detach().to(torch.float64).clone())
         self.register_buffer("init_logits", self._remaining_logits(self.grid))
+        bounds = (settings.time_range, settings.scale_range, settings.time_gain)
+        constants = kernel_constants(bounds, process.config())
+        self.register_buffer("constants", constants, persistent=False)
         if settings.features:
             self.encoder = nn.Sequential(
                 nn.Linear(settings.features, 128), nn.SiLU(), nn.Linear(128, 4)
@@ -197,9 +202,13 @@ class DesignerPolicy:
         design: Design = self.designer(features, t, n)
         return design
 
-    def start(self, batch: int, device: torch.device) -> DesignerRun:
+    def place(self, device: torch.device) -> None:
+        """Moves the designer to ``device`` if it lies elsewhere."""
         if self.designer.grid.device != device:
             self.designer.to(device)
+
+    def start(self, batch: int, device: torch.device) -> DesignerRun:
+        self.place(device)
         return DesignerRun(self, batch, device)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:

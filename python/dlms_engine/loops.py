@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -129,7 +129,17 @@ class PolicySteps:
         return row.contiguous()
 
 
-Steps = TableSteps | PolicySteps
+class Steps(Protocol):
+    """What a loop needs of a step."""
+
+    rows: Tensor | None  # [count, R] or [count, B, R] where all are known beforehand
+    count: int
+    depth: int
+    c_in: Tensor  # [] or [B]: scale of the first network input
+
+    def evaluate(self, n: int, network_input: Tensor) -> Output: ...
+
+    def row(self, n: int) -> Tensor: ...
 
 
 def first_input(x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,13 +11,13 @@ from tqdm.auto import tqdm
 
 from . import engine, ops
 from .denoiser import Denoiser, per_sample
+from .designer_steps import policy_steps
 from .graph import run_captured
 from .graph_cache import GraphCache, identity, split_tensors
 from .loops import (
     AfterRow,
     EnginePool,
     Plan,
-    PolicySteps,
     Steps,
     TableSteps,
     guidance,
@@ -168,8 +168,8 @@ class Sampler(Versioned, nn.Module):
     def _steps(self, x: Tensor, cond: dict[str, Any], plan: Plan | None = None) -> Steps:
         if isinstance(self.policy, SolverTable):
             return TableSteps(self.denoiser, plan or self._plan(x.device), self.policy.depth, cond)
-        run = self.policy.start(x.shape[0], x.device)
-        return PolicySteps(self.denoiser, self.policy, run, self.dtype, cond)
+        backend = ops.select(self.backend, x.device).name
+        return policy_steps(self.denoiser, self.policy, x, self.dtype, cond, backend)
 
     def _run_graph(
         self, x: Tensor, network_dtype: torch.dtype, backend: ops.Backend, cond: dict[str, Any]

@@ -107,7 +107,7 @@ def test_triton_kernels(tmp_path, arch):
     done = run_script([script, "--triton", "--arch", str(arch), "--json", str(report)])
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
-    assert len(found) == 26 and {r["arch"] for r in found} == {arch}
+    assert len(found) == 40 and {r["arch"] for r in found} == {arch}
 
 
 @needs_triton
