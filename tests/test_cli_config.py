@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import complaint, run
 from safetensors.torch import load_file
 
-from dlms_engine.cli import common, main
+from dlms_engine.cli import common
 from dlms_engine.learners.coerce import coerce
 from dlms_engine.learners.dlms import DlmsSettings
 from dlms_engine.learners.settings import hints, resolved, split_settings
@@ -37,28 +38,12 @@ settings:
 """
 
 
-def run(*arguments: object) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
 def shown(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
     """The resolved configuration, from YAML."""
     capsys.readouterr()
     assert run("distill", *arguments, "--show-config") == 0, capsys.readouterr().err
     found: dict[str, Any] = yaml.safe_load(capsys.readouterr().out)
     return found
-
-
-def complaint(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    capsys.readouterr()
-    assert run("distill", *arguments) != 0
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and not captured.out
-    return captured.err
 
 
 @pytest.fixture
@@ -93,7 +78,7 @@ def test_a_preset_gives_way_to_the_file(file: Path, capsys: pytest.CaptureFixtur
     assert found["settings"]["order"] is None and found["settings"]["grid"] == "time_uniform"
     assert found["settings"]["teacher"]["order"] == 2 and found["trajectories"] == 32
     assert "for method 'ld3', not 'dlms'" in complaint(
-        capsys, "--config", file, "--preset", "ld3-cifar10"
+        capsys, "distill", "--config", file, "--preset", "ld3-cifar10"
     )
 
 
@@ -140,9 +125,9 @@ def test_mistakes_in_the_file_are_named(
     text: str, words: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file.write_text(text)
-    assert words in complaint(capsys, "--config", file, "--output", "s.safetensors")
+    assert words in complaint(capsys, "distill", "--config", file, "--output", "s.safetensors")
     assert [path.name for path in file.parent.iterdir()] == ["run.yaml"]
-    assert "cannot be read" in complaint(capsys, "--config", "absent.yaml")
+    assert "cannot be read" in complaint(capsys, "distill", "--config", "absent.yaml")
 
 
 def test_without_pyyaml_json_works_and_yaml_says_how(
@@ -151,7 +136,7 @@ def test_without_pyyaml_json_works_and_yaml_says_how(
     import sys
 
     monkeypatch.setitem(sys.modules, "yaml", None)
-    assert "pip install 'dlms_engine[yaml]'" in complaint(capsys, "--config", file)
+    assert "pip install 'dlms_engine[yaml]'" in complaint(capsys, "distill", "--config", file)
     Path("run.json").write_text(json.dumps({"nfe": 3, "model": "cli_model:tiny"}))
     assert run("distill", "--config", "run.json", "--show-config", "--json") == 0
     assert json.loads(capsys.readouterr().out)["nfe"] == 3

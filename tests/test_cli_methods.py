@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
+from commands import answer, complaint
 from safetensors.torch import load_file
 
-from dlms_engine.cli import main
 from dlms_engine.learners import METHODS
 
 TINY = ("--model", "cli_model:tiny")
@@ -21,22 +20,6 @@ SMALL = {
     "gits": ("points=12", "gamma=[0.9,1.1]"),
     "free_table": ("validation_samples=4", "batch=8"),
 }
-
-
-def status(*words: object) -> int:
-    try:
-        main([str(word) for word in words])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, object]:
-    capsys.readouterr()
-    assert status(*words, "--json") == 0, capsys.readouterr().err
-    found = json.loads(capsys.readouterr().out)
-    assert isinstance(found, dict)
-    return found
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -58,5 +41,4 @@ def test_method_runs_from_the_command_line(
     # planted: another seed is another image
     assert not torch.equal(images[0], images[1])
     # the same command refuses to replace what it made
-    assert status(*words, "--output", path) != 0
-    assert "exists" in capsys.readouterr().err
+    assert "exists" in complaint(capsys, *words, "--output", path)

@@ -13,8 +13,8 @@ import torch
 diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
 pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
 import tiny_pipelines as tiny  # noqa: E402
+from commands import run  # noqa: E402
 
-from dlms_engine.cli import main  # noqa: E402
 from dlms_engine.integrations import prompt_calls as calls  # noqa: E402
 from dlms_engine.integrations.calibrate import load_pipeline, pipeline_denoiser  # noqa: E402
 from dlms_engine.integrations.diffusers import DLMSScheduler  # noqa: E402
@@ -33,14 +33,6 @@ def folder(tmp_path: Path) -> Path:
     tiny.sd(text=tiny.clip(tmp_path / "words")).save_pretrained(tmp_path / "model")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n\n")
     return tmp_path
-
-
-def run(*arguments: object) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
 
 
 def command(folder: Path, *more: object) -> list[object]:
