@@ -18,7 +18,7 @@ class What(str, Enum):
 
 
 def bench(context: typer.Context, what: What) -> None:
-    """Time a solver step, the sampling loop, a GPU kernel or whole samples; options: dlms bench step -- --help."""
+    """Time a step, the loop, a GPU kernel or whole samples; options: dlms bench step -- --help."""
     module = importlib.import_module(f"dlms_engine.bench.{what.value}")
     status = module.main(list(context.args))
     if status:
