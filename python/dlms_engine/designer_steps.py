@@ -1,11 +1,12 @@
 """Steps of a DLMS policy whose rows one kernel computes (``ops/designer_row.py``).
 
-The torch operations of ``designer.py`` are the meaning; they are small and wait for one another, 37 to
-87 graph nodes a row on a GPU. Here a row is one node, beside the mean of the bottleneck.
+The torch operations of ``designer.py`` are the meaning; they are small and wait for one another, 33 to
+83 graph nodes a row on a GPU. Here a row is one node, beside the mean of the bottleneck.
 """
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from .process_base import Process
 from .process_discrete import VPDiscrete
 from .processes import EDM, VP, Cosine, RectifiedFlow
 
+BUILD_ERRORS = (RuntimeError, OSError, ImportError, subprocess.CalledProcessError)
 _KINDS: tuple[type[Process], ...] = (EDM, VP, RectifiedFlow, Cosine, VPDiscrete)  # as PROCESSES
 
 
@@ -84,7 +86,14 @@ def policy_steps(
     kernels = designer_row.select(backend, x.device)
     if kernels is not None and takes(policy):
         policy.place(x.device)
-        return DesignerSteps(denoiser, policy, kernels, x, dtype, cond)
+        try:
+            return DesignerSteps(denoiser, policy, kernels, x, dtype, cond)
+        except BUILD_ERRORS as exc:
+            # Triton needs a C compiler, the CUDA kernels beside it do not.
+            asked = backend == "triton" or torch.compiler.is_compiling()
+            if asked or isinstance(exc, torch.OutOfMemoryError):
+                raise
+            designer_row.refuse(exc)
     return PolicySteps(denoiser, policy, policy.start(x.shape[0], x.device), dtype, cond)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlms_engine.designer import Design, DesignerPolicy
-from dlms_engine.designer_steps import DesignerSteps, takes
+from dlms_engine.designer_steps import DesignerSteps, policy_steps, takes
 from dlms_engine.loops import PolicySteps
 from dlms_engine.ops import designer_row
 from dlms_engine.sampler import seeded_noise
@@ -43,6 +43,25 @@ def test_torch_operations_wherever_nobody_asked_for_a_gpus_kernels():
     x, policy = torch.zeros(2, 1), make_policy()
     assert isinstance(sampler("cpu", "auto", policy)._steps(x, {}), PolicySteps)
     assert designer_row.select("triton", torch.device("meta")) is None
+
+
+@torch.no_grad()
+def test_a_triton_that_does_not_build(monkeypatch, caplog):
+    """The CUDA kernels go on with torch operations; whoever asked for Triton is told."""
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    broken = designer_row.Kernels(fails, fails, ("cpu",))
+    policy, denoiser, x = make_policy(), make_denoiser(EDM, "edm"), torch.zeros(2, 1)
+    monkeypatch.setattr(designer_row, "_held", [broken])
+    with pytest.raises(RuntimeError, match="C compiler"):
+        policy_steps(denoiser, policy, x, torch.float32, {}, "triton")
+    for _ in range(2):
+        steps = policy_steps(denoiser, policy, x, torch.float32, {}, "cuda")
+        assert isinstance(steps, PolicySteps)
+    assert [r.message for r in caplog.records if "C compiler" in r.message] != []
+    assert len(caplog.records) == 1
 
 
 @torch.no_grad()

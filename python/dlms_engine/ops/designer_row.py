@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import layout
+from . import backends, layout
 
 STATE = 5
 CONSTANTS = 11
@@ -110,6 +110,13 @@ _held: list[Kernels] = []
 def register(kernels: Kernels) -> None:
     """Make ``kernels`` the implementation, in place of one registered before."""
     _held[:] = [kernels]
+
+
+def refuse(exc: BaseException) -> None:
+    """Goes on with torch operations, as the kernels cannot be built here; says so."""
+    _held.clear()
+    told = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+    backends.log.warning("rows of DLMS in torch operations: Triton does not build (%s)", told)
 
 
 def select(backend: str, device: torch.device) -> Kernels | None:
