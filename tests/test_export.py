@@ -284,11 +284,11 @@ def test_the_package_runs_without_the_library(tmp_path, name):
 
 @compiler
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_without_a_compiler_the_reason_is_given(tmp_path, monkeypatch):
+def test_without_a_compiler_the_reason_is_given(tmp_path):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (str(tmp_path / "no-such-compiler"),))
-    with pytest.raises(SamplerExportError, match=r"needs a working C\+\+ compiler"):
+    absent = config.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)})
+    with absent, pytest.raises(SamplerExportError, match=r"needs a working C\+\+ compiler"):
         export_sampler(make("table")[0], noise(2), tmp_path / "sampler.pt2")
 
 
