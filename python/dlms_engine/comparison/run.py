@@ -207,14 +207,14 @@ class _Run:
         self.panels = {"accurate": self._exact[: self.settings.shown]}
         learned: list[dict[str, Any]] = []
         hand: dict[str, Entry] = {}
-        if self.settings.screen_samples:
-            entry = self._best_handcrafted(nfe)
-            hand[entry.digest] = entry
         for contestant in contestants:
             base = self._base(contestant, nfe)
             if base is not None:
                 base = hand.setdefault(base.digest, base)
             learned.append(self._learned(contestant, nfe, base))
+        if self.settings.screen_samples:
+            entry = self._best_handcrafted(nfe)
+            hand.setdefault(entry.digest, entry)
         return [*(self._row(entry) for entry in hand.values()), *learned]
 
     def _best_handcrafted(self, nfe: int) -> Entry:
