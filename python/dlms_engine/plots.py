@@ -15,7 +15,9 @@ from torch import Tensor
 
 from .processes import Process
 
-LEARNED_COLOURS = ("#b3123c", "#d95f02", "#7b3294", "#1b7837")
+LEARNED_COLOURS = (
+    "#b3123c", "#d95f02", "#7b3294", "#1b7837", "#1f5fbf", "#8c6d00", "#111111", "#d64fa0",
+)  # fmt: skip
 HANDCRAFTED_COLOURS = ("#3b6ea5", "#4f9d9d", "#8a8a8a", "#a68a3d", "#6c7fb3", "#708238")
 MARKERS = "osD^vP*X"
 DRAWN = ("loss", "error", "rmse", "distance", "validation")
@@ -76,7 +78,7 @@ def loss_curve(
     axes = figure.subplots()
     for index, (name, points) in enumerate(columns.items()):
         at = [float(history[row].get(step, row)) for row, _ in points]
-        colour = (*LEARNED_COLOURS, *HANDCRAFTED_COLOURS)[index % 10]
+        colour = (*LEARNED_COLOURS, *HANDCRAFTED_COLOURS)[index % 14]
         axes.plot(at, [value for _, value in points], label=name, color=colour, linewidth=1.2)
     axes.set(xlabel=step, yscale="log", title=title)
     axes.legend(frameon=False, fontsize=8)
@@ -169,7 +171,9 @@ def quality(
         axes.axhline(floor, color="#555555", linewidth=0.8, label="floor")
     axes.set(xlabel="network evaluations (NFE)", ylabel=ylabel, yscale="log", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=7)
+    many = len(handcrafted) + len(learned) > 6  # beside the curves, not on them
+    beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
+    axes.legend(frameon=False, fontsize=7, **beside)
     _tidy(axes)
     return _write(figure, path)
 
@@ -235,21 +239,27 @@ def side_by_side(
     columns: int = 4,
     enlarge: int = 4,
     title: str = "",
+    across: int = 6,
 ) -> Path:
     """Sample grids next to each other, one labelled panel a sampler, the same seeds in each.
 
     Args:
         panels: label (may hold line breaks) -> images ``[B, C, H, W]`` in [-1, 1].
+        across: panels in a line, at most.
     """
     canvases = {label: tile(images, columns, enlarge=enlarge) for label, images in panels.items()}
     height, width = next(iter(canvases.values())).shape[:2]
     panel_width = 2.6
-    figure = _new_figure(panel_width * len(canvases), panel_width * height / width + 0.75)
-    axes = figure.subplots(1, len(canvases), squeeze=False)[0]
-    for axis, (label, canvas) in zip(axes, canvases.items(), strict=True):
+    lines = -(-len(canvases) // across)
+    across = -(-len(canvases) // lines)
+    tall = panel_width * height / width + 0.3
+    figure = _new_figure(panel_width * across, lines * tall + 0.45)
+    axes = figure.subplots(lines, across, squeeze=False).flatten()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, (label, canvas) in zip(axes, canvases.items(), strict=False):
         axis.imshow(canvas.squeeze(-1).numpy(), cmap="gray", interpolation="nearest")
         axis.set_title(label, fontsize=9)
-        axis.set_axis_off()
     if title:
         figure.suptitle(title, fontsize=10)
     return _write(figure, path)

@@ -91,7 +91,10 @@ def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Quality against NFE, one picture a figure; returns what was written."""
+    """Quality against NFE: the learned solvers and the best handcrafted one measured at each count.
+
+    Returns what was written, one picture a figure.
+    """
     names = {
         "rmse": "endpoint RMSE",
         "excess_accurate": f"{LABEL}\nto accurate samples, above the floor",
@@ -104,17 +107,12 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
             if key in row:
                 side = curves[row["learned"]].setdefault(row["solver"], {})
                 side[row["nfe"]] = max(row[key], 1e-3)  # an excess may be negative; a log axis
-        hand = {name: held for name, held in curves[0].items() if _is_base(name, result["rows"])}
-        hand["best handcrafted"] = _lowest(curves[0])
+        hand = {"best handcrafted": _lowest(curves[0])} if curves[0] else {}
         name = key.removeprefix("excess_")
         title = "Quality for the cost (lower is better)"
         path = folder / f"compare-{name}.png"
         found.append(plots.quality(hand, curves[1], path, ylabel=label, title=title))
     return found
-
-
-def _is_base(name: str, rows: Sequence[Row]) -> bool:
-    return any(row.get("base") == name for row in rows)
 
 
 def _lowest(curves: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
