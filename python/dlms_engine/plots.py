@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .files import replacing
 from .processes import Process
 
 LEARNED_COLOURS = (
@@ -42,9 +43,8 @@ def _write(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Atomic: a reader never sees half a picture."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    figure.savefig(partial, format=target.suffix.lstrip(".") or "png")
-    partial.replace(target)
+    with replacing(target) as partial:
+        figure.savefig(partial, format=target.suffix.lstrip(".") or "png")
     return target
 
 
@@ -226,9 +226,8 @@ def samples(
     target.parent.mkdir(parents=True, exist_ok=True)
     canvas = tile(images, columns, enlarge=enlarge).numpy()
     picture = Image.fromarray(canvas if canvas.shape[-1] == 3 else canvas[..., 0])
-    partial = target.with_name(f".{target.name}.partial")
-    picture.save(partial, format=(target.suffix.lstrip(".") or "png").replace("jpg", "jpeg"))
-    partial.replace(target)
+    with replacing(target) as partial:
+        picture.save(partial, format=(target.suffix.lstrip(".") or "png").replace("jpg", "jpeg"))
     return target
 
 

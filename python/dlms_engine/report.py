@@ -9,7 +9,7 @@ from typing import Any
 
 from . import plots
 from .evaluation.frechet import LABEL
-from .evaluation.rows import best, figure
+from .evaluation.rows import best, figure, rank
 
 Row = Mapping[str, Any]
 
@@ -56,23 +56,17 @@ def _matrix(rows: Sequence[Row], nfes: Sequence[int], by: str) -> str:
     cells: dict[str, dict[int, str]] = {}
     ranks: dict[str, list[float]] = {}
     for nfe in nfes:
-        ranked = sorted(
-            (r for r in rows if r["nfe"] == nfe), key=lambda r: _sortable(figure(r, by))
-        )
-        for rank, row in enumerate(ranked):
+        ranked = sorted((r for r in rows if r["nfe"] == nfe), key=lambda r: rank(figure(r, by)))
+        for position, row in enumerate(ranked):
             shown = number(figure(row, by))
             name = f"**{row['solver']}**" if row["learned"] else str(row["solver"])
             certain = "compared" in row
             cells.setdefault(name, {})[nfe] = shown if certain else f"({shown})"
-            ranks.setdefault(name, []).append(rank / len(ranked))
+            ranks.setdefault(name, []).append(position / len(ranked))
     lines = ["| solver | " + " | ".join(map(str, nfes)) + " |", "|---|" + "---:|" * len(nfes)]
     for name in sorted(cells, key=lambda name: sum(ranks[name]) / len(ranks[name])):
         lines.append(f"| {name} | " + " | ".join(cells[name].get(nfe, "") for nfe in nfes) + " |")
     return "\n".join(lines)
-
-
-def _sortable(value: float) -> float:
-    return math.inf if math.isnan(value) else value
 
 
 def number(value: float) -> str:

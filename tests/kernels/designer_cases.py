@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import pytest
 import torch
 from cli_model import TinyNetwork
-from gpu import require_cuda
 from torch import Tensor
 
-from dlms_engine import grids, kernels, processes
+from dlms_engine import grids, processes
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.designer import Designer, DesignerPolicy, DesignerSettings
 from dlms_engine.designer_steps import DesignerSteps, policy_steps
@@ -19,16 +17,6 @@ from dlms_engine.sampler import Sampler
 
 EDM = processes.EDM()
 DISCRETE = processes.VPDiscrete(betas=torch.linspace(1e-4, 0.02, 100))
-
-
-def place() -> str:
-    """Where the kernels run: the CPU under the interpreter, else a GPU, or the test is skipped."""
-    if kernels.triton_reason() is not None:
-        pytest.skip(str(kernels.triton_reason()))
-    if kernels.interpreted():
-        return "cpu"
-    require_cuda()
-    return "cuda"
 
 
 class Given(Denoiser):

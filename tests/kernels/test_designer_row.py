@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from designer_cases import DISCRETE, EDM, both, check, make_denoiser, make_policy, place, sampler
+from designer_cases import DISCRETE, EDM, both, check, make_denoiser, make_policy, sampler
+from gpu import triton_device
 from kernel_cases import assert_no_worse_than_eager
 
 from dlms_engine import processes
@@ -19,7 +20,7 @@ from dlms_engine.sampler import seeded_noise
 
 @pytest.fixture
 def device() -> str:
-    return place()
+    return triton_device()
 
 
 @pytest.mark.parametrize("prediction", ["data", "noise"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from designer_cases import DISCRETE, EDM, both, check, make_denoiser, make_policy, place, sampler
+from designer_cases import DISCRETE, EDM, both, check, make_denoiser, make_policy, sampler
+from gpu import triton_device
 from test_capturable import NoHostCopies
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,7 @@ from dlms_engine.sampler import seeded_noise
 
 @pytest.fixture
 def device() -> str:
-    return place()
+    return triton_device()
 
 
 class Louder(DesignerPolicy):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import require_cuda
+from gpu import triton_device
 from kernel_cases import make_case
 
 from dlms_engine import kernels, ops
@@ -13,12 +13,7 @@ from dlms_engine.ops import reference
 
 @pytest.fixture
 def device() -> str:
-    if kernels.triton_reason() is not None:
-        pytest.skip(str(kernels.triton_reason()))
-    if kernels.interpreted():
-        return "cpu"
-    require_cuda()
-    return "cuda"
+    return triton_device()
 
 
 def test_opcheck(device):

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..files import write_text
+
 SETTINGS = "settings"
 _HELD = "dlms_engine.config"
 # What only a command line may say, or what says nothing about the result.
@@ -128,7 +130,5 @@ def show(configuration: Mapping[str, Any], as_json: bool) -> None:
 def write_beside(output: Path, configuration: Mapping[str, Any]) -> Path:
     """Writes ``OUTPUT.config.json``, where OUTPUT is the solver file without its suffix."""
     path = output.with_suffix(".config.json")
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(configuration, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_text(path, json.dumps(configuration, indent=2) + "\n")
     return path

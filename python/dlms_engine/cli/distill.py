@@ -75,7 +75,7 @@ def distill(
     asked = pipelines.PipelineOptions(pipeline, prompts, guidance_scale, call, cache, device, dtype)
     if asked.check():
         pipelines.distill_for_pipeline(
-            asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed, preset=None,
+            asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed,
             settings={**settings, "tensorboard": tensorboard}, resume=resume, overwrite=overwrite,
             plot=plot, as_json=as_json,
         )  # fmt: skip

@@ -83,7 +83,6 @@ def distill_for_pipeline(
     nfe: int,
     trajectories: int | None,
     seed: int,
-    preset: str | None,
     settings: dict[str, Any],
     resume: bool,
     overwrite: bool,
@@ -99,13 +98,6 @@ def distill_for_pipeline(
     cache = options.cache or output.with_name(f"{output.stem}.cache")
     from ..integrations.calibrate import distill_pipeline
 
-    if preset is not None:
-        from ..learners import presets
-
-        settings = {**presets.preset(preset), **settings}
-        method = settings.pop("method")
-        trajectories = trajectories or settings.get("trajectories")
-        settings.pop("trajectories", None)
     started = time.perf_counter()
     pipe = _loaded(options)
     _check_prompts(pipe, options)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..files import replacing
 from .common import (
     AfsOption,
     BackendOption,
@@ -116,9 +117,8 @@ def _write(images: Tensor, output: Path, columns: int) -> None:
     if output.suffix == ".safetensors":
         from safetensors.torch import save_file
 
-        partial = output.with_name(f".{output.name}.partial")
-        save_file({"samples": images.contiguous()}, partial)
-        partial.replace(output)
+        with replacing(output) as partial:
+            save_file({"samples": images.contiguous()}, partial)
         return
     from .. import plots
 

@@ -18,7 +18,7 @@ class Base:
     """The handcrafted solver a learner starts from, at the same number of evaluations.
 
     Attributes:
-        method, grid, order, options: as for ``dlms sample``.
+        method, grid, order: as for ``dlms sample``.
         afs: "off", "dockhorn", "zero", or "odd": dockhorn where two evaluations a step need it.
     """
 
@@ -26,7 +26,6 @@ class Base:
     grid: str = "polynomial"
     order: int | None = None
     afs: str = "off"
-    options: Mapping[str, Any] = field(default_factory=dict)
 
     def table(self, process: Process, nfe: int) -> SolverTable:
         """Its table.
@@ -35,9 +34,8 @@ class Base:
             ValueError: no number of steps gives that nfe.
         """
         afs = ("dockhorn" if nfe % 2 else "off") if self.afs == "odd" else self.afs
-        options = dict(self.options)
         return handcrafted_table(
-            process, self.method, nfe, grid=self.grid, order=self.order, afs=afs, **options
+            process, self.method, nfe, grid=self.grid, order=self.order, afs=afs
         )
 
 
@@ -112,17 +110,20 @@ STANDARD = ("dlms", "amed", "amed-plugin", "ld3", "dode", "gits", "free_table")
 """Who takes part unless others are named."""
 
 
+def _local(label: str, **changes: Any) -> Contestant:
+    """DLMS with the paper's local objective alone, some settings changed."""
+    whole = _of_preset(label, "dlms-embedded-local", base=IPNDM)
+    return dataclasses.replace(whole, settings={**whole.settings, **changes})
+
+
 def _ablations() -> list[Contestant]:
     """Liang et al. 2025, Table 3, on the embedded model's settings of the local algorithm."""
-    whole = _of_preset("dlms", "dlms-embedded-local", base=IPNDM)
 
     def without(label: str, **changes: Any) -> Contestant:
-        return dataclasses.replace(
-            whole, label=f"without {label}", settings={**whole.settings, **changes}
-        )
+        return _local(f"without {label}", **changes)
 
     return [
-        whole,
+        _local("dlms"),
         without("analytical first step", afs=False),
         without("bottleneck", bottleneck=False),
         without("high-order start", init="ddim"),
@@ -135,13 +136,7 @@ def _ablations() -> list[Contestant]:
 
 def _interpolations() -> list[Contestant]:
     """Liang et al. 2025, Table 4: M, the teacher's times inside a step."""
-    whole = _of_preset("dlms", "dlms-embedded-local", base=IPNDM)
-    return [
-        dataclasses.replace(
-            whole, label=f"M = {m}", settings={**whole.settings, "teacher_interpolation": m}
-        )
-        for m in (1, 2, 3, 4)
-    ]
+    return [_local(f"M = {m}", teacher_interpolation=m) for m in (1, 2, 3, 4)]
 
 
 STUDIES = {"ablation": _ablations, "interpolation": _interpolations}

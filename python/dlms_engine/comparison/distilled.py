@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..denoiser import Denoiser
 from ..evaluation.store import network_digest
+from ..files import write_text
 from ..learners import distill
 from ..policy import Policy
 from ..solver_file import load_solver
@@ -60,6 +62,11 @@ class Workshop:
     seed: int
     advance: Callable[[int], None]
 
+    @cached_property
+    def _model(self) -> str:
+        """Of the weights: hashed once, not for every contestant and count."""
+        return network_digest(self.denoiser.network)
+
     def distilled(self, contestant: Contestant, nfe: int) -> Distilled:
         """The solver of ``nfe`` evaluations.
 
@@ -76,9 +83,7 @@ class Workshop:
             return Distilled(policy, **held["cost"])
         found = self._make(contestant, nfe, path)
         cost = {k: v for k, v in vars(found).items() if k != "policy"}
-        partial = facts_path.with_suffix(".partial")
-        partial.write_text(json.dumps({"key": key, "cost": cost}, indent=1), encoding="utf-8")
-        partial.replace(facts_path)
+        write_text(facts_path, json.dumps({"key": key, "cost": cost}, indent=1))
         return found
 
     def _make(self, contestant: Contestant, nfe: int, path: Path) -> Distilled:
@@ -124,7 +129,7 @@ class Workshop:
             "nfe": nfe,
             "budget": self.budget if contestant.scales else None,
             "seed": self.seed,
-            "model": network_digest(self.denoiser.network),
+            "model": self._model,
         }
         plain: dict[str, Any] = json.loads(json.dumps(key, default=str))
         return plain

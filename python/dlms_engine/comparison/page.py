@@ -11,6 +11,8 @@ from typing import Any
 
 from .. import plots
 from ..evaluation.frechet import LABEL
+from ..evaluation.rows import rank
+from ..files import write_text
 from ..report import number
 
 Row = Mapping[str, Any]
@@ -62,7 +64,7 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
     """By evaluations, then by distance to accurate samples; what was refused comes last."""
-    return sorted(rows, key=lambda row: (row["nfe"], _sortable(row.get("excess_accurate"))))
+    return sorted(rows, key=lambda row: (row["nfe"], rank(row.get("excess_accurate"))))
 
 
 def base_of(row: Row, rows: Sequence[Row]) -> Row | None:
@@ -72,10 +74,6 @@ def base_of(row: Row, rows: Sequence[Row]) -> Row | None:
         if same and other["solver"] == row.get("base"):
             return other
     return None
-
-
-def _sortable(value: float | None) -> float:
-    return math.inf if value is None or math.isnan(value) else value
 
 
 def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
@@ -144,9 +142,7 @@ def page(result: Mapping[str, Any], folder: Path, *, command: str = "") -> Path:
         "</body></html>",
     ]
     path = folder / "compare.html"
-    partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(parts), encoding="utf-8")
-    partial.replace(path)
+    write_text(path, "\n".join(parts))
     return path
 
 

@@ -16,8 +16,9 @@ from ..denoiser import Denoiser
 from ..embedded import ReferenceStatistics
 from ..evaluation.frechet import FeatureSums
 from ..evaluation.measure import Entry, Measurer
-from ..evaluation.rows import Floors, distance
+from ..evaluation.rows import Floors, distance, rank
 from ..evaluation.store import Store
+from ..files import write_text
 from ..parallel import World
 from ..plots import side_by_side
 from ..sampler import Sampler
@@ -128,7 +129,7 @@ def compare(
             if settings.shown:
                 side_by_side(run.panels, folder / f"samples-{nfe}.png", title=f"{nfe} evaluations")
             result = run.result(rows)
-            _write(folder / "compare.json", result)
+            write_text(folder / "compare.json", json.dumps(result, indent=1))
     return result
 
 
@@ -223,7 +224,7 @@ class _Run:
         few = self.settings.seeds[: self.settings.screen_samples]
         exact = self._exact[: len(few)]
         found = self._measurer.measure(f"screen-{nfe}", entries, few, exact)
-        ranked = sorted(range(len(found)), key=lambda i: _finite(found[i].rmse))
+        ranked = sorted(range(len(found)), key=lambda i: rank(found[i].rmse))
         return entries[ranked[0]]
 
     def _base(self, contestant: Contestant, nfe: int) -> Entry | None:
@@ -275,13 +276,3 @@ def _cost(solver: Distilled) -> dict[str, Any]:
         "backward": solver.backward,
         "seconds": solver.seconds,
     }
-
-
-def _finite(value: float) -> float:
-    return value if value == value else float("inf")
-
-
-def _write(path: Path, result: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    partial.replace(path)

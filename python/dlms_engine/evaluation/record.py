@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from ..denoiser import Denoiser
 from ..embedded import ReferenceStatistics
+from ..files import write_text
 from ..parallel import World
 from .frechet import FeatureSums
 from .measure import Entry, Measurer
@@ -111,10 +112,7 @@ def record(
         result = _measure(measurer, reference, handcrafted, learned, settings, bar)
     if measurer.world.rank != 0:
         return result
-    path = folder / "record.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1, allow_nan=True), encoding="utf-8")
-    partial.replace(path)
+    write_text(folder / "record.json", json.dumps(result, indent=1, allow_nan=True))
     return result
 
 

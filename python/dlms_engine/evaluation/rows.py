@@ -53,8 +53,8 @@ def measured_row(
 
 def shortlist(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
     """Indices of the best ``count`` by RMSE and half as many by distance, without repetition."""
-    by_rmse = sorted(range(len(rows)), key=lambda i: _rank(rows[i]["rmse"]))
-    by_distance = sorted(range(len(rows)), key=lambda i: _rank(rows[i]["screen"]["to_accurate"]))
+    by_rmse = sorted(range(len(rows)), key=lambda i: rank(rows[i]["rmse"]))
+    by_distance = sorted(range(len(rows)), key=lambda i: rank(rows[i]["screen"]["to_accurate"]))
     return list(dict.fromkeys([*by_rmse[:count], *by_distance[: (count + 1) // 2]]))
 
 
@@ -62,12 +62,13 @@ def finalists(rows: Sequence[Mapping[str, Any]], count: int) -> list[int]:
     """Indices of the best ``count`` handcrafted by compared distance, and of every learned one."""
     listed = [i for i, row in enumerate(rows) if "compared" in row]
     hand = [i for i in listed if not rows[i]["learned"]]
-    ranked = sorted(hand, key=lambda i: _rank(rows[i]["compared"]["to_accurate"]))
+    ranked = sorted(hand, key=lambda i: rank(rows[i]["compared"]["to_accurate"]))
     return [*ranked[:count], *(i for i in listed if rows[i]["learned"])]
 
 
-def _rank(value: float) -> float:
-    return math.inf if math.isnan(value) else value
+def rank(value: float | None) -> float:
+    """``value`` to sort by; what is missing or no number comes last."""
+    return math.inf if value is None or math.isnan(value) else value
 
 
 def best(
@@ -79,7 +80,7 @@ def best(
         if any(size in row for row in pool):
             pool = [row for row in pool if size in row]
             break
-    return min(pool, key=lambda row: _rank(figure(row, by)), default=None)
+    return min(pool, key=lambda row: rank(figure(row, by)), default=None)
 
 
 def figure(row: Mapping[str, Any], by: str) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..files import replacing
 
 FORMAT = "dlms_engine.record/1"
 
@@ -43,11 +44,9 @@ class Store:
 
     def save(self, name: str, key: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Replaces what is saved as ``name``."""
-        path = self._path(name)
-        partial = path.with_suffix(".partial")
         kept = {held: tensor.detach().cpu().contiguous() for held, tensor in tensors.items()}
-        save_file(kept, partial, {"format": FORMAT, "key": _text(key)})
-        os.replace(partial, path)
+        with replacing(self._path(name)) as partial:
+            save_file(kept, partial, {"format": FORMAT, "key": _text(key)})
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..denoiser import Denoiser, FeatureTap, find_module
+from ..files import replacing
 from ..learners import distill
 from .diffusers import DLMSScheduler
 from .prompt_calls import NetworkCall, is_batched, network_of, prompt_calls
@@ -109,9 +110,8 @@ class PipelineDenoiser(Denoiser):
             except (OSError, KeyError, safetensors.SafetensorError) as exc:
                 log.warning("%s cannot be read (%s): made anew", path, exc)
         exact = solve()
-        partial = path.with_name(f".{path.name}.partial")
-        save_file({"noise": noise.contiguous(), "exact": exact.contiguous()}, partial)
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file({"noise": noise.contiguous(), "exact": exact.contiguous()}, partial)
         return exact
 
     def _key(self, noise: Tensor, steps: int) -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
+from ..files import replacing
 from . import edm
 from .formats import check_format, read_metadata, read_tensors, stamp
 from .guided import Noise, guided_denoiser
@@ -179,9 +179,8 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
             "noise": None if noise is None else dataclasses.asdict(noise),
         }
         metadata = {**stamp(FORMAT), "checkpoint": json.dumps(described)}
-    partial = target.with_name(f".{target.name}.partial")
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial, metadata)
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial, metadata)
     return target
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
+from ..files import replacing
 from ..processes import EDM
 from .formats import check_format, read_metadata, stamp
 from .networks import NETWORKS
@@ -122,9 +122,8 @@ def convert(source: str | Path, target: str | Path) -> Path:
     snapshot.network()  # refuses what could not be used later
     described = {k: v for k, v in vars(snapshot).items() if k != "tensors"}
     metadata = {**stamp(FORMAT), "snapshot": json.dumps(described)}
-    partial = target.with_name(f".{target.name}.partial")
-    save_file({k: v.contiguous() for k, v in snapshot.tensors.items()}, partial, metadata)
-    os.replace(partial, target)
+    with replacing(target) as partial:
+        save_file({k: v.contiguous() for k, v in snapshot.tensors.items()}, partial, metadata)
     return target
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..files import replacing
 from .schedule.probe import Loop, first_argument
 
 log = logging.getLogger("dlms_engine")
@@ -251,9 +251,8 @@ def _write(path: Path, key: str, call: NetworkCall) -> None:
     except (TypeError, ValueError, NotImplementedError) as exc:
         log.info("the prompts' embeddings are not kept: %s", exc)
         return
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, {"format": FORMAT, "call": described})
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, {"format": FORMAT, "call": described})
 
 
 def _read(path: Path, key: str) -> NetworkCall | None:
