@@ -14,8 +14,8 @@ import sys
 
 import torch
 
-from dlms_engine import models
-from dlms_engine.embedded import C_NOISE_SCALE
+from dlms_engine.lab import benchmark_model
+from dlms_engine.models.embedded import C_NOISE_SCALE
 
 LEVELS = (80.0, 20.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.05, 0.002)
 
@@ -23,7 +23,10 @@ LEVELS = (80.0, 20.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.05, 0.002)
 @torch.no_grad()
 def errors(name: str, device: str, count: int = 64) -> dict[str, float]:
     """dtype -> RMS difference of the network's answers to float32's, the largest of all levels."""
-    unets = {dtype: models.load_unet(name, device, models.DTYPES[dtype]) for dtype in models.DTYPES}
+    unets = {
+        dtype: benchmark_model.load_unet(name, device, benchmark_model.DTYPES[dtype])
+        for dtype in benchmark_model.DTYPES
+    }
     size = unets["float32"].config.sample_size
     generator = torch.Generator().manual_seed(0)
     # Unit variance at every level, as preconditioning gives it.
@@ -33,7 +36,9 @@ def errors(name: str, device: str, count: int = 64) -> dict[str, float]:
         time = torch.full((count,), C_NOISE_SCALE * math.log(sigma) / 4, device=device)
         wide = unets["float32"](x, time, return_dict=False)[0]
         for dtype in found:
-            half = unets[dtype](x.to(models.DTYPES[dtype]), time, return_dict=False)[0].float()
+            half = unets[dtype](x.to(benchmark_model.DTYPES[dtype]), time, return_dict=False)[
+                0
+            ].float()
             off = float((half - wide).square().mean().sqrt())
             found[dtype] = max(found[dtype], off if math.isfinite(off) else math.inf)
     return found

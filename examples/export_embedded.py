@@ -44,7 +44,7 @@ OLDER["hardware"] = "not recorded"
 
 def assets(preset: str) -> Path:
     if preset == "embedded":
-        return ROOT / "python" / "dlms_engine" / "assets" / "embedded"
+        return ROOT / "python" / "dlms_engine" / "models" / "assets" / "embedded"
     return ROOT / "benchmarks" / "models" / preset
 
 
@@ -110,8 +110,9 @@ def provenance(
 
 
 def type_of_features(preset: str) -> str:
-    embedded = preset == "embedded"
-    return f"dlms_engine.{'embedded.FeatureNetwork' if embedded else 'models.ResidualFeatures'}"
+    if preset == "embedded":
+        return "dlms_engine.models.embedded.FeatureNetwork"
+    return "dlms_engine.lab.benchmark_model.ResidualFeatures"
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:

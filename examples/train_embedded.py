@@ -6,7 +6,7 @@ The network is a diffusers ``UNet2DModel``; EDM preconditioning (Karras et al. 2
 
 with sigma_data = 0.5. ``C_NOISE_SCALE`` spreads c_noise (about -1.5 .. 1.1) over the positional
 embedding's frequencies, whose fastest period is 2 pi; the same constant is applied by
-``dlms_engine.embedded`` when the trained weights are loaded.
+``dlms_engine.models.embedded`` when the trained weights are loaded.
 
     MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 \\
     python examples/train_embedded.py --data images.tar.xz --out runs/embedded --images 2000000

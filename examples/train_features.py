@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from dlms_engine.embedded import FeatureNetwork
-from dlms_engine.models import ResidualFeatures
+from dlms_engine.lab.benchmark_model import ResidualFeatures
+from dlms_engine.models.embedded import FeatureNetwork
 
 
 def build_features(widths: str) -> FeatureNetwork | ResidualFeatures:

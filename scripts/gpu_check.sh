@@ -182,11 +182,11 @@ fi
 
 if wanted bench; then
   # What could not be measured is in their JSON with the reason; bench-step writes after each shape.
-  phase bench-step 120 "$PYTHON" -m dlms_engine.bench step --device cuda \
+  phase bench-step 120 "$PYTHON" -m dlms_engine.lab.bench step --device cuda \
     --output "$OUT/bench_step.json"
-  phase bench-loop 60 "$PYTHON" -m dlms_engine.bench loop --device cuda \
+  phase bench-loop 60 "$PYTHON" -m dlms_engine.lab.bench loop --device cuda \
     --output "$OUT/bench_loop.json"
-  phase bench-row 60 "$PYTHON" -m dlms_engine.bench device --output "$OUT/bench_row.json"
+  phase bench-row 60 "$PYTHON" -m dlms_engine.lab.bench device --output "$OUT/bench_row.json"
 fi
 
 write_json

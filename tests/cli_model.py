@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dlms_engine.cli.common import Model
 from dlms_engine.denoiser import Denoiser
-from dlms_engine.embedded import ReferenceStatistics
+from dlms_engine.models.embedded import ReferenceStatistics
 from dlms_engine.processes import EDM
 
 SHAPE = (3, 8, 8)

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     # Before anything imports Triton, which looks once: its kernels then run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -43,7 +43,7 @@ def test_site_builds_with_its_reference(tmp_path: Path) -> None:
         assert (tmp_path / "site" / page.relative_to(ROOT / "docs").with_suffix(".html")).exists()
     index = plain(tmp_path / "site" / "reference" / "index.html")
     # a signature, a sentence of a docstring, and what an argument means
-    assert "dlms_engine.sampler.Sampler" in index
+    assert "dlms_engine.engine.sampler.Sampler" in index
     assert "Wraps network(x, c_noise, **cond) so that every solver sees the same thing." in index
     assert "start noises to train on; None is the method's own default." in index
     assert "::: " not in index
@@ -51,7 +51,9 @@ def test_site_builds_with_its_reference(tmp_path: Path) -> None:
     assert pictures and all((tmp_path / "site" / name).exists() for name in pictures)
 
 
-@pytest.mark.parametrize("fault", ["::: dlms_engine.sampler.NoSuchName", "[gone](no-such-page.md)"])
+@pytest.mark.parametrize(
+    "fault", ["::: dlms_engine.engine.sampler.NoSuchName", "[gone](no-such-page.md)"]
+)
 def test_a_name_or_page_that_is_gone_fails_the_build(fault: str, tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text(f"# Page\n\n{fault}\n")

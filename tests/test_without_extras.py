@@ -13,8 +13,8 @@ from without_extras import EXTRAS
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 CORE_TESTS = (
-    "test_denoiser.py", "test_grids.py", "test_processes.py", "test_sampler.py", "test_solver_file.py",
-    "test_table.py", "test_trace.py", "test_versioned.py", "integrations/test_edm.py",
+    "test_denoiser.py", "processes", "engine/test_sampler.py", "tables",
+    "support/test_versioned.py", "checkpoints/test_edm.py",
     "integrations/test_k_diffusion.py", "solvers/test_registry.py",
 )  # fmt: skip
 SETUP = "import without_extras; without_extras.block()\n"
@@ -60,8 +60,8 @@ print(*own)
 ASKED = {
     "import dlms_engine; dlms_engine.accelerate": "dlms-engine[diffusers]",
     "import dlms_engine.integrations.diffusers": "dlms-engine[diffusers]",
-    "import dlms_engine.integrations.calibrate": "dlms-engine[diffusers]",
-    "import dlms_engine.integrations.single_file": "dlms-engine[diffusers]",
+    "import dlms_engine.integrations.pipelines.distill": "dlms-engine[diffusers]",
+    "import dlms_engine.checkpoints.single_file": "dlms-engine[diffusers]",
     "from dlms_engine import embedded; embedded.embedded_network()": "dlms-engine[diffusers]",
     "import torch; from dlms_engine import plots; "
     "plots.samples(torch.zeros(1, 3, 4, 4), 'a.png')": "dlms-engine[plots]",
@@ -107,10 +107,10 @@ def test_modules_import_or_name_their_extra(tmp_path: Path) -> None:
     done = run(IMPORTS, tmp_path)
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == {
-        "dlms_engine.integrations.calibrate",
+        "dlms_engine.integrations.pipelines.distill",
         "dlms_engine.integrations.diffusers",
-        "dlms_engine.integrations.schedule.base",
-        "dlms_engine.integrations.single_file",
+        "dlms_engine.integrations.scheduler.base",
+        "dlms_engine.checkpoints.single_file",
     }
 
 

@@ -1,6 +1,6 @@
 """Makes every optional dependency look as if it were not installed: a pytest plugin, and importable.
 
-python -m pytest -p without_extras tests/test_sampler.py ...     (with tests/ on PYTHONPATH)
+python -m pytest -p without_extras tests/engine/test_sampler.py ...     (with tests/ on PYTHONPATH)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Triton kernel of a DLMS designer's row: one program computes everything of one sample.
 
-The meaning of all of it is `python/dlms_engine/designer.py` (design, coefficients, elimination of the
-start state) and `Denoiser.preconditioning`; numbers and layouts are those of `ops/designer_row.py`.
+The meaning of all of it is `python/dlms_engine/policies/dlms.py` (design, coefficients, elimination of
+the start state) and `Denoiser.preconditioning`; numbers and layouts are those of `ops/designer_row.py`.
 The network's arithmetic is in the dtype of its parameters, everything else in float64. Sums run
 in an order that the shapes fix, over one sample alone: no batch changes its bits.
 """

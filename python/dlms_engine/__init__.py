@@ -18,36 +18,42 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import embedded, evaluation, grids, learners, ops, plots, processes, solvers
+    from . import evaluation, learners, ops, processes, solvers
     from .denoiser import Denoiser
-    from .export import export_sampler
+    from .engine.export import export_sampler
+    from .engine.sampler import Sampler, seeded_noise
     from .integrations.diffusers import accelerate
+    from .lab import plots
     from .learners import distill
+    from .models import embedded
     from .ops import BackendUnavailable
-    from .sampler import Sampler, seeded_noise
-    from .solver_file import load_solver, save
-    from .table import SolverTable
+    from .processes import grids
+    from .tables.file import load_solver, save
+    from .tables.table import SolverTable
 
-# public name -> the module it lives in; "" for a module of the same name.
+# public name -> the module it lives in
 _HOME = {
     "BackendUnavailable": "ops",
     "Denoiser": "denoiser",
-    "Sampler": "sampler",
-    "SolverTable": "table",
+    "Sampler": "engine.sampler",
+    "SolverTable": "tables.table",
     "accelerate": "integrations.diffusers",
     "distill": "learners",
-    "embedded": "",
-    "evaluation": "",
-    "export_sampler": "export",
-    "grids": "",
-    "learners": "",
-    "load_solver": "solver_file",
-    "ops": "",
-    "plots": "",
-    "processes": "",
-    "save": "solver_file",
-    "seeded_noise": "sampler",
-    "solvers": "",
+    "export_sampler": "engine.export",
+    "load_solver": "tables.file",
+    "save": "tables.file",
+    "seeded_noise": "engine.sampler",
+}
+# public name -> the module it is
+_MODULES = {
+    "embedded": "models.embedded",
+    "evaluation": "evaluation",
+    "grids": "processes.grids",
+    "learners": "learners",
+    "ops": "ops",
+    "plots": "lab.plots",
+    "processes": "processes",
+    "solvers": "solvers",
 }
 
 __all__ = [
@@ -74,11 +80,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOME.get(name)
+    home = _HOME.get(name, _MODULES.get(name))
     if home is None:
         raise AttributeError(f"module 'dlms_engine' has no attribute {name!r}; it has {__all__}")
-    module = importlib.import_module(f"{__name__}.{home or name}")
-    value = getattr(module, name) if home else module
+    module = importlib.import_module(f"{__name__}.{home}")
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value  # the next use does not come back here
     return value
 

@@ -6,7 +6,7 @@ import signal
 from types import FrameType
 
 from .cli import main
-from .parallel import finish, initialise
+from .support.parallel import finish, initialise
 
 
 def interrupt(_signal: int, _frame: FrameType | None) -> None:

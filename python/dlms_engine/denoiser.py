@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .processes import Process
-from .versioned import Versioned
+from .support.versioned import Versioned
 
 Prediction = Literal["data", "noise", "velocity", "flow", "edm"]
 PREDICTIONS = ("data", "noise", "velocity", "flow", "edm")

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from dlms_engine.embedded import ReferenceStatistics
 from dlms_engine.evaluation import (
     FrechetDistance,
     endpoint_rmse,
@@ -17,6 +16,7 @@ from dlms_engine.evaluation import (
     frechet_distance,
     sums_from_moments,
 )
+from dlms_engine.models.embedded import ReferenceStatistics
 
 pytest.importorskip("torchmetrics")
 

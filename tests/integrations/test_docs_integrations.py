@@ -53,7 +53,7 @@ def test_edm_page(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     from safetensors.torch import save_file
 
-    from dlms_engine.integrations.networks import SongUNet
+    from dlms_engine.checkpoints.networks import SongUNet
 
     monkeypatch.chdir(tmp_path)
     settings = {

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dlms_engine import grids, processes, solvers
 from dlms_engine.denoiser import Denoiser
+from dlms_engine.engine.sampler import Sampler
 from dlms_engine.integrations.k_diffusion import get_sigmas_dlms, sample_dlms
-from dlms_engine.sampler import Sampler
 
 STD = 0.5  # of the Gaussian data of the exact models below
 NAMES = ["ddim", "dpm_solver_pp", "unipc", "deis", "ipndm", "heun"]
@@ -186,7 +186,7 @@ def test_nodes_give_sampler_and_sigmas(comfy: None, kind: str) -> None:
 
 def test_nodes_read_solver_files(comfy: None, tmp_path: Any) -> None:
     from dlms_engine.integrations.comfyui.nodes import DLMSSampler, DLMSSigmas
-    from dlms_engine.solver_file import save_solver
+    from dlms_engine.tables.file import save_solver
 
     process = processes.EDM(0.0292, 14.6146)
     table = solvers.dpm_solver_pp(process, grids.polynomial(process, 5), order=2)

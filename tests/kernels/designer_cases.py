@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dlms_engine import grids, processes
 from dlms_engine.denoiser import Denoiser
-from dlms_engine.designer import Designer, DesignerPolicy, DesignerSettings
-from dlms_engine.designer_steps import DesignerSteps, policy_steps
-from dlms_engine.loops import PolicySteps
-from dlms_engine.sampler import Sampler
+from dlms_engine.engine.dlms_steps import DesignerSteps, policy_steps
+from dlms_engine.engine.sampler import Sampler
+from dlms_engine.engine.steps import PolicySteps
+from dlms_engine.policies.dlms import Designer, DesignerPolicy, DesignerSettings
 
 EDM = processes.EDM()
 DISCRETE = processes.VPDiscrete(betas=torch.linspace(1e-4, 0.02, 100))

@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dlms_engine import grids, ops, processes, solvers
-from dlms_engine.amed_policy import AmedPolicy
-from dlms_engine.amed_predictor import AmedPredictor
-from dlms_engine.amed_steps import AmedBase
 from dlms_engine.denoiser import Denoiser
-from dlms_engine.designer import Designer, DesignerPolicy, DesignerSettings
-from dlms_engine.loops import run_plain
-from dlms_engine.sampler import Sampler
+from dlms_engine.engine.sampler import Sampler
+from dlms_engine.engine.steps import run_plain
+from dlms_engine.policies.amed import AmedPolicy
+from dlms_engine.policies.amed_formulas import AmedBase
+from dlms_engine.policies.amed_predictor import AmedPredictor
+from dlms_engine.policies.dlms import Designer, DesignerPolicy, DesignerSettings
 
 
 class HostCopy(RuntimeError):

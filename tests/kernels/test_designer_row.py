@@ -15,7 +15,7 @@ from gpu import triton_device
 from kernel_cases import assert_no_worse_than_eager
 
 from dlms_engine import processes
-from dlms_engine.sampler import seeded_noise
+from dlms_engine.engine.sampler import seeded_noise
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from test_capturable import NoHostCopies
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dlms_engine.designer import Design, DesignerPolicy
-from dlms_engine.designer_steps import DesignerSteps, policy_steps, takes
-from dlms_engine.loops import PolicySteps
+from dlms_engine.engine.dlms_steps import DesignerSteps, policy_steps, takes
+from dlms_engine.engine.sampler import seeded_noise
+from dlms_engine.engine.steps import PolicySteps
 from dlms_engine.ops import designer_row
-from dlms_engine.sampler import seeded_noise
+from dlms_engine.policies.dlms import Design, DesignerPolicy
 
 
 @pytest.fixture

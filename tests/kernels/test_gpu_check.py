@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlms_engine.bench import __main__ as bench
-from dlms_engine.bench import device, loop
+from dlms_engine.lab.bench import __main__ as bench
+from dlms_engine.lab.bench import device, loop
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
@@ -83,7 +83,7 @@ def pretend(tmp_path, monkeypatch, vendor, fails="nothing"):
     command = ["bash", str(tmp_path / "scripts" / "gpu_check.sh"), "bench"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     calls = [line.split("|") for line in (tmp_path / "calls").read_text().splitlines()]
-    return done, [c for c in calls if "dlms_engine.bench" in c]
+    return done, [c for c in calls if "dlms_engine.lab.bench" in c]
 
 
 @pytest.mark.parametrize("vendor", [True, False])

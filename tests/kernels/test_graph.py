@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlms_engine import graph
-from dlms_engine.graph import GraphCaptureError, GraphedLoop
-from dlms_engine.graph_cache import GraphCache
+from dlms_engine.engine import cuda_graph
+from dlms_engine.engine.cuda_graph import GraphCaptureError, GraphedLoop
+from dlms_engine.engine.cuda_graph_cache import GraphCache
 from dlms_engine.ops import layout, reference
 
 ROWS, DEPTH, SHAPE = 4, 3, (3, 2, 5)
@@ -117,7 +117,7 @@ def test_unknown_mode():
     ],
 )
 def test_reasons(message, reason):
-    assert reason in graph.explain(RuntimeError(message))
+    assert reason in cuda_graph.explain(RuntimeError(message))
 
 
 def test_the_error_behind_the_error_is_the_reason():
@@ -127,10 +127,10 @@ def test_the_error_behind_the_error_is_the_reason():
         except RuntimeError:
             raise RuntimeError("capture_end: failed due to a previous error") from None
     except RuntimeError as exc:
-        assert ".item()" in graph.explain(exc)
+        assert ".item()" in cuda_graph.explain(exc)
 
 
-class FakeCapture(graph.CapturedRun):
+class FakeCapture(cuda_graph.CapturedRun):
     """Stands in for a capture on a machine without a GPU."""
 
     made = 0
@@ -149,8 +149,8 @@ class FakeCapture(graph.CapturedRun):
 
 @pytest.fixture
 def fake_gpu(monkeypatch):
-    monkeypatch.setattr(graph, "obstacle", lambda device: None)
-    monkeypatch.setattr(graph, "CapturedRun", FakeCapture)
+    monkeypatch.setattr(cuda_graph, "obstacle", lambda device: None)
+    monkeypatch.setattr(cuda_graph, "CapturedRun", FakeCapture)
     FakeCapture.made, FakeCapture.broken = 0, False
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlms_engine.graph_cache import GraphCache, graph_key, identity
+from dlms_engine.engine.cuda_graph_cache import GraphCache, graph_key, identity
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,17 @@ import torch
 from package_alone import run_alone
 from torch import Tensor, nn
 
-from dlms_engine import grids, ops, processes, sampler, solvers
-from dlms_engine.amed_policy import AmedPolicy
-from dlms_engine.amed_predictor import AmedPredictor
-from dlms_engine.amed_steps import AmedBase
+from dlms_engine import grids, ops, processes, solvers
 from dlms_engine.denoiser import Denoiser
-from dlms_engine.designer import Designer, DesignerPolicy, DesignerSettings
-from dlms_engine.export import export_sampler
-from dlms_engine.graph_cache import GraphCache
+from dlms_engine.engine import sampler
+from dlms_engine.engine.cuda_graph_cache import GraphCache
+from dlms_engine.engine.export import export_sampler
+from dlms_engine.engine.sampler import Sampler, seeded_noise
 from dlms_engine.ops import layout
-from dlms_engine.sampler import Sampler, seeded_noise
+from dlms_engine.policies.amed import AmedPolicy
+from dlms_engine.policies.amed_formulas import AmedBase
+from dlms_engine.policies.amed_predictor import AmedPredictor
+from dlms_engine.policies.dlms import Designer, DesignerPolicy, DesignerSettings
 
 pytestmark = pytest.mark.needs_cuda
 

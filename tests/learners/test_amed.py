@@ -22,21 +22,22 @@ from amed_problem import (
 from torch import Tensor
 
 from dlms_engine import grids, solvers
-from dlms_engine.amed_policy import AmedPolicy
-from dlms_engine.amed_predictor import AmedPredictor, Choice
-from dlms_engine.amed_steps import AmedBase, Walk
 from dlms_engine.denoiser import Denoiser
-from dlms_engine.designer import parameter_count
-from dlms_engine.learners import distill, split_settings
-from dlms_engine.learners.amed import INFINITE_GRADIENT, Amed, clean_gradients
-from dlms_engine.learners.amed_settings import AmedSettings
-from dlms_engine.learners.dlms import DlmsSettings
+from dlms_engine.engine.sampler import Sampler
+from dlms_engine.learners import distill
+from dlms_engine.learners.amed.objective import INFINITE_GRADIENT, Amed, clean_gradients
+from dlms_engine.learners.amed.settings import AmedSettings
+from dlms_engine.learners.dlms.settings import DlmsSettings
+from dlms_engine.learners.dlms.teacher import TeacherSettings
 from dlms_engine.learners.presets import PRESETS, preset
-from dlms_engine.learners.teacher import TeacherSettings
-from dlms_engine.learners.trainer import Trainer, TrainerSettings
+from dlms_engine.learners.settings import split_settings
+from dlms_engine.learners.training.trainer import Trainer, TrainerSettings
+from dlms_engine.policies.amed import AmedPolicy
+from dlms_engine.policies.amed_formulas import AmedBase, Walk
+from dlms_engine.policies.amed_predictor import AmedPredictor, Choice
+from dlms_engine.policies.dlms import parameter_count
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
-from dlms_engine.sampler import Sampler
-from dlms_engine.solver_file import load_solver, save_solver
+from dlms_engine.tables.file import load_solver, save_solver
 
 TOLERANCE = 1e-10
 TRAINING = f"train_ipndm__both__poly7__N4__M2__{SUFFIX[-4:]}"

@@ -13,15 +13,16 @@ from torch import Tensor, nn
 
 from dlms_engine import grids, processes, solvers
 from dlms_engine.denoiser import Denoiser
-from dlms_engine.designer import parameter_count, step_coefficients
+from dlms_engine.engine.sampler import Sampler, seeded_noise
 from dlms_engine.learners import distill
-from dlms_engine.learners.dlms import Dlms, DlmsSettings
-from dlms_engine.learners.ema import EmaSets
-from dlms_engine.learners.endpoint import endpoint_loss, student_end
-from dlms_engine.learners.noise import unit_noise
-from dlms_engine.learners.teacher import Teacher, TeacherSettings
-from dlms_engine.sampler import Sampler, seeded_noise
-from dlms_engine.solver_file import load_solver
+from dlms_engine.learners.dlms.endpoint import endpoint_loss, student_end
+from dlms_engine.learners.dlms.objective import Dlms
+from dlms_engine.learners.dlms.settings import DlmsSettings
+from dlms_engine.learners.dlms.teacher import Teacher, TeacherSettings
+from dlms_engine.learners.training.ema import EmaSets
+from dlms_engine.learners.training.noise import unit_noise
+from dlms_engine.policies.dlms import parameter_count, step_coefficients
+from dlms_engine.tables.file import load_solver
 
 
 def learner(**changes) -> Dlms:

@@ -13,14 +13,14 @@ from analytic import GaussianMixture
 from torch import Tensor
 
 from dlms_engine.denoiser import Denoiser
+from dlms_engine.engine.adjoint import walk
+from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
-from dlms_engine.learners.adjoint import walk
-from dlms_engine.learners.dode import fit, replay
-from dlms_engine.learners.dode_settings import DodeSettings
-from dlms_engine.parallel import World
+from dlms_engine.learners.dode.objective import fit, replay
+from dlms_engine.learners.dode.settings import DodeSettings
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
-from dlms_engine.sampler import Sampler
-from dlms_engine.table import SolverTable
+from dlms_engine.support.parallel import World
+from dlms_engine.tables.table import SolverTable
 
 SOLVERS: list[dict[str, Any]] = [
     {"solver": "ddim", "prediction": "noise"},
@@ -160,7 +160,7 @@ def test_few_steps(nfe: int) -> None:
 
 def test_flow_and_file(tmp_path: Path) -> None:
     """A flow from pure noise; the solver file gives the same samples."""
-    from dlms_engine.solver_file import load_solver
+    from dlms_engine.tables.file import load_solver
 
     process = RectifiedFlow()
     network, denoiser = problem(process)

@@ -16,12 +16,12 @@ from analytic import GaussianMixture
 from torch import Tensor
 
 from dlms_engine.denoiser import Denoiser
-from dlms_engine.learners.adjoint import walk
-from dlms_engine.learners.dode import _run, teacher_states
-from dlms_engine.learners.dode_fit import Fit, Replay
-from dlms_engine.learners.dode_settings import DodeSettings
+from dlms_engine.engine.adjoint import walk
+from dlms_engine.learners.dode.fit import Fit, Replay
+from dlms_engine.learners.dode.objective import _run, teacher_states
+from dlms_engine.learners.dode.settings import DodeSettings
 from dlms_engine.processes import VPDiscrete
-from dlms_engine.table import SolverTable
+from dlms_engine.tables.table import SolverTable
 
 DATA = Path(__file__).parents[1] / "data"
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from dlms_engine import grids, solvers
 from dlms_engine.denoiser import Denoiser
+from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
-from dlms_engine.learners.base_table import BASES
-from dlms_engine.learners.free_table import FreeTable, FreeTableModule, FreeTableSettings
-from dlms_engine.learners.trainer import Trainer, TrainerSettings
+from dlms_engine.learners.free_table.objective import FreeTable, FreeTableModule
+from dlms_engine.learners.free_table.settings import FreeTableSettings
+from dlms_engine.learners.training.base_table import BASES
+from dlms_engine.learners.training.trainer import Trainer, TrainerSettings
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
-from dlms_engine.sampler import Sampler
 
 
 def problem(process: Process | None = None) -> tuple[GaussianMixture, Denoiser]:
@@ -218,7 +219,7 @@ def test_starts_from_another_learner(tmp_path: Path) -> None:
 
 
 def test_solver_file(tmp_path: Path) -> None:
-    from dlms_engine.solver_file import load_solver
+    from dlms_engine.tables.file import load_solver
 
     network, denoiser = problem()
     path = tmp_path / "free.safetensors"

@@ -13,14 +13,16 @@ from torch import Tensor
 
 from dlms_engine import grids, solvers
 from dlms_engine.denoiser import Denoiser
-from dlms_engine.learners import distill, split_settings
-from dlms_engine.learners.gits import Chord, Gits, GitsSettings, shortest_path
+from dlms_engine.engine.sampler import Sampler
+from dlms_engine.learners import distill
+from dlms_engine.learners.gits.objective import Chord, Gits, shortest_path
+from dlms_engine.learners.gits.settings import GitsSettings
 from dlms_engine.learners.presets import PRESETS, preset
-from dlms_engine.parallel import World
+from dlms_engine.learners.settings import split_settings
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
-from dlms_engine.sampler import Sampler
-from dlms_engine.solver_file import load_solver
-from dlms_engine.table import SolverTable
+from dlms_engine.support.parallel import World
+from dlms_engine.tables.file import load_solver
+from dlms_engine.tables.table import SolverTable
 
 SHAPE = (16,)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dlms_engine import grids
-from dlms_engine.learners.ld3_grid import (
+from dlms_engine.learners.ld3.grid import (
     LearnedGrid,
     decoupled_times,
     grid_logits,

@@ -11,8 +11,9 @@ from analytic import GaussianMixture
 
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.learners import METHODS, distill
-from dlms_engine.learners.ld3 import Ld3, Ld3Settings
-from dlms_engine.learners.ld3_loop import Ld3Loop
+from dlms_engine.learners.ld3.loop import Ld3Loop
+from dlms_engine.learners.ld3.objective import Ld3
+from dlms_engine.learners.ld3.settings import Ld3Settings
 from dlms_engine.learners.presets import PRESETS, preset
 from dlms_engine.learners.settings import kinds_of, resolved
 from dlms_engine.processes import EDM, VPDiscrete

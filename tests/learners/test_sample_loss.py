@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dlms_engine.denoiser import Denoiser
-from dlms_engine.learners.sample_loss import resolve_kind, sample_loss
+from dlms_engine.learners.training.losses import resolve_kind, sample_loss
 from dlms_engine.processes import EDM
 
 

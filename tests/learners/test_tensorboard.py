@@ -10,8 +10,8 @@ from mixture_network import mixture_denoiser
 
 from dlms_engine.cli import main
 from dlms_engine.learners import distill
-from dlms_engine.learners.dlms import Dlms
-from dlms_engine.learners.monitor import TensorBoard, scalars
+from dlms_engine.learners.dlms.objective import Dlms
+from dlms_engine.learners.training.monitor import TensorBoard, scalars
 
 QUICK = {
     "dlms": {"trajectories": 48, "batch": 8, "validation_samples": 4, "validation_steps": 8,

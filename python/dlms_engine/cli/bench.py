@@ -1,4 +1,4 @@
-"""``dlms bench``: hands over to ``dlms_engine.bench``."""
+"""``dlms bench``: hands over to ``dlms_engine.lab.bench``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class What(str, Enum):
 
 def bench(context: typer.Context, what: What) -> None:
     """Time a step, the loop, a GPU kernel or whole samples; options: dlms bench step -- --help."""
-    module = importlib.import_module(f"dlms_engine.bench.{what.value}")
+    module = importlib.import_module(f"dlms_engine.lab.bench.{what.value}")
     status = module.main(list(context.args))
     if status:
         raise typer.Exit(int(status))

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..denoiser import Denoiser
-    from ..embedded import ReferenceStatistics
-    from ..policy import Policy
+    from ..models.embedded import ReferenceStatistics
     from ..processes import Process
-    from ..table import SolverTable
+    from ..tables.policy import Policy
+    from ..tables.table import SolverTable
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 ModelOption = Annotated[
@@ -69,12 +69,12 @@ def load_model(spec: str) -> Model:
         return _embedded()
     module_name, _, function_name = spec.partition(":")
     if not function_name:
-        from .. import models
+        from ..lab import benchmark_model
 
-        if spec in models.NAMES:
-            return Model(*models.load(spec))
+        if spec in benchmark_model.NAMES:
+            return Model(*benchmark_model.load(spec))
         raise ValueError(
-            f"model is {spec!r}, expected 'embedded', {', '.join(map(repr, models.NAMES))} or "
+            f"model is {spec!r}, expected 'embedded', {', '.join(map(repr, benchmark_model.NAMES))} or "
             "module:function"
         )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -94,8 +94,8 @@ def load_model(spec: str) -> Model:
 def _embedded() -> Model:
     import torch
 
-    from .. import embedded
     from ..denoiser import Denoiser
+    from ..models import embedded
     from ..processes import EDM
 
     network = embedded.embedded_network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -168,7 +168,7 @@ def choose_solver(
     """
     if solver is not None and method is not None:
         raise ValueError("give --solver FILE or --method NAME, not both")
-    from ..solvers.by_cost import handcrafted_table, label_of
+    from ..solvers.registry import handcrafted_table, label_of
 
     if solver is None:
         twice = sorted({"grid", "order", "afs"} & set(options or {}))
@@ -178,7 +178,7 @@ def choose_solver(
             process, method or "ipndm", nfe, grid=grid, order=order, afs=afs, **(options or {})
         )
         return label_of(table, grid), table
-    from ..solver_file import load_solver
+    from ..tables.file import load_solver
 
     held = load_solver(solver)
     policy = getattr(held, "policy", held)
@@ -198,7 +198,7 @@ def emit(facts: Mapping[str, Any], as_json: bool, lines: Sequence[str]) -> None:
 
 def leads() -> bool:
     """Whether this process is the one that writes and prints: rank 0."""
-    from ..parallel import World
+    from ..support.parallel import World
 
     return World.current().rank == 0
 

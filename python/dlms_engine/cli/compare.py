@@ -46,9 +46,9 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Distil every method at the same cost and budget, and measure them side by side."""
-    from ..comparison import CompareSettings, choose
-    from ..comparison import compare as run
-    from ..comparison.page import markdown, page
+    from ..lab.comparison import CompareSettings, choose
+    from ..lab.comparison import compare as run
+    from ..lab.comparison.page import markdown, page
 
     if methods is not None and study is not None:
         raise ValueError("give --methods or --study, not both")

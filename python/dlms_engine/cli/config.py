@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..files import write_text
+from ..support.files import write_text
 
 SETTINGS = "settings"
 _HELD = "dlms_engine.config"

@@ -28,14 +28,14 @@ def convert(
         raise ValueError(f"{source} is no file")
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another name, or give --overwrite")
-    from ..integrations.checkpoints import convert_checkpoint, kind_of
+    from ..checkpoints.load import convert_checkpoint, kind_of
 
     written = convert_checkpoint(source, output, **parse_settings(set_))
     found = kind_of(written)
     use = (
-        f"dlms_engine.integrations.single_file.load_single_file({str(output)!r})"
+        f"dlms_engine.checkpoints.single_file.load_single_file({str(output)!r})"
         if found == "ldm"
-        else f"dlms_engine.integrations.checkpoints.load_checkpoint({str(output)!r})"
+        else f"dlms_engine.checkpoints.load.load_checkpoint({str(output)!r})"
     )
     size = written.stat().st_size
     emit(

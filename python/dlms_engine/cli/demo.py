@@ -11,8 +11,8 @@ import typer
 from .common import JsonOption, Model, emit, load_model, parse_seeds
 
 if TYPE_CHECKING:
-    from ..evaluation.measure import Entry, Measured, Measurer
-    from ..learners.solver import DistilledSolver
+    from ..lab.record.measure import Entry, Measured, Measurer
+    from ..policies.distilled import DistilledSolver
 
 NFE = 5
 TWICE = 10
@@ -76,9 +76,10 @@ def _path(folder: Path, trajectories: int) -> Path:
 
 def _distilled(model: Model, folder: Path, trajectories: int, *, progress: bool) -> DistilledSolver:
     """The solver of an earlier run where there is one, else a new one; resumes a checkpoint."""
-    from .. import learners, plots
+    from .. import learners
+    from ..lab import plots
     from ..learners import presets
-    from ..solver_file import load_solver
+    from ..tables.file import load_solver
 
     path = _path(folder, trajectories)
     if path.exists():
@@ -113,8 +114,8 @@ def _compare(
     """Rows of the table, and the entries they belong to: learned, best at 5, best at 10."""
     from tqdm.auto import tqdm
 
-    from ..evaluation.measure import Entry, Measurer
-    from ..evaluation.store import Store
+    from ..lab.record.measure import Entry, Measurer
+    from ..lab.record.store import Store
     from ..solvers import handcrafted
 
     if model.features is None:
@@ -154,7 +155,7 @@ def _rows(
     measurer: Measurer, entries: list[Entry], measured: list[Measured], exact: Any, samples: int
 ) -> list[dict[str, Any]]:
     from ..evaluation.frechet import frechet_distance
-    from ..evaluation.measure import Entry
+    from ..lab.record.measure import Entry
 
     accurate = Entry("accurate", measurer.accurate_table(ACCURATE_NFE))
     others = range(samples, 2 * samples)
@@ -172,8 +173,10 @@ def _rows(
 def _draw(
     model: Model, solver: DistilledSolver, best: list[Entry], seeds: list[int], folder: Path
 ) -> list[Path]:
-    from .. import grids, plots, solvers
-    from ..sampler import Sampler, seeded_noise
+    from .. import solvers
+    from ..engine.sampler import Sampler, seeded_noise
+    from ..lab import plots
+    from ..processes import grids
 
     process = model.denoiser.process
     exact = solvers.dpm_solver_pp(process, grids.polynomial(process, ACCURATE_NFE), order=3)
@@ -204,7 +207,7 @@ def _print_table(rows: list[dict[str, Any]], samples: int, seconds: float) -> No
     from rich.table import Table
 
     from ..evaluation.frechet import LABEL
-    from ..report import number
+    from ..lab.record.report import number
 
     table = Table(title=f"{samples:,} samples from the same noise, {seconds:.0f} s in all")
     table.add_column("solver")

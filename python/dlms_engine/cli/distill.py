@@ -63,7 +63,7 @@ def distill(
         preset = "dlms-embedded"
     method, trajectories, settings = _settings(context, method, preset, trajectories, set_)
     from ..learners.settings import resolved
-    from ..parallel import restarted
+    from ..support.parallel import restarted
 
     full = resolved(method, nfe, settings, trajectories=trajectories, seed=seed)
     found = configs.configuration(context, full)
@@ -109,7 +109,7 @@ def distill(
         return
     configs.write_beside(output, found)
     if plot is not None:
-        from ..plots import loss_curve
+        from ..lab.plots import loss_curve
 
         loss_curve(solver.history, plot, step="update", title=f"{method}, {nfe} evaluations")
     emit(

@@ -26,8 +26,8 @@ from .common import (
 )
 
 if TYPE_CHECKING:
-    from ..evaluation.measure import Entry
-    from ..evaluation.record import RecordSettings
+    from ..lab.record.measure import Entry
+    from ..lab.record.record import RecordSettings
 
 CACHE = Path("~/.cache/dlms_engine/evaluate")
 
@@ -81,7 +81,7 @@ def evaluate(
     held = load_model(model)
     if held.features is None or held.reference is None:
         raise ValueError(f"model {model!r} has no feature network: evaluate needs one")
-    from ..evaluation.record import RecordSettings
+    from ..lab.record.record import RecordSettings
 
     if record:
         if method is not None:
@@ -113,7 +113,7 @@ def evaluate(
         afs=afs,
         options=options,
     )
-    from ..evaluation.measure import Entry
+    from ..lab.record.measure import Entry
 
     count = samples or 2_000
     settings = RecordSettings(
@@ -133,8 +133,8 @@ def _single(
     model: Model, entry: Entry, settings: RecordSettings, folder: Path, as_json: bool
 ) -> None:
     from ..evaluation.frechet import LABEL
-    from ..evaluation.record import evaluate_one
-    from ..report import number
+    from ..lab.record.record import evaluate_one
+    from ..lab.record.report import number
 
     assert model.features is not None and model.reference is not None
     found = evaluate_one(
@@ -166,9 +166,9 @@ def _single(
 def _record(
     model: Model, files: list[Path], settings: RecordSettings, folder: Path, as_json: bool
 ) -> None:
-    from .. import report
-    from ..evaluation.measure import Entry
-    from ..evaluation.record import record
+    from ..lab.record import report
+    from ..lab.record.measure import Entry
+    from ..lab.record.record import record
     from ..solvers import handcrafted
 
     process = model.denoiser.process
@@ -200,8 +200,8 @@ def _record(
 
 
 def _learned(path: Path) -> Entry:
-    from ..evaluation.measure import Entry
-    from ..solver_file import load_solver
+    from ..lab.record.measure import Entry
+    from ..tables.file import load_solver
 
     held = load_solver(path)
     policy = getattr(held, "policy", held)

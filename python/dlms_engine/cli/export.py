@@ -48,8 +48,8 @@ def export(
     """Write model and solver as one package that runs without this library."""
     import torch
 
-    from ..export import export_sampler
-    from ..sampler import Sampler
+    from ..engine.export import export_sampler
+    from ..engine.sampler import Sampler
 
     options = parse_settings(set_)
     held = load_model(model)

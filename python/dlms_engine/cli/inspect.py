@@ -16,8 +16,8 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Print a solver file: what it is, its numbers and its checksum."""
-    from ..solver_file import load_solver
-    from ..table import SolverTable
+    from ..tables.file import load_solver
+    from ..tables.table import SolverTable
 
     held = load_solver(file)
     policy = getattr(held, "policy", held)  # a plain table or policy, or a DistilledSolver

@@ -96,7 +96,7 @@ def distill_for_pipeline(
     """
     solver_file = _target(output, overwrite)
     cache = options.cache or output.with_name(f"{output.stem}.cache")
-    from ..integrations.calibrate import distill_pipeline
+    from ..integrations.pipelines.distill import distill_pipeline
 
     started = time.perf_counter()
     pipe = _loaded(options)
@@ -120,7 +120,7 @@ def distill_for_pipeline(
         scheduler.save_pretrained(output)
     solver: Any = scheduler.solver
     if plot is not None:
-        from ..plots import loss_curve
+        from ..lab.plots import loss_curve
 
         loss_curve(solver.history, plot, step="update", title=f"{method}, {nfe} evaluations")
     facts = {
@@ -181,7 +181,7 @@ def _target(output: Path, overwrite: bool) -> Path:
 def _loaded(options: PipelineOptions) -> Any:
     import torch
 
-    from ..integrations.calibrate import load_pipeline
+    from ..integrations.pipelines.distill import load_pipeline
 
     pipe = load_pipeline(options.pipeline, getattr(torch, options.dtype))
     pipe.set_progress_bar_config(disable=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..files import replacing
+from ..support.files import replacing
 from .common import (
     AfsOption,
     BackendOption,
@@ -63,7 +63,7 @@ def sample(
     options = parse_settings(set_)
     import torch
 
-    from ..sampler import Sampler
+    from ..engine.sampler import Sampler
 
     held = load_model(model)
     label, policy = choose_solver(
@@ -99,7 +99,7 @@ def _shared(
     """The images of every part in order: processes take whole parts, so who takes it is not seen."""
     import torch
 
-    from ..parallel import World
+    from ..support.parallel import World
 
     world = World.current()
     found: list[Tensor] = []
@@ -120,6 +120,6 @@ def _write(images: Tensor, output: Path, columns: int) -> None:
         with replacing(output) as partial:
             save_file({"samples": images.contiguous()}, partial)
         return
-    from .. import plots
+    from ..lab import plots
 
     plots.samples(images, output, columns=columns)

@@ -25,10 +25,10 @@ except ImportError as exc:
         "dlms_engine.integrations.diffusers needs diffusers: pip install 'dlms-engine[diffusers]'"
     ) from exc
 
-from .schedule.accelerate import Acceleration, LoopRunner
-from .schedule.base import EngineScheduler
-from .schedule.noise import kind_of, make_alphas_cumprod, make_betas
-from .schedule.runner import Runner, load_source, needs_features
+from .scheduler.accelerate import Acceleration, LoopRunner
+from .scheduler.base import EngineScheduler
+from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
+from .scheduler.runner import Runner, load_source, needs_features
 
 __all__ = ["DLMSScheduler", "SchedulerMixin", "accelerate"]
 
@@ -127,7 +127,7 @@ class DLMSScheduler(EngineScheduler):
 
     def watch(self, network: torch.nn.Module, features: str = "mid_block") -> None:
         """Hooks ``network`` (``pipe.unet``), so that a per-sample solver sees its bottleneck."""
-        from .schedule.watch import Watch
+        from .scheduler.watch import Watch
 
         self.unwatch()
         self._watch = Watch(network, features)

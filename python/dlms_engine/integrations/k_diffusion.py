@@ -19,15 +19,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..denoiser import Denoiser
-from ..policy import Policy
 from ..processes import EDM, Process, RectifiedFlow
-from ..table import SolverTable
-from .schedule import tables
-from .schedule.noise import NoiseModel
-from .schedule.plan import Rows, late_start, make_plan, policy_rows, table_rows
-from .schedule.runner import load_source, needs_features
-from .schedule.state import State
-from .schedule.times import spread
+from ..tables.policy import Policy
+from ..tables.table import SolverTable
+from .scheduler import tables
+from .scheduler.noise import NoiseModel
+from .scheduler.plan import Rows, late_start, make_plan, policy_rows, table_rows
+from .scheduler.runner import load_source, needs_features
+from .scheduler.state import State
+from .scheduler.times import spread
 
 Schedule = Literal["karras", "exponential", "uniform", "shifted"]
 

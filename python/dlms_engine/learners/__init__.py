@@ -2,49 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from pathlib import Path
 from typing import Any
 
 from ..denoiser import Denoiser
-from ..parallel import World, restarted
-from .monitor import Monitor, Silent, TensorBoard
+from ..policies.distilled import DistilledSolver
+from ..support.parallel import World, restarted
+from .options import RunOptions
 from .settings import split_settings
-from .solver import DistilledSolver
+from .training.monitor import Silent, TensorBoard
 
 __all__ = ["METHODS", "DistilledSolver", "RunOptions", "distill", "split_settings"]
 
 METHODS = {
-    "dlms": "dlms_engine.learners.run_dlms",
-    "amed": "dlms_engine.learners.run_amed",
-    "ld3": "dlms_engine.learners.run_ld3",
-    "dode": "dlms_engine.learners.run_dode",
-    "gits": "dlms_engine.learners.run_gits",
-    "free_table": "dlms_engine.learners.run_free_table",
+    "dlms": "dlms_engine.learners.dlms",
+    "amed": "dlms_engine.learners.amed",
+    "ld3": "dlms_engine.learners.ld3",
+    "dode": "dlms_engine.learners.dode",
+    "gits": "dlms_engine.learners.gits",
+    "free_table": "dlms_engine.learners.free_table",
 }
 """method -> module with ``run(denoiser, shape, options) -> DistilledSolver``."""
-
-
-@dataclasses.dataclass
-class RunOptions:
-    """What every method is given beside its own settings."""
-
-    nfe: int
-    trajectories: int | None
-    output: Path | None
-    resume: bool
-    progress: bool
-    seed: int
-    settings: dict[str, Any]
-    feature_network: Any = None
-    cond: dict[str, Any] = dataclasses.field(default_factory=dict)
-    monitor: Monitor = dataclasses.field(default_factory=Silent)
-
-    @property
-    def checkpoint(self) -> Path | None:
-        """Where the run's checkpoint lives: beside the output."""
-        return None if self.output is None else self.output.with_suffix(".checkpoint.safetensors")
 
 
 def distill(

@@ -7,17 +7,17 @@ import importlib
 import typing
 from typing import Any
 
-from ..table import SolverTable
-from .coerce import coerce
+from ..tables.table import SolverTable
+from .training.coerce import coerce
 
-_TRAINED = ("dlms_engine.learners.trainer_settings", "TrainerSettings")
+_TRAINED = ("dlms_engine.learners.training.settings", "TrainerSettings")
 _KINDS: dict[str, tuple[tuple[str, str], ...]] = {
-    "dlms": (("dlms_engine.learners.dlms", "DlmsSettings"), _TRAINED),
-    "amed": (("dlms_engine.learners.amed_settings", "AmedSettings"), _TRAINED),
-    "ld3": (("dlms_engine.learners.ld3", "Ld3Settings"),),
-    "dode": (("dlms_engine.learners.dode_settings", "DodeSettings"),),
-    "gits": (("dlms_engine.learners.gits", "GitsSettings"),),
-    "free_table": (("dlms_engine.learners.free_table", "FreeTableSettings"), _TRAINED),
+    "dlms": (("dlms_engine.learners.dlms.settings", "DlmsSettings"), _TRAINED),
+    "amed": (("dlms_engine.learners.amed.settings", "AmedSettings"), _TRAINED),
+    "ld3": (("dlms_engine.learners.ld3.settings", "Ld3Settings"),),
+    "dode": (("dlms_engine.learners.dode.settings", "DodeSettings"),),
+    "gits": (("dlms_engine.learners.gits.settings", "GitsSettings"),),
+    "free_table": (("dlms_engine.learners.free_table.settings", "FreeTableSettings"), _TRAINED),
 }
 TRAJECTORIES = {"ld3": "train", "dode": "batch", "gits": None}
 """The setting that ``trajectories`` stands for; the others have it in ``TrainerSettings``."""

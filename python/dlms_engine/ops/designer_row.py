@@ -9,7 +9,8 @@ column     meaning
 4          weight of the noise in x (before row 0: of x itself, the initial scale)
 5 + k      weight of m_{n-1-k} in x_n, kept where the analytical output must be written through x
 
-The operations they stand for are those of ``designer.py``; ``designer_steps.py`` decides which are run.
+The operations they stand for are those of ``policies/dlms.py``; ``engine/dlms_steps.py`` decides which
+run.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..grids import check_grid
 from ..processes import Process
-from ..table import Prediction, SolverTable
-from ..trace import AnalyticOutput, Form, Output, Trace
+from ..processes.grids import check_grid
+from ..tables.table import Prediction, SolverTable
+from ..tables.trace import AnalyticOutput, Form, Output, Trace
 
 Afs = bool | Literal["dockhorn", "zero"]
 Evaluation = Output | AnalyticOutput

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..processes import Process
-from ..table import Prediction, SolverTable
+from ..tables.table import Prediction, SolverTable
 from .common import Afs, Run
 from .exponential import ExponentialStep, predicted
 

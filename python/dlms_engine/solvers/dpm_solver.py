@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..processes import Process, RectifiedFlow
-from ..table import Prediction, SolverTable
-from ..trace import Form
+from ..tables.table import Prediction, SolverTable
+from ..tables.trace import Form
 from .common import Afs, Node, Run, check_order, noise_step
 from .exponential import ExponentialStep, lambdas, phi, predicted
 

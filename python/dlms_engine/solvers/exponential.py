@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-from ..table import Prediction
-from ..trace import Form
+from ..tables.table import Prediction
+from ..tables.trace import Form
 from .common import Evaluation, Node
 
 POWERS = torch.arange(20, dtype=torch.float64)

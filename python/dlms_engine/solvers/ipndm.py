@@ -7,8 +7,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..processes import Process
-from ..table import Prediction, SolverTable
-from ..trace import Form
+from ..tables.table import Prediction, SolverTable
+from ..tables.trace import Form
 from .common import Afs, Node, Run, check_order, noise_step
 from .exponential import ExponentialStep
 from .quadrature import lagrange_weights

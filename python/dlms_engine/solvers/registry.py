@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..grids import logsnr, polynomial, shifted, time_uniform
 from ..processes import Process, RectifiedFlow, VPDiscrete
-from ..table import SolverTable
+from ..processes.grids import GRIDS, logsnr, polynomial, shifted, time_uniform
+from ..tables.table import SolverTable
 from .common import Afs
 from .ddim import ddim
 from .deis import deis
@@ -156,3 +156,58 @@ def _same(left: SolverTable, right: SolverTable) -> bool:
     return left.prediction == right.prediction and all(
         one.shape == other.shape and bool((one - other).abs().max() < 1e-13) for one, other in pairs
     )
+
+
+def grid_maker(process: Process, name: str) -> Callable[[Process, int], Tensor]:
+    """A grid by its function's name or by its label in comparison tables.
+
+    Raises:
+        ValueError: unknown name, or a grid that ``process`` does not have.
+    """
+    known: dict[str, Callable[[Process, int], Tensor]] = {
+        **GRIDS,
+        "time_quadratic": lambda p, steps: time_uniform(p, steps, 2.0),
+        **standard_grids(process),
+    }
+    if name not in known:
+        raise ValueError(f"grid is {name!r}, expected one of {', '.join(sorted(known))}")
+    return known[name]
+
+
+def handcrafted_table(
+    process: Process,
+    method: str,
+    nfe: int,
+    *,
+    grid: str = "polynomial",
+    order: int | None = None,
+    afs: str = "off",
+    **options: Any,
+) -> SolverTable:
+    """The named solver with exactly ``nfe`` evaluations, on as many steps as that takes.
+
+    Raises:
+        ValueError: unknown name or option, or no number of steps gives that nfe.
+    """
+    if afs not in ("off", "dockhorn", "zero"):
+        raise ValueError(f"afs is {afs!r}, expected off, dockhorn or zero")
+    if order is not None:
+        options["order"] = order
+    options["afs"] = False if afs == "off" else afs
+    make_grid = grid_maker(process, grid)
+    possible: set[int] = set()
+    for steps in range(2 if afs != "off" else 1, nfe + 3):
+        table = make_solver(method, process, make_grid(process, steps), **options)
+        if table.nfe == nfe:
+            return table
+        possible.add(table.nfe)
+    near = sorted(possible, key=lambda cost: abs(cost - nfe))[:2]
+    raise ValueError(f"{method} cannot make exactly {nfe} evaluations; near it: {sorted(near)}")
+
+
+def label_of(table: SolverTable, grid: str) -> str:
+    """``ipndm4/polynomial/afs-dockhorn``: name, order, grid, analytical first step."""
+    parts = [f"{table.name}{table.options.get('order', '')}", grid]
+    if table.options.get("afs"):
+        parts.append(f"afs-{table.options['afs']}")
+    return "/".join(parts)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..processes import Process
-from ..table import Prediction, SolverTable
-from ..trace import Form
+from ..tables.table import Prediction, SolverTable
+from ..tables.trace import Form
 from .common import Afs, Node, Run, check_order
 from .dpm_solver import step_order
 from .exponential import ExponentialStep, lambdas, phi, predicted

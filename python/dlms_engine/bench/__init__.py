@@ -1,1 +1,0 @@
-"""Benchmarks: `dlms bench step`, or `python -m dlms_engine.bench step`."""

@@ -1,0 +1,1 @@
+"""Other repositories' checkpoint files, read without executing pickled code."""

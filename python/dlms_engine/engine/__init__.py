@@ -1,0 +1,1 @@
+"""Everything that alternates the network and the rows of a policy."""

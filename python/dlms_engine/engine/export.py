@@ -1,0 +1,288 @@
+"""A whole sampler as one AOTInductor package, which runs without this library and without Python.
+
+``export_sampler`` traces network and rows of every evaluation with ``torch.export`` and compiles the
+result. The rows are written in plain torch operations there (``ops.reference.advance``, the meaning
+of the fused row) and the history is no ring but the tensors themselves, so nothing of ``dlms::`` is
+left in the graph and Inductor fuses each row with what stands around it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .._version import __version__
+from ..ops import layout, reference
+from ..tables.table import SolverTable
+from .sampler import Sampler
+from .steps import Plan, first_input
+
+METADATA = "dlms_engine"
+"""Key of the package's metadata: a JSON object that says what was exported."""
+
+
+LARGEST_BATCH = 4096
+"""Of a package whose batch is free, unless the network sets a lower bound."""
+
+
+_REASONS = (
+    (
+        ("data-dependent", "datadependent", "could not guard", ".item()", "could not extract"),
+        "the network's Python depends on a tensor's value (an `if` on it, .item(), .tolist()): "
+        "write it with torch.where or torch.cond",
+    ),
+    (
+        ("constraints violated", "specialized", "not equal to the batch", "marked as dynamic"),
+        "the network fixes the batch size (a number taken from a shape): pass dynamic_batch=False, "
+        "which makes a package for the example's batch alone",
+    ),
+    (
+        ("c++ compile", "cppcompileerror", "compiler is not found", "invalidcxxcompiler"),
+        "AOTInductor needs a working C++ compiler: install g++ or clang++, or set CXX",
+    ),
+)
+
+
+_SUGGESTED = re.compile(r"batch = Dim\('batch', (?:min=\d+, )?max=(\d+)\)")
+
+
+def explain(exc: BaseException) -> str:
+    """In words, why an export failed with ``exc``."""
+    text = f"{type(exc).__name__}: {exc}".lower()
+    suggested = _SUGGESTED.search(str(exc))
+    if suggested is not None:
+        return (
+            f"the network takes another path for more than {suggested[1]} samples: pass "
+            f"max_batch={suggested[1]}"
+        )
+    first = (str(exc).strip() or "no message").splitlines()[0]
+    cause = f"{type(exc).__name__}: {first}"
+    for fragments, reason in _REASONS:
+        if any(fragment in text for fragment in fragments):
+            return f"{reason} ({cause})"
+    return f"it failed with {cause}"
+
+
+class SamplerExportError(RuntimeError):
+    """The sampler cannot be exported or compiled; the message says why and what to do.
+
+    ``max_batch``: the largest batch that one program could serve, if that is what stood in the way.
+    """
+
+    def __init__(self, what: str, exc: BaseException) -> None:
+        super().__init__(f"{what}: {explain(exc)}")
+        found = _SUGGESTED.search(str(exc))
+        self.max_batch = None if found is None else int(found[1])
+
+
+class SamplerModule(nn.Module):
+    """A sampler as a function without state: ``forward(noise, cond)``, every row unrolled.
+
+    Args:
+        sampler: a sampler of a table or of a policy whose rows are tensor operations (DLMS, AMED).
+        device: where it will run.
+        fixed: arguments of the network that are no tensors; they become part of the graph.
+    """
+
+    rows: Tensor
+    c_noise: Tensor
+    c_in: Tensor
+
+    def __init__(
+        self, sampler: Sampler, device: torch.device, fixed: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        self.sampler = sampler
+        self.fixed = dict(fixed or {})
+        self._read: list[list[bool]] | None = None
+        if isinstance(sampler.policy, SolverTable):
+            for name, value in sampler._plan(device)._asdict().items():
+                self.register_buffer(name, value)
+            weights = self.rows[..., layout.B :].reshape(sampler.nfe, -1, sampler.policy.depth)
+            self._read = (weights != 0).any(1).tolist()
+        else:
+            sampler.policy.start(1, device)  # moves the policy's networks there, once
+        # A policy is no module: its networks are registered here, to be parameters of the graph.
+        for name, value in vars(sampler.policy).items():
+            if isinstance(value, nn.Module):
+                self.add_module(f"policy_{name}", value)
+
+    def forward(self, noise: Tensor, cond: dict[str, Any] | None = None) -> Tensor:
+        """The sample ``[B, ...]`` in the state dtype, from ``noise`` ``[B, ...]``."""
+        sampler, given = self.sampler, {**self.fixed, **(cond or {})}
+        x = noise.to(sampler.dtype)
+        if sampler.denoiser.dynamic_thresholding is not None:
+            return sampler._run_predictions(x, None, given)
+        plan = None if self._read is None else Plan(self.rows, self.c_noise, self.c_in)
+        steps = sampler._steps(x, given, plan)
+        network_input = first_input(x, steps.c_in, sampler._network_dtype(x))
+        history: list[Tensor] = []
+        for n in range(steps.count):
+            out = steps.evaluate(n, network_input)
+            f, f_cond = (out, None) if isinstance(out, Tensor) else out
+            past = [m if self._reads(n, k) else None for k, m in enumerate(history, 1)]
+            x, m, network_input = reference.advance(f, f_cond, x, past, steps.row(n))
+            history = [m, *history][: steps.depth - 1]
+        return x
+
+    def _reads(self, n: int, k: int) -> bool:
+        """Whether row ``n`` weighs m_{n-k}; a table says so beforehand."""
+        return self._read is None or self._read[n][k]
+
+
+def trace_sampler(
+    sampler: Sampler,
+    noise: Tensor,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    dynamic_batch: bool = True,
+    max_batch: int | None = None,
+) -> ExportedProgram:
+    """The sampler as an ``ExportedProgram`` of aten operations; see ``export_sampler``."""
+    tensors, fixed = split_cond(cond)
+    batched = isinstance(sampler.policy, SolverTable) and bool(sampler.policy.batch_shape)
+    _check(noise, dynamic_batch, max_batch, batched)
+    module = SamplerModule(sampler, noise.device, fixed)
+    try:
+        return _export(module, noise, tensors, dynamic_batch, max_batch or LARGEST_BATCH)
+    except SamplerExportError as exc:
+        if max_batch is not None or exc.max_batch is None:
+            raise
+        return _export(module, noise, tensors, dynamic_batch, exc.max_batch)
+
+
+def _export(
+    module: SamplerModule, noise: Tensor, cond: dict[str, Any], dynamic: bool, max_batch: int
+) -> ExportedProgram:
+    batch = Dim("batch", min=1, max=max_batch)
+
+    def axes(t: Tensor) -> dict[int, Any]:
+        return {0: batch} if t.ndim and t.shape[0] == noise.shape[0] else {}
+
+    given = (noise, cond) if cond else (noise,)
+    shapes = tree_map(axes, given) if dynamic else None
+    try:
+        with torch.no_grad():
+            return torch.export.export(module, given, dynamic_shapes=shapes)
+    except Exception as exc:
+        raise SamplerExportError("the sampler cannot be exported", exc) from exc
+    finally:
+        # The trace left a tensor without values in it.
+        module.sampler.denoiser._tap.__setstate__({})
+
+
+def split_cond(cond: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(what becomes an argument: tensors, and containers of nothing else; the rest)."""
+
+    def is_argument(value: Any) -> bool:
+        leaves = tree_leaves(value)
+        return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
+
+    given = cond or {}
+    arguments = {k: v for k, v in given.items() if is_argument(v)}
+    return arguments, {k: v for k, v in given.items() if k not in arguments}
+
+
+def _check(noise: Tensor, dynamic_batch: bool, max_batch: int | None, batched: bool) -> None:
+    if noise.ndim < 1 or noise.shape[0] < 1 or not noise.is_floating_point():
+        raise ValueError(
+            f"noise is {noise.dtype} {tuple(noise.shape)}, expected floating point [B, ...], B >= 1"
+        )
+    if not dynamic_batch:
+        return
+    if batched:
+        raise ValueError(
+            "the table has a row for each sample, so it fits one batch: pass dynamic_batch=False"
+        )
+    most = LARGEST_BATCH if max_batch is None else max_batch
+    if not 2 <= noise.shape[0] <= most:
+        raise ValueError(
+            f"noise has batch {noise.shape[0]} and max_batch is {most}: give an example of at "
+            "least 2 and at most max_batch samples, or pass dynamic_batch=False"
+        )
+
+
+def bounds(program: ExportedProgram, noise: Tensor) -> tuple[int, int]:
+    """Smallest and largest batch that ``program`` takes."""
+    ranges = [(int(r.lower), int(r.upper)) for r in program.range_constraints.values()]
+    return ranges[0] if ranges else (noise.shape[0], noise.shape[0])
+
+
+def describe(
+    sampler: Sampler, noise: Tensor, cond: Mapping[str, Any] | None, batch: tuple[int, int]
+) -> dict[str, Any]:
+    """What is in a package, JSON-able; ``aoti_load_package(path).get_metadata()`` has it."""
+    policy = sampler.policy
+    return {
+        "version": __version__,
+        "solver": getattr(policy, "name", getattr(policy, "kind", type(policy).__name__)),
+        "nfe": sampler.nfe,
+        "process": policy.process.config(),
+        "sigma_start": float(policy.process.sigma(sampler._start_time())),
+        "noise": {
+            "shape": ["B", *noise.shape[1:]],
+            "batch": list(batch),
+            "dtype": str(noise.dtype).removeprefix("torch."),
+            "device": noise.device.type,
+        },
+        "cond": sorted(split_cond(cond)[0]),
+    }
+
+
+def export_sampler(
+    sampler: Sampler,
+    noise: Tensor,
+    path: str | Path,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    dynamic_batch: bool = True,
+    max_batch: int | None = None,
+    inductor_configs: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes ``sampler`` to ``path`` as an AOTInductor package.
+
+    ``torch._inductor.aoti_load_package(path)`` gives it back as a function: ``run(noise)``, or
+    ``run(noise, {name: tensor, ...})`` with ``cond``. Neither needs this library; from C++ it is an
+    ``AOTIModelPackageLoader``. Weights, rows and what a policy learned are inside.
+
+    Args:
+        noise: ``[B, ...]`` an example of the state at the start, on the device and in the dtype
+            that the package will be given; only its shape matters. B >= 2 with ``dynamic_batch``.
+        path: a name that ends in ``.pt2``; an existing file is replaced.
+        cond: what the network is also given. Tensors, and containers of tensors alone, become
+            arguments, with a free batch where their first size is B; the rest becomes part of the
+            package.
+        dynamic_batch: any batch from 1 to ``max_batch``; False for the example's alone.
+        max_batch: None is 4096, or less where the network takes another path for large batches.
+        inductor_configs: handed to Inductor, such as ``{"max_autotune": True}``.
+
+    Returns:
+        ``path``.
+
+    Raises:
+        ValueError: the arguments do not fit together.
+        SamplerExportError: the network cannot be traced or compiled; the message says why.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"path is {path}, expected a name that ends in .pt2")
+    program = trace_sampler(
+        sampler, noise, cond=cond, dynamic_batch=dynamic_batch, max_batch=max_batch
+    )
+    metadata = {METADATA: json.dumps(describe(sampler, noise, cond, bounds(program, noise)))}
+    configs = {"aot_inductor.metadata": metadata, **(inductor_configs or {})}
+    try:
+        torch._inductor.aoti_compile_and_package(
+            program, package_path=str(path), inductor_configs=configs
+        )
+    except Exception as exc:
+        raise SamplerExportError("the sampler cannot be compiled", exc) from exc
+    return path

@@ -1,0 +1,51 @@
+"""Differentiable runs of a table, for the learners: gradients reach x, a, b and the times."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..denoiser import Denoiser, per_sample
+from ..tables.table import SolverTable
+
+
+def rollout(
+    denoiser: Denoiser,
+    table: SolverTable,
+    x: Tensor,
+    *,
+    rematerialise: bool = False,
+    **cond: Any,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Runs ``table`` keeping the autograd graph.
+
+    Args:
+        x: ``[B, ...]`` the state at the start.
+        rematerialise: recompute each network evaluation in backward, so that memory does not
+            grow with a network graph per evaluation.
+
+    Returns:
+        the end state, the states before each evaluation, and the ring quantities ``m``.
+    """
+    states: list[Tensor] = []
+    outputs: list[Tensor] = []
+    x = per_sample(table.initial_scale, x) * x
+    for n in range(table.nfe):
+        states.append(x)
+        t = table.times[..., n]
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return denoiser.predict(x, t, table.prediction, **cond)
+
+        if rematerialise and torch.is_grad_enabled():
+            m = checkpoint(predict, x, t, use_reentrant=False)
+        else:
+            m = predict(x, t)
+        outputs.append(m)
+        x = per_sample(table.a[..., n], x) * x
+        for k in range(min(table.depth, n + 1)):
+            x = x + per_sample(table.b[..., n, k], x) * outputs[n - k]
+    return x, states, outputs

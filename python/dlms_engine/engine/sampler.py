@@ -1,0 +1,248 @@
+"""Runs a table or a policy on a denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .. import ops
+from ..denoiser import Denoiser, per_sample
+from ..support.versioned import Versioned
+from ..tables.policy import Policy, PolicyRun, TableRun
+from ..tables.table import SolverTable
+from . import cpu_loop
+from .cuda_graph import run_captured
+from .cuda_graph_cache import GraphCache, identity, split_tensors
+from .dlms_steps import policy_steps
+from .steps import AfterRow, EnginePool, Plan, Steps, TableSteps, guidance, plan_table, run_plain
+
+
+class Step(NamedTuple):
+    """What a callback is told after each row."""
+
+    index: int  # type: ignore[assignment]  # 0 .. nfe - 1; hides tuple.index
+    nfe: int
+    x: Tensor  # [B, ...] the state after the row; the live buffer: clone it to keep it
+
+
+Callback = Callable[[Step], None]
+
+
+GRAPHS = GraphCache()
+"""Captured runs of all samplers of this process; bounded, least recently used first out."""
+
+
+class Sampler(Versioned, nn.Module):
+    """Samples with ``policy`` (a ``SolverTable`` or a learned policy) on ``denoiser``.
+
+    Args:
+        denoiser: the network, made to answer E[x0 | x, t].
+        policy: a table from ``dlms_engine.solvers`` or a distilled solver.
+        backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``. An explicit choice
+            that cannot be had raises ``BackendUnavailable``; ``"auto"`` falls back.
+        dtype: dtype of state and history, float32 (float64 for verification).
+
+    Raises:
+        ValueError: the policy belongs to another process than the denoiser's.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        policy: SolverTable | Policy,
+        *,
+        backend: str = "auto",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.float64 (state)")
+        policy = getattr(policy, "policy", policy)
+        if policy.process.config() != denoiser.process.config():
+            raise ValueError(
+                f"the solver was made for {policy.process.config()}, the denoiser runs "
+                f"{denoiser.process.config()}: make or distil the solver on the denoiser's process"
+            )
+        self.denoiser = denoiser
+        self.policy = policy
+        self.dtype = dtype
+        self.backend = backend
+        ops.select(backend)
+        self._engines = EnginePool()
+        self._plans: dict[torch.device, Plan] = {}
+        if isinstance(policy, SolverTable):
+            self._plan(torch.device("cpu"))
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of one run (a guided evaluation counts once)."""
+        return int(self.policy.nfe)
+
+    def sample(self, seeds: Sequence[int], shape: Sequence[int], **options: Any) -> Any:
+        """Samples from one seed each: ``[len(seeds), *shape]``, the same in any batch."""
+        sigma = float(self.policy.process.sigma(self._start_time()))
+        return self(seeded_noise(seeds, shape, sigma, dtype=self.dtype), **options)
+
+    def _start_time(self) -> Tensor:
+        return torch.as_tensor(self.policy.t_start, dtype=torch.float64).reshape(-1)[0]
+
+    @torch.no_grad()
+    def forward(
+        self,
+        noise: Tensor,
+        *,
+        callback: Callback | None = None,
+        progress: bool = False,
+        return_trajectory: bool = False,
+        **cond: Any,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Runs all rows.
+
+        Args:
+            noise: ``[B, ...]`` the state at the grid's start (``sigma_max * z`` for EDM).
+            callback: called with a ``Step`` after each row.
+            progress: shows a progress bar.
+            return_trajectory: also returns the states ``[nfe + 1, B, ...]``.
+            cond: handed to the network.
+
+        Returns:
+            ``[B, ...]`` in the state dtype, or ``(sample, trajectory)``.
+        """
+        x = noise.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        states: list[Tensor] = [x.clone()] if return_trajectory else []
+        bar = tqdm(total=self.nfe, desc="sampling", unit="eval", leave=False) if progress else None
+
+        def after(n: int, state: Tensor) -> None:
+            if return_trajectory:
+                states.append(state.clone())
+            if callback is not None:
+                callback(Step(n, self.nfe, state))
+            if bar is not None:
+                bar.update()
+
+        watched = return_trajectory or callback is not None or progress
+        x = self._run(x, after if watched else None, cond)
+        if bar is not None:
+            bar.close()
+        return (x, torch.stack(states)) if return_trajectory else x
+
+    def _run(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
+        if self.denoiser.dynamic_thresholding is not None:
+            return self._run_predictions(x, after, cond)
+        backend = ops.select(self.backend, x.device)
+        network_dtype = self._network_dtype(x)
+        if torch.compiler.is_compiling():
+            return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
+        if backend.name == "cpu" and cpu_loop.available() and x.numel():
+            return self._engines.run(self._steps(x, cond), x, network_dtype, after)
+        if x.is_cuda and x.numel() and after is None and backend.name != "eager":
+            return self._run_graph(x, network_dtype, backend, cond)
+        return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
+
+    def _network_dtype(self, x: Tensor) -> torch.dtype:
+        """Dtype of the rows' network side, never wider than the state."""
+        dtype = self.denoiser.network_dtype or x.dtype
+        return x.dtype if dtype == torch.float64 else dtype
+
+    # -- steps --------------------------------------------------------------------------------
+
+    def _plan(self, device: torch.device) -> Plan:
+        plan = self._plans.get(device)
+        if plan is None:
+            assert isinstance(self.policy, SolverTable)
+            plan = self._plans[device] = plan_table(self.denoiser, self.policy, self.dtype, device)
+        return plan
+
+    def _steps(self, x: Tensor, cond: dict[str, Any], plan: Plan | None = None) -> Steps:
+        if isinstance(self.policy, SolverTable):
+            return TableSteps(self.denoiser, plan or self._plan(x.device), self.policy.depth, cond)
+        backend = ops.select(self.backend, x.device).name
+        return policy_steps(self.denoiser, self.policy, x, self.dtype, cond, backend)
+
+    def _run_graph(
+        self, x: Tensor, network_dtype: torch.dtype, backend: ops.Backend, cond: dict[str, Any]
+    ) -> Tensor:
+        """The whole run as one CUDA graph where it can be captured, else the plain loop.
+
+        Rows and noise levels are inputs of the graph: other tables of this depth and length replay
+        the same capture.
+        """
+        given_cond, fixed, rebuild = split_tensors(cond)
+        inputs = {"x": x, **given_cond}
+        options: tuple[Any, ...] = (backend.name, self.dtype, guidance(self.denoiser), fixed)
+        if isinstance(self.policy, SolverTable):
+            inputs |= {f"plan/{k}": v for k, v in self._plan(x.device)._asdict().items()}
+            options = (*options, self.policy.depth)
+        else:
+            options = (*options, *self._learned_key())
+        # Read where they lie, and copied there before the run if they lie elsewhere.
+        branch = self.denoiser.unconditional if self.denoiser.guidance_scale is not None else {}
+        values = {k: cond[k] for k in branch if isinstance(cond.get(k), Tensor)}
+        read = (self.denoiser.unconditional_like(k, v) for k, v in values.items())
+        options = (*options, *((t.data_ptr(), t.shape, t.dtype) for t in read))
+
+        def body(given: Mapping[str, Tensor]) -> Tensor:
+            plan = None
+            if "plan/rows" in given:
+                plan = Plan(given["plan/rows"], given["plan/c_noise"], given["plan/c_in"])
+            steps = self._steps(given["x"], rebuild(given), plan)
+            return run_plain(steps, given["x"], network_dtype, backend, None)
+
+        return run_captured(GRAPHS, self.denoiser, options, body, inputs)
+
+    def _learned_key(self) -> tuple[Any, ...]:
+        """What a captured run of a policy depends on: the policy, and where its networks lie."""
+        held = [v for v in vars(self.policy).values() if isinstance(v, nn.Module)]
+        return (identity(self.policy), *map(identity, held))
+
+    # -- runs that change the prediction (thresholding) -----------------------------------------
+
+    def _run_predictions(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
+        """Slow path: the prediction is formed, altered and only then handed to the row."""
+        run: PolicyRun
+        if isinstance(self.policy, SolverTable):
+            run = TableRun(self.policy, x.device)
+        else:
+            run = self.policy.start(len(x), x.device)
+        history: list[Tensor] = []
+        time = run.time
+        x = per_sample(run.initial_scale, x) * x
+        for n in range(self.nfe):
+            history.insert(0, self.denoiser.predict(x, time, self.policy.prediction, **cond))
+            features = self.denoiser.last_features if self.denoiser.features else None
+            a, b, next_time = run.row(n, features)
+            x = per_sample(a, x) * x
+            for k, m in enumerate(history[: b.shape[-1]]):
+                x = x + per_sample(b[..., k], x) * m
+            time = time if next_time is None else next_time
+            if after is not None:
+                after(n, x)
+        return x
+
+
+def seeded_noise(
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    scale: float = 1.0,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``scale * z`` with one generator per sample, so a sample does not depend on its batch.
+
+    Args:
+        seeds: one integer per sample.
+        shape: shape of one sample, e.g. ``(3, 32, 32)``.
+        scale: standard deviation, sigma_max for EDM.
+
+    Returns:
+        ``[len(seeds), *shape]``; drawn on the CPU in float32 so that every device agrees.
+    """
+    if not len(seeds):
+        return torch.empty((0, *shape), dtype=dtype, device=device)
+    draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+    return torch.stack(draws).to(dtype).mul_(scale).to(device)

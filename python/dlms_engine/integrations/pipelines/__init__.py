@@ -1,0 +1,1 @@
+"""Solvers distilled inside diffusers pipelines."""

@@ -1,0 +1,173 @@
+"""What ``DLMSScheduler`` has beside its loop: files, noise, and finding a timestep."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from diffusers import ConfigMixin, SchedulerMixin
+except ImportError as exc:
+    raise ImportError("schedulers need diffusers: pip install 'dlms-engine[diffusers]'") from exc
+
+from ...support.versioned import Versioned
+from .adopt import adopt, is_foreign
+from .noise import NoiseModel
+from .runner import Runner, Source, load_source
+
+SOLVER_FILE = "dlms_solver.safetensors"
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """Loading, saving and noising; ``DLMSScheduler`` adds constructor and loop."""
+
+    timesteps: Tensor
+    _source: Source
+    _runner: Runner | None
+    _step_index: int | None
+    _begin_index: int | None
+
+    def _name_solver(self) -> None:
+        """Keeps the config JSON-able, and ``solver`` in it even where it is the default.
+
+        A key that is always explicit survives a detour through another class: by it ``from_config``
+        tells our own configs from others.
+        """
+        name = SOLVER_FILE if not isinstance(self._source, str) else self._source
+        defaults = self.config.get("_use_default_values")
+        explicit = (
+            {} if defaults is None else {"_use_default_values": sorted({*defaults} - {"solver"})}
+        )
+        self.register_to_config(solver=name, **explicit)
+
+    # -- loading and saving ----------------------------------------------------------------------
+
+    @classmethod
+    def from_config(
+        cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """A scheduler from another one's: ``from_config(pipe.scheduler.config, solver=...)``.
+
+        ``solver`` is anything the constructor takes. The grid stays that of the other scheduler,
+        its defaults included. With a learned solver, clipping is only done when asked for here.
+        """
+        if isinstance(config, dict) and is_foreign(config):
+            config = adopt(config)
+            kwargs.setdefault("solver", "dpm_solver_pp")
+        if isinstance(config, dict) and not isinstance(
+            load_source(kwargs.get("solver", "ddim")), str
+        ):
+            config = {k: v for k, v in config.items() if k not in ("clip_sample", "thresholding")}
+        return super().from_config(config, return_unused_kwargs, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any = None, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """As in diffusers; a learned solver is read from the safetensors file beside the JSON."""
+        hub = {k: v for k, v in kwargs.items() if k in HUB_ARGUMENTS}
+        config = cls.load_config(pretrained_model_name_or_path, subfolder=subfolder, **hub)
+        if config.get("solver") == SOLVER_FILE and "solver" not in kwargs:
+            folder = Path(str(pretrained_model_name_or_path), subfolder or "")
+            if folder.is_dir():
+                kwargs["solver"] = str(folder / SOLVER_FILE)
+            else:
+                from huggingface_hub import hf_hub_download
+
+                kwargs["solver"] = hf_hub_download(
+                    str(pretrained_model_name_or_path), SOLVER_FILE, subfolder=subfolder, **hub
+                )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_config(
+        self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Writes the JSON and, for a learned solver, ``dlms_solver.safetensors`` beside it."""
+        if not isinstance(self._source, str):
+            from ...tables.file import save_solver
+
+            folder = Path(save_directory)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_solver(folder / SOLVER_FILE, self._source)
+        # diffusers names the repository by splitting the directory's text
+        super().save_config(os.fspath(save_directory), push_to_hub, **kwargs)
+
+    @property
+    def solver(self) -> Source:
+        """The solver's name, or the learned solver itself."""
+        return self._source
+
+    # -- noise -----------------------------------------------------------------------------------
+
+    @property
+    def noise_model(self) -> NoiseModel:
+        """Process, prediction and time unit this config describes."""
+        model: NoiseModel | None = self.__dict__.get("_noise_model")
+        if model is None:
+            model = NoiseModel.from_config(self.config, self.__dict__.get("alphas_cumprod"))
+            self.__dict__["_noise_model"] = model
+        return model
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Alpha * original + sigma * noise at ``timesteps`` ``[B]`` or ``[1]``.
+
+        With a begin index the level is that of the begin (before the loop) or of the next step
+        (in it), whatever ``timesteps`` says, as in diffusers.
+        """
+        if self._begin_index is None or self._runner is None:
+            t = self._times_of(timesteps)
+        else:
+            n = self._begin_index if self._step_index is None else self._step_index
+            t = self._runner.levels[n].reshape(1)
+        process = self.noise_model.process
+        shape = (-1,) + (1,) * (original_samples.ndim - 1)
+        alpha, sigma = (
+            value.to(original_samples).reshape(shape)
+            for value in (process.alpha(t), process.sigma(t))
+        )
+        return alpha * original_samples + sigma * noise.to(original_samples)
+
+    def scale_noise(self, sample: Tensor, timestep: Any, noise: Tensor | None = None) -> Tensor:
+        """``add_noise`` under the name and argument order of the flow-matching pipelines."""
+        assert noise is not None
+        return self.add_noise(sample, noise, torch.as_tensor(timestep))
+
+    def _times_of(self, timesteps: Tensor) -> Tensor:
+        values = torch.as_tensor(timesteps).reshape(-1).detach().cpu()
+        if self._runner is None:
+            return self.noise_model.time(values)
+        known, levels = self._runner.host_timesteps, self._runner.levels
+        own = self.noise_model.time(values)
+        for i, value in enumerate(values.tolist()):
+            if value in known:
+                own[i] = levels[known.index(value)]
+        return own
+
+    def index_for_timestep(self, timestep: Any, schedule_timesteps: Tensor | None = None) -> int:
+        """Index of ``timestep``; a view into the schedule is found without reading its value.
+
+        A foreign tensor on an accelerator is taken for the first step, because reading it would
+        wait for the device: pipelines that start elsewhere call ``set_begin_index``.
+        """
+        base = self.timesteps if schedule_timesteps is None else schedule_timesteps
+        if isinstance(timestep, Tensor):
+            if timestep.numel() == 1 and _shares_memory(timestep, base):
+                return int(timestep.storage_offset() - base.storage_offset())
+            if timestep.device.type != "cpu":
+                return 0
+            timestep = float(timestep.reshape(-1)[0])
+        values = base.tolist() if schedule_timesteps is not None or self._runner is None else None
+        known = values if values is not None else self._runner.host_timesteps  # type: ignore[union-attr]
+        return known.index(timestep) if timestep in known else 0
+
+
+def _shares_memory(timestep: Tensor, base: Tensor) -> bool:
+    own, other = timestep.untyped_storage(), base.untyped_storage()
+    return (
+        own.data_ptr() == other.data_ptr() and own.nbytes() == other.nbytes() and own.nbytes() > 0
+    )

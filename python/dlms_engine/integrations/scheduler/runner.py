@@ -1,0 +1,287 @@
+"""One run of a scheduler, from ``set_timesteps`` to the last step."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops import layout
+from ...solvers import SOLVERS
+from ...tables.policy import Policy, PolicyRun
+from ...tables.table import SolverTable
+from .noise import NoiseModel
+from .plan import Plan, Rows, late_start, make_plan, policy_rows, spliced, table_rows
+from .state import State
+from .tables import named_table, solver_options
+from .times import Times, run_times
+from .watch import Watch
+
+SolverLike = Any  # SolverTable | Policy | DistilledSolver
+Source = str | SolverLike
+
+
+def load_source(solver: Any) -> Source:
+    """A solver's name as it is, a path as the solver in that file, an object as it is.
+
+    Raises:
+        ValueError: neither a known name nor an existing file.
+        TypeError: not a solver.
+    """
+    if isinstance(solver, (str, os.PathLike)):
+        name = os.fspath(solver)
+        if name in SOLVERS:
+            return name
+        if not os.path.isfile(name):
+            raise ValueError(
+                f"solver is {name!r}, expected one of {sorted(SOLVERS)} or a solver file's path"
+            )
+        from ...tables.file import load_solver
+
+        return load_solver(name)
+    policy = getattr(solver, "policy", solver)
+    if not isinstance(policy, (SolverTable, Policy)):
+        raise TypeError(
+            f"solver is {type(solver).__name__}, expected a name, path, table or policy"
+        )
+    return solver
+
+
+class Runner:
+    """Everything between two ``set_timesteps``: rows, levels, and the state once it is running.
+
+    Attributes:
+        timesteps: ``[steps]`` what the network is told; int64 where all are whole, else float32.
+        levels: ``[steps + 1]`` float64 process times of the states.
+        sigmas: ``[steps + 1]`` float32: sigma / alpha of the states, or a flow's sigma.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        config: Mapping[str, Any],
+        model: NoiseModel,
+        steps: int | None,
+        timesteps: Any,
+        sigmas: Any,
+        mu: float | None,
+        watch: Watch | None,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._watch = watch
+        self._policy: Policy | None = None
+        self._times: Times | None = None
+        self._name = source if isinstance(source, str) else None
+        if self._name is not None:
+            self._rows = self._named(steps, timesteps, sigmas, mu)
+        else:
+            self._rows = self._learned(source, steps, timesteps, sigmas)
+        self.levels = self._rows.levels
+        asked = model.timestep(self._rows.times)
+        whole = asked.round()
+        exact = model.kind == "vp" and bool(((asked - whole).abs() < 1e-6).all())
+        self.timesteps = whole.to(torch.int64) if exact else asked.to(torch.float32)
+        self.host_timesteps: list[float] = self.timesteps.tolist()
+        process = model.process
+        levels = process.sigma(self.levels)
+        if model.kind != "flow":
+            levels = levels / process.alpha(self.levels)
+        self.sigmas = levels.to(torch.float32)
+        self._whole, self._prepared = self._rows, 0
+        self._plan: Plan = make_plan(self._rows, model, 0)
+        self._state: State | None = None
+        self._run: PolicyRun | None = None
+        self._was_scaled = False
+        if watch is not None:
+            watch.reset()
+
+    # -- rows -------------------------------------------------------------------------------------
+
+    def _table(self, grid: Tensor, steps: int) -> SolverTable:
+        assert self._name is not None
+        c = self._config
+        options = solver_options(
+            self._name, c["solver_order"], c["lower_order_final"], c["solver_options"], steps
+        )
+        key = (self._model.kind, *(_hashable(c.get(k)) for k in PROCESS_KEYS))
+        return named_table(self._name, self._model.process, grid, options, key)
+
+    def _named(self, steps: int | None, timesteps: Any, sigmas: Any, mu: float | None) -> Rows:
+        assert self._name is not None
+        # an analytical first step is no evaluation: one grid step more for as many evaluations
+        afs = (self._config["solver_options"] or {}).get("afs", False)
+        count = None if steps is None else steps + (afs is not False)
+        self._times = run_times(self._config, self._model, self._name, count, timesteps, sigmas, mu)
+        grid = self._times.grid
+        return table_rows(self._table(grid, len(grid) - 1), self._times.padding)
+
+    def _learned(self, source: SolverLike, steps: int | None, timesteps: Any, sigmas: Any) -> Rows:
+        policy: Any = getattr(source, "policy", source)
+        self._model.check(policy.process)
+        if isinstance(policy, SolverTable):
+            rows = table_rows(policy)
+        else:
+            rows = policy_rows(policy)
+            self._policy = policy if needs_features(policy) else None
+        if self._policy is not None and self._watch is None:
+            raise ValueError(
+                "this solver computes its rows from the network's bottleneck: call "
+                "scheduler.watch(pipe.unet) first, or use its static table, "
+                "solver.table(denoiser, noise)"
+            )
+        if self._policy is not None and self._model.kind == "edm":
+            raise ValueError(
+                "per-sample solvers are not supported on EDM pipelines: use accelerate"
+            )
+        if timesteps is not None or (sigmas is not None and not _is_default(sigmas)):
+            raise ValueError("a learned solver has its own times: leave timesteps and sigmas out")
+        asked = steps if sigmas is None else len(sigmas)
+        if asked != rows.count:
+            raise ValueError(
+                f"the solver was made for {rows.count} evaluations: pass "
+                f"num_inference_steps={rows.count}, not {asked}"
+            )
+        return rows
+
+    def prepare(self, index: int) -> None:
+        """Makes the rows of a run that starts at step ``index``; early, so that step() need not."""
+        if not 0 <= index < self._whole.count:
+            raise ValueError(f"begin index is {index}, expected 0..{self._whole.count - 1}")
+        if index != self._prepared:
+            self._rows = self._late(index) if index else self._whole
+            self._plan = make_plan(self._rows, self._model, index)
+            self._prepared = index
+
+    def begin(self, index: int) -> None:
+        """Called once, when the first step is known to be ``index``."""
+        self.prepare(index)
+        if index == 0 and self._rows.scale != 1.0 and not self._was_scaled:
+            raise ValueError(
+                "this solver has an analytical first step, which rescales the network's first "
+                "input, but the pipeline does not call scale_model_input: use "
+                "dlms_engine.integrations.diffusers.accelerate, or a solver without it"
+            )
+        if index:
+            self._policy = None  # its first steps are gone: its nominal rows go on
+        self._state = State(self._plan)
+
+    def _late(self, index: int) -> Rows:
+        rows, times = self._whole, self._times
+        aligned = times is not None and len(times.grid) - 1 + times.padding == rows.count
+        if times is None or not aligned or index >= len(times.grid) - 1:
+            return late_start(rows, index)
+        tail = self._table(times.grid[index:], len(times.grid) - 1)
+        return spliced(rows, index, table_rows(tail, times.padding))
+
+    # -- steps ------------------------------------------------------------------------------------
+
+    @property
+    def was_scaled(self) -> bool:
+        """Whether the pipeline has let ``scaled`` see the network's input."""
+        return self._was_scaled
+
+    def scaled(self, n: int, sample: Tensor) -> Tensor:
+        """The network's input of evaluation ``n``."""
+        self._was_scaled = True
+        factor = self._plan.c_in[n] if n < len(self._plan.c_in) else 1.0
+        return sample if factor == 1.0 else (sample * factor).to(sample.dtype)
+
+    def advance(self, n: int, output: Tensor, sample: Tensor) -> Tensor:
+        """Latents after row ``n``."""
+        if n >= self._rows.count:
+            raise ValueError(
+                f"all {self._rows.count} steps were taken: call set_timesteps for a new run"
+            )
+        if output.shape != sample.shape:
+            output = self._without_variance(output, sample)
+        assert self._state is not None
+        if self._policy is not None:
+            return self._state.advance(n, output, sample, self._policy_row(n, sample))
+        clips = self._config["clip_sample"] or self._config["thresholding"]
+        return self._state.advance(n, output, sample, clip=self._clip if clips else None)
+
+    def _without_variance(self, output: Tensor, sample: Tensor) -> Tensor:
+        channels = sample.shape[1]
+        learned = self._config.get("variance_type") in ("learned", "learned_range")
+        if learned and output.shape[1] == 2 * channels:
+            return output[:, :channels]
+        raise ValueError(
+            f"model_output is {tuple(output.shape)}, sample is {tuple(sample.shape)}: set "
+            "variance_type='learned_range' for networks that predict a variance too"
+        )
+
+    def _clip(self, data: Tensor) -> Tensor:
+        """Static clipping, or dynamic thresholding (Saharia et al. 2022)."""
+        if not self._config["thresholding"]:
+            bound = float(self._config["clip_sample_range"])
+            return data.clamp(-bound, bound)
+        flat = data.flatten(1)
+        ratio = float(self._config["dynamic_thresholding_ratio"])
+        bounds = torch.quantile(flat.abs(), ratio, dim=1, keepdim=True)
+        bounds = bounds.clamp(1.0, float(self._config["sample_max_value"]))
+        return (flat.clamp(-bounds, bounds) / bounds).reshape(data.shape)
+
+    # -- per-sample rows --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _policy_row(self, n: int, sample: Tensor) -> Tensor:
+        """``[B, 6 + depth]`` row of a policy that has seen the features of evaluation ``n``."""
+        assert self._policy is not None and self._watch is not None
+        batch, model = sample.shape[0], self._model
+        if self._run is None:
+            module = getattr(self._policy, "designer", None)
+            if module is not None:
+                module.to(sample.device)
+            self._run = self._policy.start(batch, sample.device)
+            self._asked = self._run.time
+        row = self._run.row(n, self._watch.features(batch))
+        pre = model.preconditioning(self._asked.expand(batch), self._policy.prediction)
+        scale = self._rows.scale if n == 0 else 1.0
+        packed = layout.pack_row(
+            c_skip=pre.c_skip * scale,
+            c_out=pre.c_out,
+            a=row.a.expand(batch) * scale,
+            c_in_next=torch.ones_like(pre.c_skip),
+            guidance=1.0,
+            slot=n % self._plan.depth,
+            b=row.b,
+        )
+        if row.next_time is None:
+            self._watch.ratio = None
+        else:
+            self._asked = row.next_time.expand(batch)
+            self._watch.ratio = model.timestep(self._asked) / self.host_timesteps[n + 1]
+        return packed
+
+
+PROCESS_KEYS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "rescale_betas_zero_snr", "sigma_min", "sigma_max",
+)  # fmt: skip
+
+
+def _hashable(value: Any) -> Any:
+    return (
+        value if value is None or isinstance(value, (int, float, str, bool)) else str(list(value))
+    )
+
+
+def needs_features(solver: SolverLike) -> bool:
+    """Whether ``solver`` computes its rows from the network's bottleneck."""
+    policy = getattr(solver, "policy", solver)
+    if isinstance(policy, SolverTable):
+        return False
+    settings = getattr(getattr(policy, "designer", None), "settings", None)
+    return settings is None or bool(settings.features)
+
+
+def _is_default(sigmas: Any) -> bool:
+    """linspace(1, 1/N, N), which FLUX pipelines pass when the user gave none."""
+    values = torch.as_tensor(sigmas, dtype=torch.float64).reshape(-1)
+    count = len(values)
+    expected = torch.linspace(1.0, 1.0 / max(count, 1), count, dtype=torch.float64)
+    return torch.allclose(values, expected, atol=1e-6)

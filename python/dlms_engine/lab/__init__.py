@@ -1,0 +1,1 @@
+"""The laboratory: benchmarks, comparisons, records and plots. Only the command line uses it."""

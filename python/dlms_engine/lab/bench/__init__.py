@@ -1,0 +1,1 @@
+"""Benchmarks: `dlms bench step`, or `python -m dlms_engine.lab.bench step`."""

@@ -1,0 +1,119 @@
+"""Timing shared by the benchmarks: interleaved rounds, medians, and the machine they ran on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dlms_engine import __version__
+
+
+def interleaved(
+    candidates: dict[str, Callable[[], object]], *, rounds: int, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Microseconds per call of each candidate: `best` (lowest round median), `median`, `p80`.
+
+    A round times every candidate in turn for about `seconds`, so that a busy phase of the machine
+    falls on all of them. The lowest round median is the figure that other load disturbs least.
+    """
+    samples: dict[str, list[list[float]]] = {name: [] for name in candidates}
+    for call in candidates.values():
+        for _ in range(3):
+            call()
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            samples[name].append(_round(call, seconds))
+    result = {}
+    for name, per_round in samples.items():
+        medians = [statistics.median(r) for r in per_round]
+        pooled = sorted(value for r in per_round for value in r)
+        result[name] = {
+            "best": min(medians),
+            "median": statistics.median(pooled),
+            "p80": pooled[int(0.8 * (len(pooled) - 1))],
+            "repeats": len(pooled),
+        }
+    return result
+
+
+def _round(call: Callable[[], object], seconds: float) -> list[float]:
+    values: list[float] = []
+    end = time.perf_counter_ns() + int(seconds * 1e9)
+    while (start := time.perf_counter_ns()) < end or len(values) < 5:
+        call()
+        values.append((time.perf_counter_ns() - start) / 1e3)
+    return values
+
+
+def conditions() -> dict[str, Any]:
+    """Machine, versions, commit and load: without them a figure is not one."""
+    from dlms_engine.engine import cpu_loop
+
+    return {
+        "cpu": _cpu_name(),
+        "cpus": os.cpu_count(),
+        "isa": cpu_loop.cpu_isa(),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dlms_engine": __version__,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def commit() -> str | None:
+    """The commit of this checkout; ``DLMS_COMMIT`` says it where there is none."""
+    if given := os.environ.get("DLMS_COMMIT"):
+        return given
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None  # not a checkout, or nothing committed
+    return done.stdout.strip()
+
+
+def json_options(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--output``, which every benchmark has."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+
+
+def save(report: dict[str, Any], options: argparse.Namespace) -> str:
+    """Writes the report where ``--output`` says; returns its JSON."""
+    text = json.dumps(report, indent=2)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    return text
+
+
+def finish(report: dict[str, Any], options: argparse.Namespace) -> bool:
+    """Writes the report where ``--output`` says; prints it and is True with ``--json``."""
+    text = save(report, options)
+    if options.json:
+        print(text)
+    return bool(options.json)

@@ -1,0 +1,298 @@
+"""Benchmark models: trained by the examples, stored beside the code, loaded by ``--model NAME``.
+
+They are too large for the package. ``benchmarks/models/NAME/`` of a checkout holds the files, or
+``NAME/`` in the folder that the environment variable ``DLMS_MODELS`` names. What reads them:
+
+    DLMS_MODEL_DEVICE   cpu or cuda; default: cuda where there is a GPU
+    DLMS_MODEL_DTYPE    float32, float16 or bfloat16: the dtype the U-Net computes in where no
+                        gradient runs; there it stays float32, as do the features
+    DLMS_MODEL_COMPILE  1: torch.compile the U-Net for large batches without gradients
+
+On a GPU the networks live there and the samples stay on the host: everything that works on a CPU
+model works on these, bit for bit the same noise included.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ..denoiser import Denoiser
+from ..models.embedded import C_NOISE_SCALE, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, ReferenceStatistics
+from ..processes import EDM
+
+NAMES = ("cifar10-32",)
+"""Models there are recipes for."""
+FILES = (
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "features.safetensors",
+    "reference.safetensors",
+    "provenance.json",
+)
+COMPILED_FROM = 256
+"""Batch size from which ``DLMS_MODEL_COMPILE`` takes effect."""
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class BenchmarkModel(NamedTuple):
+    """What the commands need of a model.
+
+    Attributes:
+        denoiser: E[x0 | x, sigma], its bottleneck tapped.
+        shape: of one sample, channels first; values lie in [-1, 1].
+        features: images ``[B, *shape]`` -> ``[B, F]``.
+        reference: statistics of these features over the training images.
+    """
+
+    denoiser: Denoiser
+    shape: tuple[int, ...]
+    features: nn.Module
+    reference: ReferenceStatistics
+
+
+class ResidualFeatures(nn.Module):
+    """A small ResNet without its last layer: images in [-1, 1] -> features.
+
+    A convolution, then a level for each further width: a convolution, halved sides, one residual
+    pair of convolutions; the mean over the positions. Smooth throughout (SiLU, average pooling),
+    so the features can be differentiated with respect to the images; scaled to a mean variance of
+    1 over the training images.
+
+    Args:
+        widths: channels of the first convolution and of each level; the last is the number of
+            features. ``(64, 128, 256)`` has a third level of 256, too.
+    """
+
+    def __init__(self, widths: tuple[int, ...] = (64, 128, 256)) -> None:
+        super().__init__()
+        self.widths = tuple(widths)
+        self.num_features = self.widths[-1]
+        self.first = _Convolution(3, self.widths[0])
+        before = self.widths
+        after = (*self.widths[1:], self.widths[-1])
+        self.steps = nn.ModuleList(_Convolution(a, b) for a, b in zip(before, after, strict=True))
+        self.pairs = nn.ModuleList(
+            nn.Sequential(_Convolution(b, b), _Convolution(b, b)) for b in after
+        )
+        self.scale: Tensor
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` -> ``[B, F]``, same dtype; H and W divisible by 2^levels."""
+        x = self.first(images)
+        for step, pair in zip(self.steps, self.pairs, strict=True):
+            x = functional.avg_pool2d(step(x), 2)
+            x = x + pair(x)
+        return cast(Tensor, x.mean(dim=(2, 3)) * self.scale)
+
+
+class _Convolution(nn.Module):
+    """3x3 convolution, batch norm, SiLU."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.silu(cast(Tensor, self.norm(self.convolution(x))))
+
+
+class BenchmarkNetwork(nn.Module):
+    """``network(x, c_noise)`` as EDM preconditioning calls it, wherever the U-Net lives.
+
+    Tensors go in and come out on the caller's device in the caller's dtype; between, the U-Net runs
+    on its own device and in its own dtype. ``bottleneck`` passes on the middle block's output
+    ``[B, C, 8, 8]`` where the caller is, for a denoiser's tap.
+
+    Args:
+        unet: a diffusers ``UNet2DModel``.
+        precise: the same in float32, asked where gradients run back; float16 would lose the small
+            ones. None: ``unet`` itself.
+        compile: use torch.compile for batches of at least ``COMPILED_FROM`` without gradients; it
+            compiles once a batch size, which small and rare ones would not pay back.
+
+    One call at a time: threads need a copy each.
+    """
+
+    def __init__(
+        self, unet: nn.Module, *, precise: nn.Module | None = None, compile: bool = False
+    ) -> None:
+        super().__init__()
+        # The first parameter's dtype is what a denoiser hands over: float32, whatever the U-Net's.
+        self.outside = nn.Parameter(torch.zeros(()), requires_grad=False)
+        self.unet = unet
+        self.precise = precise
+        self.bottleneck = nn.Identity()
+        self._middle: Tensor | None = None
+        for each in (unet, precise):
+            if each is not None:
+                cast(nn.Module, each.mid_block).register_forward_hook(self._keep)
+        self._fast: Callable[..., tuple[Tensor, Tensor]] = (
+            torch.compile(self._both, dynamic=False) if compile else self._both
+        )
+
+    def _keep(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        self._middle = output
+
+    def _both(self, x: Tensor, c_noise: Tensor, unet: nn.Module) -> tuple[Tensor, Tensor]:
+        output = unet(x, C_NOISE_SCALE * c_noise, return_dict=False)[0]
+        middle, self._middle = self._middle, None
+        assert middle is not None
+        return output, middle
+
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        """Raw output F like ``x`` = c_in * noisy image ``[B, 3, H, W]``; ``c_noise`` ``[B]``.
+
+        c_noise = ln(sigma) / 4 is never rounded below float32.
+        """
+        gradients = torch.is_grad_enabled() and x.requires_grad
+        unet = self.precise if gradients and self.precise is not None else self.unet
+        call = self._both if gradients or len(x) < COMPILED_FROM else self._fast
+        inside = next(unet.parameters())
+        moved = x.to(inside.device, inside.dtype, memory_format=torch.channels_last)
+        wide = torch.promote_types(c_noise.dtype, torch.float32)
+        output, middle = call(moved, c_noise.to(inside.device, wide), unet)
+        self.bottleneck(middle.to(x.device, x.dtype))
+        return output.to(x.device, x.dtype, memory_format=torch.contiguous_format)
+
+
+class Visiting(nn.Module):
+    """A feature network on its own device and in its own dtype, called with tensors from anywhere."""
+
+    def __init__(self, network: ResidualFeatures) -> None:
+        super().__init__()
+        self.network = network
+        self.num_features = network.num_features
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` -> ``[B, F]`` on the device and in the dtype of ``images``."""
+        inside = self.network.scale
+        moved = images.to(inside.device, inside.dtype, memory_format=torch.channels_last)
+        return cast(Tensor, self.network(moved).to(images.device, images.dtype))
+
+
+def folder(name: str) -> Path:
+    """Where the model's files are.
+
+    Raises:
+        ValueError: no such model.
+        FileNotFoundError: it has not been made; the message says how.
+    """
+    if name not in NAMES:
+        raise ValueError(f"benchmark model is {name!r}, expected one of {', '.join(NAMES)}")
+    named = os.environ.get("DLMS_MODELS")
+    checkout = Path(__file__).resolve().parents[3]
+    root = Path(named).expanduser() if named else checkout / "benchmarks" / "models"
+    path = root / name
+    missing = [file for file in FILES if not (path / file).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"the model {name} is not in {path} (missing: {', '.join(missing)}). Set DLMS_MODELS to "
+            f"the folder that holds {name}/, or make it in a checkout, on a GPU: "
+            "DATA=cifar10.tar scripts/gpu_record.sh train finish classifier export"
+        )
+    return path
+
+
+def load(name: str) -> BenchmarkModel:
+    """The model, in eval mode, with frozen parameters.
+
+    Raises:
+        ValueError: no such model, or an environment variable holds no word it may hold.
+        FileNotFoundError: its files are absent.
+        ImportError: diffusers is not installed.
+    """
+    device, dtype = _device(), _dtype()
+    unet = load_unet(name, device, dtype)
+    precise = None if dtype == torch.float32 else load_unet(name, device)
+    compiled = os.environ.get("DLMS_MODEL_COMPILE", "0") not in ("", "0")
+    network = BenchmarkNetwork(unet, precise=precise, compile=compiled).eval()
+    process = EDM(SIGMA_MIN, SIGMA_MAX)
+    denoiser = Denoiser(network, process, "edm", sigma_data=SIGMA_DATA, features="bottleneck")
+    size = int(cast(Any, unet).config.sample_size)
+    return BenchmarkModel(
+        denoiser, (3, size, size), Visiting(load_features(name, device)), load_reference(name)
+    )
+
+
+def load_unet(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """The diffusers ``UNet2DModel``, channels-last, frozen; its timestep is 100 * c_noise.
+
+    Raises:
+        ImportError: diffusers is not installed.
+    """
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise ImportError(
+            f"the model {name} is a diffusers UNet2DModel: pip install 'dlms_engine[diffusers]'"
+        ) from error
+    from_pretrained: Any = UNet2DModel.from_pretrained  # untyped in diffusers
+    unet: nn.Module = from_pretrained(
+        folder(name), low_cpu_mem_usage=False, use_safetensors=True, local_files_only=True
+    )
+    # Not diffusers' own to(), which warns of every change of dtype.
+    nn.Module.to(unet, device=device, dtype=dtype)
+    nn.Module.to(unet, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return unet.eval().requires_grad_(False)
+
+
+def load_features(name: str, device: torch.device | str = "cpu") -> ResidualFeatures:
+    """The classifier's features, float32, frozen.
+
+    Raises:
+        ValueError: the file does not hold such a network.
+    """
+    import safetensors
+    from safetensors.torch import load_file
+
+    path = folder(name) / "features.safetensors"
+    with safetensors.safe_open(str(path), framework="pt") as opened:
+        widths = (opened.metadata() or {}).get("widths", "")
+    if not widths:
+        raise ValueError(
+            f"{path} does not say its widths: export it with examples/export_embedded.py"
+        )
+    network = ResidualFeatures(tuple(int(width) for width in widths.split(",")))
+    missing, unexpected = network.load_state_dict(load_file(path), strict=False)
+    # BatchNorm's step counters are not stored: they play no part in eval mode.
+    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
+    if missing or unexpected:
+        raise ValueError(f"{path}: missing {missing}, unexpected {unexpected}")
+    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.eval().requires_grad_(False)
+    return network
+
+
+def load_reference(name: str) -> ReferenceStatistics:
+    """Feature statistics of the training images, float64 on the CPU."""
+    from safetensors.torch import load_file
+
+    stored = load_file(folder(name) / "reference.safetensors")
+    return ReferenceStatistics(int(stored["count"]), stored["mean"], stored["covariance"])
+
+
+def _device() -> torch.device:
+    said = os.environ.get("DLMS_MODEL_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
+    if said.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"DLMS_MODEL_DEVICE is {said!r}, expected cpu or cuda")
+    if said.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"DLMS_MODEL_DEVICE is {said!r}, but torch sees no GPU: use cpu")
+    return torch.device(said)
+
+
+def _dtype() -> torch.dtype:
+    said = os.environ.get("DLMS_MODEL_DTYPE") or "float32"
+    if said not in DTYPES:
+        raise ValueError(f"DLMS_MODEL_DTYPE is {said!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[said]

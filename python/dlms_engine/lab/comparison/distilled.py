@@ -1,0 +1,147 @@
+"""One contestant distilled within the budget, or read back from an earlier run."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...denoiser import Denoiser
+from ...learners import distill
+from ...support.files import write_text
+from ...tables.file import load_solver
+from ...tables.policy import Policy
+from ...tables.table import SolverTable
+from ..record.store import network_digest
+from .budget import Calls, affordable, counted
+from .contestants import Contestant
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A learned solver and what it cost.
+
+    Attributes:
+        policy: the solver.
+        trajectories: start noises it was trained on.
+        forward, backward: network calls of the training, one a sample, validation included.
+        seconds: wall time of the training.
+    """
+
+    policy: SolverTable | Policy
+    trajectories: int | None
+    forward: int
+    backward: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Distils contestants on one model and keeps solver files with their costs in ``folder``.
+
+    A file made with other settings, another budget or another network is made again. What was
+    interrupted starts over: a contestant takes minutes, and its cost is counted in one piece.
+
+    Attributes:
+        budget: network calls, forward and backward, a contestant may spend.
+        advance: told the calls as they are made.
+    """
+
+    denoiser: Denoiser
+    features: nn.Module
+    shape: tuple[int, ...]
+    folder: Path
+    budget: int
+    seed: int
+    advance: Callable[[int], None]
+
+    @cached_property
+    def _model(self) -> str:
+        """Of the weights: hashed once, not for every contestant and count."""
+        return network_digest(self.denoiser.network)
+
+    def distilled(self, contestant: Contestant, nfe: int) -> Distilled:
+        """The solver of ``nfe`` evaluations.
+
+        Raises:
+            ValueError: the method has no solver of that cost, or the budget is too small.
+        """
+        stem = f"{_file_name(contestant.label)}-{nfe}"
+        path = self.folder / f"{stem}.safetensors"
+        facts_path = path.with_suffix(".json")
+        key = self._key(contestant, nfe)
+        held = _read(facts_path)
+        if path.exists() and held.get("key") == key:
+            policy = load_solver(path).policy
+            return Distilled(policy, **held["cost"])
+        found = self._make(contestant, nfe, path)
+        cost = {k: v for k, v in vars(found).items() if k != "policy"}
+        write_text(facts_path, json.dumps({"key": key, "cost": cost}, indent=1))
+        return found
+
+    def _make(self, contestant: Contestant, nfe: int, path: Path) -> Distilled:
+        trajectories = contestant.trajectories
+        if contestant.scales:
+            trajectories = affordable(
+                lambda count: self._run(contestant, nfe, count, None)[1].total,
+                self.budget,
+                contestant.batch,
+            )
+        started = time.perf_counter()
+        policy, calls = self._run(contestant, nfe, trajectories, path, self.advance)
+        seconds = time.perf_counter() - started
+        return Distilled(policy, trajectories, calls.forward, calls.backward, seconds)
+
+    def _run(
+        self,
+        contestant: Contestant,
+        nfe: int,
+        trajectories: int | None,
+        output: Path | None,
+        advance: Callable[[int], None] | None = None,
+    ) -> tuple[SolverTable | Policy, Calls]:
+        with counted(self.denoiser.network, advance) as calls:
+            solver = distill(
+                self.denoiser,
+                contestant.method,
+                nfe=nfe,
+                shape=self.shape,
+                trajectories=trajectories,
+                output=output,
+                progress=False,
+                seed=self.seed,
+                feature_network=self.features,
+                **contestant.settings,
+            )
+        return solver.policy, calls
+
+    def _key(self, contestant: Contestant, nfe: int) -> dict[str, Any]:
+        described = {k: v for k, v in asdict(contestant).items() if k not in ("label", "base")}
+        key = {
+            **described,
+            "nfe": nfe,
+            "budget": self.budget if contestant.scales else None,
+            "seed": self.seed,
+            "model": self._model,
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(key, default=str))
+        return plain
+
+
+def _file_name(label: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # absent or damaged: made again
+        return {}
+    return held if isinstance(held, dict) else {}

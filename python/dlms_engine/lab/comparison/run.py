@@ -1,0 +1,278 @@
+"""The comparison itself: distil, measure the same seeds, one JSON-able result; resumable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...denoiser import Denoiser
+from ...engine.sampler import Sampler
+from ...evaluation.frechet import FeatureSums
+from ...models.embedded import ReferenceStatistics
+from ...solvers import handcrafted
+from ...solvers.registry import label_of
+from ...support.files import write_text
+from ...support.parallel import World
+from ..plots import side_by_side
+from ..record.measure import Entry, Measurer
+from ..record.rows import Floors, distance, rank
+from ..record.store import Store
+from .contestants import Contestant
+from .distilled import Distilled, Workshop
+
+FORMAT = "dlms_engine.comparison/1"
+
+
+@dataclass(frozen=True)
+class CompareSettings:
+    """Sizes of a comparison.
+
+    Attributes:
+        nfes: evaluations compared.
+        budget: network calls (a pass of one sample in either direction) for each distillation.
+        samples: samples of the Frechet distances.
+        exact_samples: of these, the first ones whose exact solution gives the RMSE.
+        exact_nfe, accurate_nfe: evaluations of the exact solutions and of the accurate samples.
+        screen_samples: samples on which every handcrafted solver is tried; the best one by RMSE
+            joins the comparison. 0 leaves the search out.
+        shown: samples in the pictures.
+        batch: samples at a time.
+        first_seed: seed of the first sample; distillation never draws from these.
+        seed: of the training noise.
+    """
+
+    nfes: tuple[int, ...] = tuple(range(3, 11))
+    budget: int = 100_000
+    samples: int = 2_000
+    exact_samples: int = 1_000
+    exact_nfe: int = 96
+    accurate_nfe: int = 24
+    screen_samples: int = 32
+    shown: int = 16
+    batch: int = 125
+    first_seed: int = 100_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.nfes or min(self.nfes) < 1:
+            raise ValueError(f"nfes is {self.nfes}, expected at least one number >= 1")
+        if not 2 <= self.exact_samples <= self.samples:
+            raise ValueError(
+                f"exact_samples is {self.exact_samples}, expected 2 to samples ({self.samples})"
+            )
+        if not 0 <= self.screen_samples <= self.exact_samples:
+            raise ValueError(
+                f"screen_samples is {self.screen_samples}, expected 0 to exact_samples "
+                f"({self.exact_samples})"
+            )
+        if not 0 <= self.shown <= self.exact_samples:
+            raise ValueError(
+                f"shown is {self.shown}, expected 0 to exact_samples ({self.exact_samples})"
+            )
+
+    @property
+    def seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.samples)
+
+
+def compare(
+    denoiser: Denoiser,
+    features: nn.Module,
+    reference: ReferenceStatistics,
+    shape: tuple[int, ...],
+    contestants: Sequence[Contestant],
+    folder: Path,
+    settings: CompareSettings | None = None,
+    *,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Distils every contestant at every count and measures it beside its handcrafted base.
+
+    Killed and called again with the same arguments, it goes on: finished solvers, exact solutions
+    and measurements lie in ``folder``.
+
+    Args:
+        denoiser: the model; its network is a module.
+        features: module from samples ``[B, *shape]`` to features ``[B, F]``.
+        reference: feature statistics of the data.
+        shape: shape of one sample.
+        contestants: who takes part.
+
+    Returns:
+        the JSON-able result, also in ``compare.json``; ``samples-N.png`` beside it show the same
+        seeds by every solver of N evaluations.
+
+    Raises:
+        ValueError: two contestants of one name, or several processes: distil with ``torchrun`` and
+            measure with ``evaluate --record`` instead.
+    """
+    settings = settings or CompareSettings()
+    labels = [contestant.label for contestant in contestants]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"contestants are {labels}, expected different names")
+    if World.current().size > 1:
+        raise ValueError("compare runs in one process: start it without torchrun")
+    folder.mkdir(parents=True, exist_ok=True)
+    total = _work(settings, contestants)
+    with tqdm(total=total, unit="call", unit_scale=True, disable=not progress) as bar:
+        run = _Run(denoiser, features, reference, shape, folder, settings, bar)
+        rows: list[dict[str, Any]] = []
+        for nfe in settings.nfes:
+            rows += run.rows(contestants, nfe)
+            if settings.shown:
+                side_by_side(run.panels, folder / f"samples-{nfe}.png", title=f"{nfe} evaluations")
+            result = run.result(rows)
+            write_text(folder / "compare.json", json.dumps(result, indent=1))
+    return result
+
+
+def _work(settings: CompareSettings, contestants: Sequence[Contestant]) -> int:
+    """Network calls in all, about: solvers are screened with many evaluations in common."""
+    fixed = 2 * settings.samples * settings.accurate_nfe
+    fixed += settings.exact_samples * settings.exact_nfe
+    entries = 2 * len(contestants) + 1
+    measured = sum(settings.nfes) * settings.samples * entries
+    return fixed + measured + len(settings.nfes) * len(contestants) * settings.budget
+
+
+class _Run:
+    """What all counts share: the model, the seeds, the exact solutions and the floors."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        features: nn.Module,
+        reference: ReferenceStatistics,
+        shape: tuple[int, ...],
+        folder: Path,
+        settings: CompareSettings,
+        bar: tqdm[Any],
+    ) -> None:
+        self.settings = settings
+        self.panels: dict[str, Tensor] = {}
+        self._denoiser = denoiser
+        self._shape = shape
+        self._process = denoiser.process
+        self._bar = bar
+
+        def advance(done: int) -> None:
+            bar.update(done)
+
+        self._measurer = Measurer(
+            denoiser,
+            features,
+            shape,
+            Store(folder / "cache"),
+            batch=settings.batch,
+            advance=advance,
+        )
+        solvers = folder / "solvers"
+        solvers.mkdir(exist_ok=True)
+        self._workshop = Workshop(
+            denoiser, features, shape, solvers, settings.budget, settings.seed, advance
+        )
+        bar.set_description("exact solutions")
+        few = settings.seeds[: settings.exact_samples]
+        self._exact = self._measurer.endpoints(settings.exact_nfe, few)
+        bar.set_description("accurate samples")
+        accurate = Entry("accurate", self._measurer.accurate_table(settings.accurate_nfe))
+        seeds = settings.seeds
+        others = range(seeds.stop, seeds.stop + len(seeds))
+        own = self._measurer.measure("accurate-own", [accurate], seeds)[0]
+        other = self._measurer.measure("accurate-other", [accurate], others)[0]
+        references: dict[str, FeatureSums | ReferenceStatistics] = {
+            "accurate": other.sums,
+            "data": reference,
+        }
+        floors = {side: distance(own.sums, held) for side, held in references.items()}
+        self._floors = Floors(references, floors)
+
+    def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "settings": {**asdict(self.settings), "nfes": list(self.settings.nfes)},
+            "torch": torch.__version__,
+            "floors": dict(self._floors.values),
+            "rows": rows,
+        }
+
+    def rows(self, contestants: Sequence[Contestant], nfe: int) -> list[dict[str, Any]]:
+        """Handcrafted solvers first, then the learned ones; ``panels`` holds samples of each."""
+        self.panels = {"accurate": self._exact[: self.settings.shown]}
+        learned: list[dict[str, Any]] = []
+        hand: dict[str, Entry] = {}
+        for contestant in contestants:
+            base = self._base(contestant, nfe)
+            if base is not None:
+                base = hand.setdefault(base.digest, base)
+            learned.append(self._learned(contestant, nfe, base))
+        if self.settings.screen_samples:
+            entry = self._best_handcrafted(nfe)
+            hand.setdefault(entry.digest, entry)
+        return [*(self._row(entry) for entry in hand.values()), *learned]
+
+    def _best_handcrafted(self, nfe: int) -> Entry:
+        self._bar.set_description(f"{nfe} evaluations: handcrafted")
+        entries = [Entry(label, table) for label, table in handcrafted(self._process, nfe)]
+        few = self.settings.seeds[: self.settings.screen_samples]
+        exact = self._exact[: len(few)]
+        found = self._measurer.measure(f"screen-{nfe}", entries, few, exact)
+        ranked = sorted(range(len(found)), key=lambda i: rank(found[i].rmse))
+        return entries[ranked[0]]
+
+    def _base(self, contestant: Contestant, nfe: int) -> Entry | None:
+        if contestant.base is None:
+            return None
+        try:
+            table = contestant.base.table(self._process, nfe)
+        except ValueError:  # two evaluations a step reach every other count
+            return None
+        return Entry(label_of(table, contestant.base.grid), table)
+
+    def _learned(self, contestant: Contestant, nfe: int, base: Entry | None) -> dict[str, Any]:
+        self._bar.set_description(f"{nfe} evaluations: {contestant.label}")
+        beside = {"base": None if base is None else base.label}
+        spent = self._bar.n
+        try:
+            solver = self._workshop.distilled(contestant, nfe)
+        except ValueError as refusal:
+            row = {"nfe": nfe, "solver": contestant.label, "learned": True}
+            return {**row, "method": contestant.method, "refused": str(refusal), **beside}
+        finally:  # a closed form takes less than its budget, a solver of an earlier run nothing
+            self._bar.update(max(0, self.settings.budget - (self._bar.n - spent)))
+        entry = Entry(contestant.label, solver.policy, learned=True)
+        return {**self._row(entry), "method": contestant.method, **_cost(solver), **beside}
+
+    def _row(self, entry: Entry) -> dict[str, Any]:
+        settings = self.settings
+        found = self._measurer.measure(f"one-{entry.digest}", [entry], settings.seeds, self._exact)[
+            0
+        ]
+        shown = list(settings.seeds[: settings.shown])
+        if shown:
+            self.panels[entry.label] = Sampler(self._denoiser, entry.policy).sample(
+                shown, self._shape
+            )
+        return {
+            "nfe": entry.nfe,
+            "solver": entry.label,
+            "learned": entry.learned,
+            "rmse": found.rmse,
+            **self._floors.figures(found.sums),
+        }
+
+
+def _cost(solver: Distilled) -> dict[str, Any]:
+    return {
+        "trajectories": solver.trajectories,
+        "forward": solver.forward,
+        "backward": solver.backward,
+        "seconds": solver.seconds,
+    }

@@ -1,0 +1,1 @@
+"""The record of samplers on the embedded and on the benchmark model."""

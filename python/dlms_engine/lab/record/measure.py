@@ -1,0 +1,246 @@
+"""Several samplers over the same seeds: endpoint error and feature moments, resumable."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import solvers
+from ...denoiser import Denoiser
+from ...engine.sampler import Sampler, seeded_noise
+from ...evaluation.frechet import FeatureSums, feature_sums
+from ...processes import grids
+from ...support.parallel import World
+from ...tables.policy import Policy
+from ...tables.table import SolverTable
+from .memo import memoised
+from .store import Store, digest, network_digest
+
+SAVE_SECONDS = 20.0
+SUMMED = ("total", "outer", "error", "compared")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A sampler to be measured.
+
+    Attributes:
+        label: what it is called in tables and plots; unique for one nfe.
+        policy: a table or a learned policy.
+        learned: False for a handcrafted solver.
+        facts: JSON-able options, for the record.
+    """
+
+    label: str
+    policy: SolverTable | Policy
+    learned: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nfe(self) -> int:
+        return int(self.policy.nfe)
+
+    @property
+    def digest(self) -> str:
+        """Identifies the numbers of the sampler, not its label."""
+        policy = self.policy
+        if isinstance(policy, SolverTable):
+            held = {"a": policy.a, "b": policy.b, "times": policy.times}
+            return digest({**held, "scale": policy.initial_scale}, policy.prediction)
+        tensors, settings = policy.state()  # type: ignore[attr-defined]
+        return digest(tensors, settings)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Result for one entry."""
+
+    rmse: float  # nan without an exact solution
+    sums: FeatureSums
+
+
+class Measurer:
+    """Runs entries on one model; what was run before is read from ``store``.
+
+    Args:
+        denoiser: the model.
+        features: module from finished samples ``[B, ...]`` to ``[B, F]``.
+        shape: shape of one sample.
+        batch: samples per run.
+        advance: told the network evaluations (per sample) that were done or found done.
+        world: ranks that share the work; None for the current ones.
+
+    Ranks take whole batches, and what the batches give is added in their order: every figure has the
+    same bits for any number of ranks. Rank 0 alone writes to the store, which all must see.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        features: nn.Module,
+        shape: tuple[int, ...],
+        store: Store,
+        *,
+        batch: int = 250,
+        advance: Callable[[int], None] = lambda _done: None,
+        world: World | None = None,
+    ) -> None:
+        self.world = world or World.current()
+        self.denoiser = denoiser
+        self.features = features
+        self.shape = shape
+        self.batch = batch
+        self._store = store
+        self._advance = advance
+        self._width: int | None = None
+        self._twin, self._memo = memoised(denoiser)
+        process = denoiser.process
+        start = torch.tensor(process.t_max, dtype=torch.float64)
+        self._scale = float(process.sigma(start))
+        self._model = [network_digest(denoiser.network), network_digest(features)]
+
+    def accurate_table(self, nfe: int) -> SolverTable:
+        """DPM-Solver++(3M) on the rho-7 grid: what "accurate" and "exact" mean here."""
+        process = self.denoiser.process
+        return solvers.dpm_solver_pp(process, grids.polynomial(process, nfe), order=3)
+
+    @torch.no_grad()
+    def endpoints(self, nfe: int, seeds: range) -> Tensor:
+        """Exact solutions ``[len(seeds), *shape]`` of the ODE from each seed's noise."""
+        key = self._key([Entry("exact", self.accurate_table(nfe))], seeds)
+        held = self._load("exact", key)
+        done = int(held["done"]) if held else 0
+        x = held["x"] if held else torch.zeros(len(seeds), *self.shape)
+        self._advance(done * nfe)
+        sampler = Sampler(self.denoiser, self.accurate_table(nfe))
+        for parts in self._rounds(seeds[done:]):
+            own = self.world.deal(range(len(parts)))
+            found = torch.zeros(self.batch, *self.shape)
+            if own is not None:
+                found[: len(parts[own])] = self._run(sampler, self._noise(parts[own]))
+            for part, images in zip(parts, self.world.gather(found), strict=False):
+                x[done : done + len(part)] = images[: len(part)]
+                done += len(part)
+            self._advance_others(parts, nfe)
+            self._save("exact", key, {"x": x, "done": torch.tensor(done)})
+        return x
+
+    @torch.no_grad()
+    def sums(self, images: Tensor) -> FeatureSums:
+        """Feature sums of finished images ``[B, ...]``, clamped to [-1, 1] as a file would be."""
+        features = [self.features(part.clamp(-1, 1)) for part in torch.split(images, self.batch)]
+        return feature_sums(torch.cat(features))
+
+    @torch.no_grad()
+    def measure(
+        self, name: str, entries: Sequence[Entry], seeds: range, exact: Tensor | None = None
+    ) -> list[Measured]:
+        """One result an entry; ``exact`` ``[n, ...]`` belongs to the first n seeds."""
+        key = self._key(entries, seeds, len(exact) if exact is not None else 0)
+        state = self._load(name, key) or self._empty(len(entries))
+        done = int(state["done"])
+        self._advance(done * sum(entry.nfe for entry in entries))
+        shared = len(entries) > 1  # a single sampler asks nothing twice
+        samplers = [self._sampler(entry, shared) for entry in entries]
+        saved = time.monotonic()
+        for parts in self._rounds(seeds[done:]):
+            own = self.world.deal(range(len(parts)))
+            found = self._empty(len(entries))
+            if own is not None:
+                noise = self._noise(parts[own])
+                self._memo.forget()
+                first = parts[own].start - seeds.start
+                target = None if exact is None else exact[first : first + len(noise)]
+                for row, sampler in enumerate(samplers):
+                    self._add(found, row, self._run(sampler, noise), target)
+            for held in SUMMED:  # one after the other, as a single process would
+                for _, value in zip(parts, self.world.gather(found[held]), strict=False):
+                    state[held] += value
+            done += sum(len(part) for part in parts)
+            state["done"] = torch.tensor(done)
+            self._advance_others(parts, sum(entry.nfe for entry in entries))
+            if done == len(seeds) or time.monotonic() - saved > SAVE_SECONDS:
+                self._save(name, key, state)
+                saved = time.monotonic()
+        self._memo.forget()
+        return [self._result(state, row, done) for row in range(len(entries))]
+
+    # -- parts ----------------------------------------------------------------------------------
+
+    def _rounds(self, seeds: range) -> list[list[range]]:
+        """The batches of ``seeds`` in rounds of one a rank."""
+        parts = [seeds[i : i + self.batch] for i in range(0, len(seeds), self.batch)]
+        return [[parts[k] for k in chosen] for chosen in self.world.rounds(len(parts))]
+
+    def _load(self, name: str, key: dict[str, Any]) -> dict[str, Tensor] | None:
+        """What is stored, if all ranks see the same of it."""
+        held = self._store.load(name, key)
+        done = int(held["done"]) if held else 0
+        seen = {int(value) for value in self.world.gather(torch.tensor(done))}
+        return held if len(seen) == 1 else None
+
+    def _save(self, name: str, key: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        if self.world.rank == 0:
+            self._store.save(name, key, tensors)
+
+    def _advance_others(self, parts: list[range], nfe: int) -> None:
+        """Tells of the evaluations that the other ranks did meanwhile."""
+        own = self.world.deal(range(len(parts)))
+        self._advance(nfe * sum(len(part) for k, part in enumerate(parts) if k != own))
+
+    def _noise(self, seeds: range) -> Tensor:
+        return seeded_noise(seeds, self.shape, self._scale)
+
+    def _sampler(self, entry: Entry, shared: bool) -> Sampler:
+        static = isinstance(entry.policy, SolverTable)
+        return Sampler(self._twin if static and shared else self.denoiser, entry.policy)
+
+    def _run(self, sampler: Sampler, noise: Tensor) -> Tensor:
+        x = sampler(noise)
+        assert isinstance(x, Tensor)
+        self._advance(sampler.nfe * len(noise))
+        return x
+
+    def _key(self, entries: Sequence[Entry], seeds: range, exact: int = 0) -> dict[str, Any]:
+        return {
+            "model": self._model,
+            "process": self.denoiser.process.config(),
+            "entries": [entry.digest for entry in entries],
+            "seeds": [seeds.start, seeds.stop],
+            "exact": exact,
+            "batch": self.batch,
+        }
+
+    def _empty(self, entries: int) -> dict[str, Tensor]:
+        if self._width is None:
+            self._width = int(self.features(torch.zeros(1, *self.shape)).shape[1])
+        f = self._width
+        return {
+            "done": torch.tensor(0),
+            "total": torch.zeros(entries, f, dtype=torch.float64),
+            "outer": torch.zeros(entries, f, f, dtype=torch.float64),
+            "error": torch.zeros(entries, dtype=torch.float64),
+            "compared": torch.zeros(entries, dtype=torch.float64),
+        }
+
+    def _add(self, state: dict[str, Tensor], row: int, x: Tensor, target: Tensor | None) -> None:
+        found = self.sums(x)
+        state["total"][row] += found.total
+        state["outer"][row] += found.outer
+        if target is not None and len(target):
+            difference = x[: len(target)].double() - target.double()
+            state["error"][row] += difference.square().sum()
+            state["compared"][row] += difference.numel()
+
+    @staticmethod
+    def _result(state: dict[str, Tensor], row: int, count: int) -> Measured:
+        compared = float(state["compared"][row])
+        rmse = math.sqrt(float(state["error"][row]) / compared) if compared else math.nan
+        sums = FeatureSums(torch.tensor(count), state["total"][row], state["outer"][row])
+        return Measured(rmse, sums)

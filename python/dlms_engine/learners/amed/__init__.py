@@ -1,0 +1,51 @@
+"""``distill(method="amed")``: settings in, solver out."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ...denoiser import Denoiser
+from ...policies.distilled import DistilledSolver
+from ...support.parallel import World
+from ..options import RunOptions
+from ..settings import split_settings
+from ..training.trainer import Trainer, TrainerSettings
+from .objective import Amed
+from .settings import AmedSettings
+
+DEFAULTS: dict[str, Any] = {
+    "trajectories": 10_000,
+    "batch": 64,
+    "clip": 1e30,
+    "ema_kimg": (),
+}
+"""Where AMED differs from ``TrainerSettings``: no clipping to speak of and no averaging."""
+
+
+def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+    """Runs Algorithm 1 of the paper with the shared trainer."""
+    own, given = split_settings(options.settings, AmedSettings, TrainerSettings)
+    shared = {**DEFAULTS, **given}
+    if options.trajectories is not None:
+        shared["trajectories"] = options.trajectories
+    settings = AmedSettings(nfe=options.nfe, **own)
+    training = TrainerSettings(seed=options.seed, **shared)
+    learner = Amed(denoiser, settings, shape, seed=options.seed, **options.cond)
+    fingerprint: dict[str, Any] = {
+        **learner.fingerprint(),
+        **dataclasses.asdict(training),
+        "shape": list(shape),
+    }
+    trainer = Trainer(
+        learner,
+        training,
+        shape,
+        checkpoint=options.checkpoint,
+        fingerprint=fingerprint,
+        world=World.current(),
+        monitor=options.monitor,
+    )
+    state = trainer.run(resume=options.resume, progress=options.progress)
+    best = {"score": state.best_score, "set": state.best_set}
+    return DistilledSolver(learner.policy, "amed", fingerprint, state.history, best)

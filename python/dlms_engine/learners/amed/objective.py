@@ -1,0 +1,157 @@
+"""AMED: approximate mean-direction distillation (Zhou et al., CVPR 2024, Algorithm 1).
+
+One solver step at a time: the student's step from t_n to t_{n+1} is matched to a many-step
+teacher's state, through the one network evaluation in the middle of the step, and the predictor is
+updated before the next step. Memory holds one network graph, whatever the number of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...denoiser import Denoiser, per_sample
+from ...engine.rollout import rollout
+from ...engine.sampler import Sampler
+from ...policies.amed import AmedPolicy
+from ...policies.amed_formulas import Walk
+from ...policies.amed_predictor import AmedPredictor, Choice
+from ...solvers import SOLVERS
+from ..settings import plain
+from ..training.validation import Validation
+from .settings import AmedSettings
+
+INFINITE_GRADIENT = 1e5
+
+
+class Amed:
+    """The AMED objective over a predictor."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        settings: AmedSettings,
+        shape: tuple[int, ...],
+        *,
+        seed: int = 0,
+        **cond: Any,
+    ) -> None:
+        if settings.bottleneck and denoiser.features is None:
+            raise ValueError(
+                "AMED reads the network's bottleneck: construct the Denoiser with "
+                "features='mid_block' (a module path), or set bottleneck=False"
+            )
+        self.denoiser = denoiser
+        self.settings = settings
+        self.cond = cond
+        self.progress = 0.0  # set by the trainer; nothing here depends on it
+        process = denoiser.process
+        self.grid, fine = settings.grids(process)
+        self._teacher = settings.teacher_table(process, fine)
+        size = feature_size(denoiser, shape, self.grid[0], cond) if settings.bottleneck else 64
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            predictor = AmedPredictor(
+                size, settings.scale_dir, settings.scale_time, bottleneck=settings.bottleneck
+            )
+        self.module: nn.Module = predictor
+        self.policy = AmedPolicy(predictor, settings.base(), process, self.grid)
+        self._validation = Validation(
+            denoiser,
+            shape,
+            settings.validation_samples,
+            settings.validation_steps,
+            None,
+            "rmse",
+            cond,
+        )
+
+    # -- learner protocol -----------------------------------------------------------------------
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        return [{"params": list(self.module.parameters()), "lr": lr}]
+
+    def iteration(self, noise: Tensor) -> Iterator[dict[str, float]]:
+        """One batch of trajectories: yields after every solver step, for an update each."""
+        x = noise * float(self.denoiser.process.sigma(self.grid[0]))
+        targets = self.teacher_states(x)
+        walk: Walk[Tensor] = Walk(
+            self.settings.base(), self.denoiser.process, self.grid.to(x.device), _scaled
+        )
+        losses: dict[str, float] = {}
+        for i, target in enumerate(targets):
+            end, choice = self.student_step(walk, i, x)
+            loss = (end - target).square().flatten(1).sum(1).mean()
+            loss.backward()
+            clean_gradients(self.module)
+            losses[f"loss{i + 1}"] = float(loss.detach())
+            yield {"loss": losses[f"loss{i + 1}"], "r": float(choice.r.mean().detach()), **losses}
+            x = target if self.settings.restarts_at_teacher else end.detach()
+            walk.rewrite(Tensor.detach)
+
+    def validate(self) -> dict[str, float]:
+        return self._validation.measure(Sampler(self.denoiser, self.policy), self.cond)
+
+    def describe(self) -> dict[str, Any]:
+        noise, _ = self._validation.pair()
+        choices = self.policy.mean_choices(self.denoiser, noise[:16], **self.cond)
+        return {name: [float(getattr(c, name)) for c in choices] for name in Choice._fields}
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"method": "amed", **plain(self.settings)}
+
+    # -- Algorithm 1 ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def teacher_states(self, x: Tensor) -> list[Tensor]:
+        """The teacher's states at the end of every student step, from ``x`` at the grid's start."""
+        end, states, _ = rollout(self.denoiser, self._teacher, x, **self.cond)
+        s = self.settings
+        stride = SOLVERS[s.teacher_name].evaluations_per_step * (s.teacher_interpolation + 1)
+        return [*(states[k * stride] for k in range(1, s.steps)), end]
+
+    def student_step(self, walk: Walk[Tensor], i: int, x: Tensor) -> tuple[Tensor, Choice]:
+        """State at the end of step ``i`` from ``x`` (constant), with gradient in the predictor."""
+        t = self.grid[i].to(x.device)
+        with torch.no_grad():
+            features = None
+            if i == 0 and self.settings.uses_afs:
+                m = walk.analytic(x)
+            else:
+                m = self._predict(x, t)
+                if self.settings.bottleneck:
+                    features = self.denoiser.last_features
+        batch = x.shape[0]
+        levels = (walk.level(i).expand(batch), walk.level(i + 1).expand(batch))
+        choice = self.module(features, *levels)
+        y = walk.first(i, x, m, choice)
+        _, asked = walk.middle(i, choice)
+        return walk.second(i, x, y, self._predict(y, asked), choice), choice
+
+    def _predict(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.denoiser.predict(x, t, self.policy.prediction, **self.cond)
+
+
+def _scaled(weight: Tensor, value: Tensor) -> Tensor:
+    return per_sample(weight, value) * value
+
+
+def clean_gradients(module: nn.Module) -> None:
+    """NaN becomes 0 and an infinity +-1e5, as in the published code."""
+    for parameter in module.parameters():
+        if parameter.grad is not None:
+            torch.nan_to_num_(
+                parameter.grad, nan=0.0, posinf=INFINITE_GRADIENT, neginf=-INFINITE_GRADIENT
+            )
+
+
+@torch.no_grad()
+def feature_size(
+    denoiser: Denoiser, shape: tuple[int, ...], t: Tensor, cond: dict[str, Any]
+) -> int:
+    """Length of the bottleneck feature vector for samples of ``shape``: one call on zeros."""
+    denoiser.predict(torch.zeros(1, *shape), t, **cond)
+    return int(denoiser.last_features.shape[1])

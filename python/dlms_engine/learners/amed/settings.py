@@ -1,0 +1,136 @@
+"""Settings of AMED, the grids and the teacher that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ...policies.amed_formulas import AmedBase, Solver
+from ...processes import Process
+from ...solvers import make_solver
+from ...tables.table import SolverTable
+from ..dlms.initial import GRIDS, initial_grid
+from ..training.start_times import GridSource, refine, start_times
+
+TEACHERS = ("same", "heun", "dpm_solver_2", "ddim", "ipndm", "dpm_solver_pp")
+
+
+@dataclass(frozen=True)
+class AmedSettings:
+    """Settings of AMED-Solver and AMED-Plugin.
+
+    Attributes:
+        nfe: network evaluations of the distilled sampler: two a step, one less with AFS.
+        solver: "amed" (AMED-Solver), or the solver a plugin drives: "ddim", "dpm_solver_2",
+            "ipndm", "dpm_solver_pp".
+        order: of ipndm (1..4) and dpm_solver_pp (1..3); None takes the highest.
+        prediction: what dpm_solver_pp interpolates, "data" or "noise" (latent models).
+        lower_order_final: dpm_solver_pp's last sub-steps use lower orders.
+        afs: analytical first step; None takes it for an odd nfe, where it is needed.
+        grid: "time_uniform", "time_quadratic", "polynomial" or "logsnr", explicit times, a table or
+            another learner's solver file; None takes the published choice: time_uniform for
+            AMED-Solver, logsnr for dpm_solver_pp, polynomial for the others.
+        scale_dir: direction scales lie within 1 +- scale_dir; 0 keeps 1.
+        scale_time: the network's noise level is scaled within 1 +- scale_time; 0 keeps 1.
+        bottleneck: the predictor reads the bottleneck; False feeds zeros, so that the choices
+            are the same for all samples.
+        teacher: solver of the teacher; "same" is the student's without predictor (DPM-Solver-2
+            for "amed"); None takes "heun" for "amed" and "same" for a plugin.
+        interpolation: M >= 0 teacher times inside each step; None takes 1 for "amed" and
+            dpm_solver_2, else 2.
+        restart: the next step starts from the "teacher" state or the "student"'s own; "auto" takes
+            the teacher's for single-step solvers and the student's, with its history, for multistep
+            ones. The paper's Algorithm 1 prints the student's for all.
+        validation_samples, validation_steps: fixed set and the evaluations of its exact solution.
+    """
+
+    nfe: int = 5
+    solver: Solver = "amed"
+    order: int | None = None
+    prediction: Literal["data", "noise"] = "data"
+    lower_order_final: bool = True
+    afs: bool | None = None
+    grid: GridSource | None = None
+    scale_dir: float = 0.01
+    scale_time: float = 0.0
+    bottleneck: bool = True
+    teacher: str | None = None
+    interpolation: int | None = None
+    restart: Literal["auto", "teacher", "student"] = "auto"
+    validation_samples: int = 64
+    validation_steps: int = 48
+
+    def __post_init__(self) -> None:
+        if self.nfe < 1:
+            raise ValueError(f"nfe is {self.nfe}, expected at least 1")
+        if (self.nfe + int(self.uses_afs)) % 2:
+            raise ValueError(
+                f"nfe is {self.nfe} with afs={self.uses_afs}: two evaluations a step, one less "
+                "with AFS, so an odd nfe needs afs=True and an even one afs=False"
+            )
+        if self.restart not in ("auto", "teacher", "student"):
+            raise ValueError(f"restart is {self.restart!r}, expected 'auto', 'teacher', 'student'")
+        if self.teacher is not None and self.teacher not in TEACHERS:
+            raise ValueError(f"teacher is {self.teacher!r}, expected one of {TEACHERS}")
+        if self.interpolation is not None and self.interpolation < 0:
+            raise ValueError(f"interpolation is {self.interpolation}, expected M >= 0")
+        self.base()  # checks solver, order and prediction
+
+    @property
+    def uses_afs(self) -> bool:
+        return self.nfe % 2 == 1 if self.afs is None else self.afs
+
+    @property
+    def steps(self) -> int:
+        return (self.nfe + int(self.uses_afs)) // 2
+
+    def base(self) -> AmedBase:
+        """The driven solver."""
+        return AmedBase(
+            self.solver, self.order, self.prediction, self.lower_order_final, self.uses_afs
+        )
+
+    @property
+    def teacher_name(self) -> str:
+        name = self.teacher or ("heun" if self.solver == "amed" else "same")
+        if name != "same":
+            return name
+        return "dpm_solver_2" if self.solver == "amed" else self.solver
+
+    @property
+    def teacher_interpolation(self) -> int:
+        if self.interpolation is not None:
+            return self.interpolation
+        return 1 if self.solver in ("amed", "dpm_solver_2") else 2
+
+    @property
+    def restarts_at_teacher(self) -> bool:
+        if self.restart == "auto":
+            return not self.base().multistep
+        return self.restart == "teacher"
+
+    def grids(self, process: Process) -> tuple[Tensor, Tensor]:
+        """(student's ``[steps + 1]``, teacher's ``[steps * (M + 1) + 1]``) times, float64."""
+        count = self.teacher_interpolation + 1
+        published = {"amed": "time_uniform", "dpm_solver_pp": "logsnr"}
+        source = published.get(self.solver, "polynomial") if self.grid is None else self.grid
+        grid = start_times(process, source, self.steps).grid
+        if not isinstance(source, str) or source not in GRIDS:
+            return grid, refine(process, grid, count)
+        fine = initial_grid(process, source, self.steps * count)
+        fine[::count] = grid  # equal but for rounding
+        return grid, fine
+
+    def teacher_table(self, process: Process, fine: Tensor) -> SolverTable:
+        """The teacher: its solver on the fine grid, never with AFS."""
+        name = self.teacher_name
+        options: dict[str, Any] = {}
+        if name in ("ipndm", "dpm_solver_pp"):
+            own = self.base().reads if name == self.solver else None
+            options["order"] = own or (4 if name == "ipndm" else 3)
+        if name == "dpm_solver_pp":
+            options["prediction"] = self.prediction
+            options["lower_order_final"] = self.lower_order_final
+        return make_solver(name, process, fine, **options)

@@ -1,0 +1,87 @@
+"""Where DLMS starts: grids, multistep weights, network times."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...processes import Process, grids
+from .teacher import multistep_weights
+
+if TYPE_CHECKING:
+    from ..training.start_times import StartTimes
+    from .settings import DlmsSettings
+
+log = logging.getLogger("dlms_engine")
+
+ADAMS_BASHFORTH = (
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+GRIDS = ("time_uniform", "time_quadratic", "polynomial", "logsnr")
+
+
+def initial_grid(process: Process, name: str, steps: int) -> Tensor:
+    """float64 ``[steps + 1]`` grid called ``name``."""
+    if name == "time_uniform":
+        return grids.time_uniform(process, steps, rho=1)
+    if name == "time_quadratic":
+        return grids.time_uniform(process, steps, rho=2)
+    if name == "polynomial":
+        return grids.polynomial(process, steps)
+    if name == "logsnr":
+        return grids.logsnr(process, steps)
+    raise ValueError(f"grid is {name!r}, expected one of {GRIDS}")
+
+
+def initial_weights(process: Process, grid: Tensor, settings: DlmsSettings) -> Tensor:
+    """float64 ``[steps, order]``: row n-1 holds step n's weights, newest first, sum 1."""
+    steps, order = settings.steps, settings.resolved_order
+    weights = torch.zeros(steps, order, dtype=torch.float64)
+    for n in range(1, steps + 1):
+        row = _row(process, grid, settings, n, min(n, order))
+        weights[n - 1, : len(row)] = torch.as_tensor(row, dtype=torch.float64)
+    return weights
+
+
+def initial_scales(times: StartTimes, scale_range: float, gain: float) -> Tensor:
+    """float32 ``[steps]``: what the head must say for the network times of ``times``.
+
+    A scaling lies within 1 +- ``scale_range``; one that does not is cut, and named in the log, to 95 %
+    of that, where the head can still move.
+    """
+    assert times.network is not None
+    grid, network = times.grid[1:-1], times.network[1:-1]
+    wanted = network / grid - 1
+    bound = 0.95 * scale_range
+    worst = float(wanted.abs().max()) if len(wanted) else 0.0
+    if worst > bound:
+        log.warning(
+            "the grid's network times are up to %.0f %% off their grid times, scale_range=%g keeps "
+            "%.0f %%: set scale_range=%.2g to start from them exactly",
+            100 * worst, scale_range, 100 * bound, worst / 0.9,
+        )  # fmt: skip
+    raw = torch.zeros(len(times.grid) - 1)  # the last step's scaling is never used
+    if scale_range > 0 and gain > 0:
+        share = (wanted / scale_range).clamp(-0.95, 0.95)
+        raw[:-1] = torch.atanh(share).float() / gain
+    return raw
+
+
+def _row(
+    process: Process, grid: Tensor, settings: DlmsSettings, n: int, available: int
+) -> tuple[float, ...] | Tensor:
+    if settings.init == "ddim":
+        return (1.0,)
+    if settings.init in ("ab", "ipndm"):
+        return ADAMS_BASHFORTH[min(available, 4) - 1]
+    # DPM-Solver++ with lower order at the end, as the handcrafted solver has it
+    order = min(available, 3, settings.steps - n + 1)
+    lambdas = process.lambda_(grid)
+    history = [lambdas[n - 1 - k] for k in range(order)]
+    return torch.stack(multistep_weights(lambdas[n] - lambdas[n - 1], history))

@@ -1,0 +1,205 @@
+"""DLMS: linear multistep solver distillation (Liang et al., ICLR 2025, Algorithm 1).
+
+Each iteration of the inner loop re-predicts the last step from two steps back, so that the weights
+of two steps, the time between them and its scaling get gradients through exactly one network
+evaluation. Everything older is detached: memory does not grow with the number of evaluations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...denoiser import Denoiser, per_sample
+from ...engine.sampler import Sampler
+from ...engine.static_table import static_table
+from ...policies.dlms import (
+    Designer,
+    DesignerPolicy,
+    DesignerSettings,
+    TimeCoordinate,
+    step_coefficients,
+)
+from ...support.parallel import World
+from ..training.losses import FeatureDistance, last_step_distance
+from ..training.start_times import start_times
+from ..training.validation import Validation
+from .endpoint import endpoint_loss, endpoint_numbers
+from .initial import GRIDS, initial_scales, initial_weights
+from .settings import DlmsSettings
+from .teacher import Teacher
+
+
+@dataclass
+class _Carry:
+    """What crosses from one n to the next; everything detached."""
+
+    x: Tensor  # [B, ...] state at t_{n-2}
+    t: Tensor  # [B] t_{n-2}
+    features: Tensor | None  # [B, F] of the evaluation at t_{n-2}; None is the zero vector of AFS
+    queue: list[Tensor]  # newest first
+
+
+class Dlms:
+    """The DLMS objective over a designer network."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        settings: DlmsSettings,
+        shape: tuple[int, ...],
+        *,
+        feature_network: torch.nn.Module | None = None,
+        seed: int = 0,
+        **cond: Any,
+    ) -> None:
+        if settings.bottleneck and denoiser.features is None:
+            raise ValueError(
+                "DLMS reads the network's bottleneck: construct the Denoiser with "
+                "features='mid_block' (a module path), or set bottleneck=False"
+            )
+        self.denoiser = denoiser
+        self.settings = settings
+        self.cond = cond
+        self.world = World()  # ranks that share a batch
+        self.progress = 0.0  # share of the run that is done, set by the trainer
+        process = denoiser.process
+        times = start_times(process, settings.grid, settings.steps)
+        grid = times.grid
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.module = Designer(
+                self._designer_settings(grid),
+                process,
+                grid,
+                initial_weights(process, grid, settings),
+            )
+        if times.network is not None and settings.time_scaling:
+            with torch.no_grad():
+                raw = initial_scales(times, settings.scale_range, settings.time_gain)
+                self.module.bias[:, -1] = raw
+        self.policy = DesignerPolicy(self.module)
+        self.distance: FeatureDistance | None = last_step_distance(
+            denoiser, settings.last_step, settings.feature_sigma, feature_network
+        )
+        self._validation = Validation(
+            denoiser,
+            shape,
+            settings.validation_samples,
+            settings.validation_steps,
+            self.distance,
+            settings.score,
+            cond,
+        )
+
+    def _designer_settings(self, grid: Tensor) -> DesignerSettings:
+        s = self.settings
+        coordinate: TimeCoordinate = (
+            "log" if float(grid[-1]) > 0 and float(grid[0]) > 1 else "linear"
+        )
+        return DesignerSettings(
+            steps=s.steps,
+            order=s.resolved_order,
+            afs=s.afs,
+            prediction=s.prediction,
+            features=64 if s.bottleneck else 0,
+            time_range=s.time_range if s.adaptive_times else 0.0,
+            scale_range=s.scale_range if s.time_scaling else 0.0,
+            coordinate=coordinate,
+            time_gain=s.time_gain,
+        )
+
+    # -- learner protocol ---------------------------------------------------------------------
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        return [{"params": list(self.module.parameters()), "lr": lr}]
+
+    def iteration(self, noise: Tensor) -> Iterator[dict[str, float]]:
+        """One batch of trajectories: accumulates the gradients of L_2 .. L_N, then yields."""
+        settings = self.settings
+        x = noise * float(self.denoiser.process.sigma(self.module.grid[0]))
+        t = self.module.grid[0].expand(x.shape[0])
+        carry = self.first(x, t)
+        if self.progress >= 1 - settings.endpoint_share:
+            loss = endpoint_loss(self, x)
+            loss.backward()
+            yield endpoint_numbers(loss)
+            return
+        teacher = Teacher(self.denoiser, settings.teacher, x, settings.steps, self.cond)
+        losses: dict[str, float] = {}
+        for n in range(2, settings.steps + 1):
+            loss, carry = self._pair(n, carry, teacher)
+            loss.backward()
+            losses[f"loss{n}"] = float(loss.detach())
+        yield {"loss": losses[f"loss{settings.steps}"], **losses} if losses else {"loss": 0.0}
+
+    def validate(self) -> dict[str, float]:
+        return self._validation.measure(Sampler(self.denoiser, self.policy), self.cond)
+
+    def describe(self) -> dict[str, Any]:
+        noise, _ = self._validation.pair()
+        table = static_table(self.policy, self.denoiser, noise[:16], **self.cond)
+        return {"grid": table.grid.tolist(), "network_times": table.times.tolist()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        settings = asdict(replace(self.settings, grid=""))
+        source = self.settings.grid  # a file may change: what counts is what was read from it
+        named = isinstance(source, str) and source in GRIDS
+        settings["grid"] = source if named else self.module.grid.tolist()
+        return {"method": "dlms", **settings}
+
+    # -- Algorithm 1 --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def first(self, x: Tensor, t: Tensor) -> _Carry:
+        """The first output: the analytic one (data prediction 0) or an evaluation at t_0."""
+        if not self.settings.afs:
+            output = self.predict(x, t)
+            return _Carry(x, t, self.features(), [output])
+        if self.settings.prediction == "data":
+            return _Carry(x, t, None, [torch.zeros_like(x)])
+        return _Carry(x, t, None, [x / per_sample(self.denoiser.process.sigma(t), x)])
+
+    def predict(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.denoiser.predict(x, t, self.settings.prediction, **self.cond)
+
+    def features(self) -> Tensor | None:
+        if not self.settings.bottleneck:
+            return None
+        features = self.denoiser.last_features
+        return features.detach() if self.settings.detach_features else features
+
+    def advance(
+        self, x: Tensor, t: Tensor, t_next: Tensor, weights: Tensor, queue: list[Tensor]
+    ) -> Tensor:
+        a, c = step_coefficients(self.denoiser.process, self.settings.prediction, t, t_next)
+        x = per_sample(a, x) * x
+        for k in range(weights.shape[1]):
+            x = x + per_sample(c * weights[:, k], x) * queue[k]
+        return x
+
+    def _pair(self, n: int, carry: _Carry, teacher: Teacher) -> tuple[Tensor, _Carry]:
+        """Steps n-1 and n with gradients, the teacher's segments, L_n and the detached carry."""
+        settings = self.settings
+        before = self.module(carry.features, carry.t, n - 1)
+        t1 = before.time
+        x1 = self.advance(carry.x, carry.t, t1, before.weights, carry.queue)
+        output = self.predict(x1, before.network_time)
+        features = self.features()
+        queue = [output, *carry.queue][: settings.resolved_order]
+        after = self.module(features, t1.detach(), n)
+        t2 = after.time.detach()
+        x2 = self.advance(x1, t1, t2, after.weights, queue)
+        if n == 2:
+            teacher.advance(carry.t, t1.detach())
+        target = teacher.advance(t1.detach(), t2)
+        if n == settings.steps and self.distance is not None:
+            loss = settings.last_step_weight * self.distance(x2, target).mean()
+        else:
+            loss = (x2 - target).square().flatten(1).sum(1).mean()
+        kept = features.detach() if features is not None else None
+        return loss, _Carry(x1.detach(), t1.detach(), kept, [q.detach() for q in queue])

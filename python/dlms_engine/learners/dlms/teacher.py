@@ -1,0 +1,118 @@
+"""The many-step teacher: DPM-Solver++ on the student's own segments (DLMS section 3.1).
+
+Lu et al. 2022b (arXiv:2211.01095), data prediction, per-sample times; the history is kept across
+segments, so that one interpolation step is a real multistep teacher and not DDIM plus one step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...denoiser import Denoiser, per_sample
+
+
+@dataclass(frozen=True)
+class TeacherSettings:
+    """Settings of the teacher.
+
+    Attributes:
+        interpolation: M >= 0 points inside each student interval; M + 1 sub-steps.
+        order: 1 to 3; 2 is used when there is one point or less, and for latent models.
+        keep_history: keep the earlier outputs when the next segment begins.
+    """
+
+    interpolation: int = 4
+    order: int = 3
+    keep_history: bool = True
+
+
+class Teacher:
+    """Carries one batch of teacher trajectories from segment to segment, without gradients."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        settings: TeacherSettings,
+        x: Tensor,
+        segments: int,
+        cond: dict[str, Any],
+    ) -> None:
+        self._denoiser = denoiser
+        self._settings = settings
+        self._order = min(settings.order, 2) if settings.interpolation <= 1 else settings.order
+        self._cond = cond
+        self._left = segments * (settings.interpolation + 1)
+        self._history: list[
+            tuple[Tensor, Tensor]
+        ] = []  # (lambda [B], data prediction), newest first
+        self.x = x
+
+    @torch.no_grad()
+    def advance(self, t: Tensor, t_next: Tensor) -> Tensor:
+        """Carries the state from ``t`` ``[B]`` to ``t_next`` ``[B]`` (float64) and returns it."""
+        if not self._settings.keep_history:
+            self._history.clear()
+        times = self._subdivide(t, t_next)
+        for here, there in itertools.pairwise(times):
+            self._step(here, there)
+        return self.x
+
+    def _subdivide(self, t: Tensor, t_next: Tensor) -> list[Tensor]:
+        """M + 1 sub-steps uniform in lambda, or in t where lambda is infinite at an end."""
+        process = self._denoiser.process
+        count = self._settings.interpolation + 1
+        start, end = process.lambda_(t), process.lambda_(t_next)
+        inner = [i / count for i in range(1, count)]
+        if bool(torch.isfinite(start).all()) and bool(torch.isfinite(end).all()):
+            points = [process.inverse_lambda(start + f * (end - start)) for f in inner]
+        else:
+            points = [t + f * (t_next - t) for f in inner]
+        return [t, *points, t_next]
+
+    def _step(self, t: Tensor, t_next: Tensor) -> None:
+        process = self._denoiser.process
+        data = self._denoiser.predict(self.x, t, "data", **self._cond)
+        lambda_ = process.lambda_(t)
+        self._history = [(lambda_, data), *self._history][: self._order]
+        order = min(self._order, len(self._history), self._left)
+        h = process.lambda_(t_next) - lambda_
+        weights = multistep_weights(h, [lam for lam, _ in self._history[:order]])
+        ratio = process.sigma(t_next) / process.sigma(t)
+        gain = process.alpha(t_next) - process.alpha(t) * ratio
+        x = per_sample(ratio, self.x) * self.x
+        for w, (_, m) in zip(weights, self._history, strict=False):
+            x = x + per_sample(gain * w, x) * m
+        self.x = x
+        self._left -= 1
+
+
+def multistep_weights(h: Tensor, lambdas: list[Tensor]) -> list[Tensor]:
+    """Weights, summing to 1, of the data predictions in one DPM-Solver++(kM) step.
+
+    Args:
+        h: ``[B]`` step in lambda. lambdas: of the outputs, newest first, 1 to 3 of them.
+
+    Steps next to an infinite lambda are first order, as the weights of the rest vanish there.
+    """
+    one = torch.ones_like(h)
+    finite = [bool(torch.isfinite(lam).all()) for lam in lambdas]
+    order = finite.index(False) if False in finite else len(lambdas)
+    if order <= 1 or not bool(torch.isfinite(h).all()):
+        return [one]
+    r0 = (lambdas[0] - lambdas[1]) / h
+    if order == 2:
+        return [one + 0.5 / r0, -0.5 / r0]
+    r1 = (lambdas[1] - lambdas[2]) / h
+    e1 = torch.expm1(-h)
+    g2 = e1 / -h - 1
+    g3 = g2 / -h - 0.5
+    # x = .. - (e1 m0 + g2 D1 + g3 D2); the step's own gain is -e1
+    d1, d2 = g2 / e1, g3 / e1
+    first = d1 * (1 + r0 / (r0 + r1)) + d2 / (r0 + r1)  # weight of (m0 - m1) / r0
+    second = -d1 * r0 / (r0 + r1) - d2 / (r0 + r1)  # weight of (m1 - m2) / r1
+    return [one + first / r0, -first / r0 + second / r1, -second / r1]

@@ -1,0 +1,35 @@
+"""``distill(method="dode")``: settings in, table out."""
+
+from __future__ import annotations
+
+from ...denoiser import Denoiser
+from ...policies.distilled import DistilledSolver
+from ...support.parallel import World
+from ..options import RunOptions
+from ..settings import plain, split_settings
+from ..training.noise import unit_noise
+from .objective import fit, summary
+from .settings import DodeSettings, student_grid
+
+
+def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+    """Fits on one batch; ``options.trajectories`` is its size. Seconds long: nothing to resume."""
+    (own,) = split_settings(options.settings, DodeSettings)
+    if options.trajectories is not None:
+        own["batch"] = options.trajectories
+    settings = DodeSettings(nfe=options.nfe, **own)
+    world = World.current()
+    grid = student_grid(settings, denoiser.process)
+    start, stop = world.slice(settings.batch)
+    x = unit_noise(options.seed, range(start, stop), shape)
+    x = x * float(denoiser.process.sigma(grid[0]))
+    fitted = fit(
+        denoiser, settings, x, world=world, progress=options.progress and world.rank == 0,
+        **options.cond,
+    )  # fmt: skip
+    history = summary(fitted)
+    for row, entry in enumerate(history):
+        options.monitor.log(row, entry)
+    record = {"method": "dode", **plain(settings), "seed": options.seed, "shape": list(shape)}
+    best = {"score": history[-1]["rmse_after"], "set": "closed form"}
+    return DistilledSolver(fitted.table, "dode", record, history, best)

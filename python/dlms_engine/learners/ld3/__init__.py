@@ -1,0 +1,48 @@
+"""``distill(method="ld3")``: settings in, table out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ...denoiser import Denoiser
+from ...policies.distilled import DistilledSolver
+from ...support.parallel import World
+from ..options import RunOptions
+from ..settings import plain, split_settings
+from .loop import Ld3Loop
+from .objective import Ld3
+from .settings import Ld3Settings
+
+
+def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+    """Learns a grid and network times; ``options.trajectories`` counts the training noises."""
+    (own,) = split_settings(options.settings, Ld3Settings)
+    if options.trajectories is not None:
+        own["train"] = options.trajectories
+    settings = Ld3Settings(nfe=options.nfe, **own)
+    learner = Ld3(denoiser, settings, feature_network=options.feature_network, **options.cond)
+    fingerprint = {
+        "method": "ld3",
+        **plain(settings),
+        "loss": learner.kind,
+        "seed": options.seed,
+        "shape": list(shape),
+    }
+    loop = Ld3Loop(
+        learner,
+        shape,
+        seed=options.seed,
+        checkpoint=options.checkpoint,
+        fingerprint=fingerprint,
+        world=World.current(),
+        monitor=options.monitor,
+    )
+    state = loop.run(resume=options.resume, progress=options.progress)
+    with torch.no_grad():
+        table = learner.table().detach()
+    named = {**table.options, "solver": table.name}
+    table = dataclasses.replace(table, name="ld3", options=named)
+    best = {"score": state.best_score, "set": f"raw@{state.best_update}"}
+    return DistilledSolver(table, "ld3", fingerprint, state.history, best)

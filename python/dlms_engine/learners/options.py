@@ -1,0 +1,30 @@
+"""What every learner is given beside its own settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from .training.monitor import Monitor, Silent
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """What every method is given beside its own settings."""
+
+    nfe: int
+    trajectories: int | None
+    output: Path | None
+    resume: bool
+    progress: bool
+    seed: int
+    settings: dict[str, Any]
+    feature_network: Any = None
+    cond: dict[str, Any] = dataclasses.field(default_factory=dict)
+    monitor: Monitor = dataclasses.field(default_factory=Silent)
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """Where the run's checkpoint lives: beside the output."""
+        return None if self.output is None else self.output.with_suffix(".checkpoint.safetensors")

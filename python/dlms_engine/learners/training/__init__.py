@@ -1,0 +1,1 @@
+"""What the learners share: trainer, losses, validation, checkpoints."""

@@ -1,0 +1,80 @@
+"""Fixed validation of a solver: the same noise, the model's exact solution, every time."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import solvers
+from ...denoiser import Denoiser
+from ...engine.sampler import Sampler, seeded_noise
+from ...processes import grids
+from .losses import FeatureDistance
+from .noise import tell_first_sample
+
+FIRST_SEED = 900_000_000
+"""Validation seeds, apart from those of training and of the published tables."""
+
+
+def exact_solution(denoiser: Denoiser, noise: Tensor, steps: int, **cond: Any) -> Tensor:
+    """The end of the probability-flow ODE from ``noise`` by DPM-Solver++(3M), ``steps`` evaluations."""
+    process = denoiser.process
+    table = solvers.dpm_solver_pp(process, grids.polynomial(process, steps), order=3)
+    out = Sampler(denoiser, table)(noise, **cond)
+    assert isinstance(out, Tensor)
+    return out
+
+
+class Validation:
+    """Endpoint errors on ``samples`` fixed noises; the exact solution is computed once, on demand."""
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: tuple[int, ...],
+        samples: int,
+        steps: int,
+        distance: FeatureDistance | None,
+        score: str,
+        cond: dict[str, Any],
+    ) -> None:
+        if score != "rmse" and distance is None:
+            raise ValueError(f"score={score!r} needs a feature distance: set last_step")
+        self._denoiser = denoiser
+        self._shape = shape
+        self._samples = samples
+        self._steps = steps
+        self._distance = distance
+        self._score = score
+        self._cond = cond
+        self._pair: tuple[Tensor, Tensor] | None = None
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """(noise, exact end)."""
+        if self._pair is None:
+            process = self._denoiser.process
+            sigma = float(process.sigma(torch.tensor(process.t_max, dtype=torch.float64)))
+            seeds = range(FIRST_SEED, FIRST_SEED + self._samples)
+            noise = seeded_noise(seeds, self._shape, sigma)
+            solve = partial(exact_solution, self._denoiser, noise, self._steps, **self._cond)
+            kept = getattr(self._denoiser, "kept_solution", None)  # a denoiser with a folder
+            tell_first_sample(self._denoiser, 0)
+            self._pair = noise, (solve() if kept is None else kept(noise, self._steps, solve))
+        return self._pair
+
+    @torch.no_grad()
+    def measure(self, sampler: Sampler, cond: dict[str, Any]) -> dict[str, float]:
+        """``rmse``, ``features`` (mean squared feature distance) and the ``score``."""
+        noise, exact = self.pair()
+        tell_first_sample(self._denoiser, 0)
+        found = sampler(noise, **cond)
+        assert isinstance(found, Tensor)
+        numbers = {"rmse": float((found - exact).square().mean().sqrt())}
+        if self._distance is not None:
+            numbers["features"] = float(self._distance(found, exact).mean())
+        product = numbers["rmse"] * numbers.get("features", 0.0) ** 0.5
+        numbers["score"] = product if self._score == "product" else numbers[self._score]
+        return numbers

@@ -1,0 +1,1 @@
+"""Samplers that compute their rows while they run, and what distillation returns."""

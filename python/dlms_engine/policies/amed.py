@@ -1,0 +1,284 @@
+"""AMED-Solver and AMED-Plugin as a policy: two rows a step, computed per sample while sampling."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..denoiser import Denoiser
+from ..processes import Process, RectifiedFlow, from_config
+from ..tables.policy import Row
+from ..tables.table import SolverTable
+from ..tables.trace import START, Form
+from .amed_formulas import AmedBase, Walk, asked_range, check_levels
+from .amed_predictor import AmedPredictor, Choice
+
+
+class AmedPolicy:
+    """A predictor that drives ``base`` over ``grid`` (Zhou et al. 2024, Algorithm 2).
+
+    Args:
+        predictor: sees the bottleneck after the first evaluation of every step; with AFS the first
+            step sees zeros.
+        grid: float64 ``[steps + 1]``; 2 * steps evaluations, one less with AFS.
+
+    Raises:
+        ValueError: the grid's ends have no geometric mean (see ``check_levels``).
+    """
+
+    kind = "amed"
+
+    def __init__(
+        self, predictor: AmedPredictor, base: AmedBase, process: Process, grid: Tensor
+    ) -> None:
+        grid = grid.detach().to(torch.float64)
+        if grid.ndim != 1 or len(grid) < 2 or not bool((grid.diff() < 0).all()):
+            raise ValueError(f"grid is {grid.tolist()}, expected at least two falling times")
+        self.predictor = predictor
+        self.base = base
+        self.process = process
+        self.grid = grid
+        self.prediction: Literal["data", "noise"] = base.stored(process)
+        check_levels(base, process, grid)
+        self._asked = asked_range(process)
+        self._grids = {grid.device: grid}  # a run copies nothing: it may be captured in a graph
+
+    @property
+    def steps(self) -> int:
+        return len(self.grid) - 1
+
+    @property
+    def nfe(self) -> int:
+        return 2 * self.steps - int(self.base.afs)
+
+    @property
+    def depth(self) -> int:
+        """Outputs a row reads: the start of a two-evaluation step is eliminated with one more."""
+        if self.base.multistep and isinstance(self.process, RectifiedFlow):
+            return self.nfe  # velocities of older states are written through all outputs since
+        reads = self.base.reads if self.base.multistep or self.base.solver == "ddim" else 2
+        return min(reads, self.nfe)
+
+    @property
+    def t_start(self) -> float:
+        return float(self.grid[0])
+
+    def walk(self, device: torch.device | None = None) -> Walk[Form]:
+        """The formulas on traced forms, with their own history."""
+        device = self.grid.device if device is None else device
+        if device not in self._grids:
+            self._grids[device] = self.grid.to(device)
+        grid = self._grids[device]
+
+        def scale(weight: Tensor, form: Form) -> Form:
+            return form.__mul__(weight)  # with the operator, torch.compile asks the tensor first
+
+        return Walk(self.base, self.process, grid, scale, self._asked)
+
+    def choose(self, features: Tensor | None, i: int, levels: tuple[Tensor, Tensor]) -> Choice:
+        """The predictor's word on step ``i``; a subclass may record or replace it."""
+        choice: Choice = self.predictor(features, *levels)
+        return choice
+
+    def start(self, batch: int, device: torch.device) -> AmedRun:
+        if self.predictor.fc_r.weight.device != device:
+            self.predictor.to(device)
+        return AmedRun(self, batch, device)
+
+    # -- files and export -----------------------------------------------------------------------
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """(tensors, JSON settings) for a solver file."""
+        state = self.predictor.state_dict()
+        tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+        tensors["grid"] = self.grid.cpu()
+        predictor = {
+            "features": self.predictor.features,
+            "scale_dir": self.predictor.scale_dir,
+            "scale_time": self.predictor.scale_time,
+            "bottleneck": self.predictor.bottleneck,
+            "double": self.predictor.fc_r.weight.dtype == torch.float64,
+        }
+        return tensors, {
+            "base": asdict(self.base),
+            "predictor": predictor,
+            "process": self.process.config(),
+        }
+
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> AmedPolicy:
+        """Inverse of ``state``.
+
+        Raises:
+            ValueError: missing or unknown names, shapes or values that do not fit.
+        """
+        try:
+            base = AmedBase(**settings["base"])
+            shape = dict(settings["predictor"])
+            dtype = torch.float64 if shape.pop("double") else torch.float32
+            predictor = AmedPredictor(**shape).to(dtype)
+            process = from_config(settings["process"])
+            grid = tensors["grid"]
+            predictor.load_state_dict({k: v for k, v in tensors.items() if k != "grid"})
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"not the state of an AMED solver: {error}") from error
+        return cls(predictor, base, process, grid)
+
+    @torch.no_grad()
+    def static_table(self, denoiser: Denoiser, noise: Tensor, **cond: Any) -> SolverTable:
+        """The mean choices over ``noise`` ``[B, ...]`` (state at the start) as a plain table."""
+        choices = self.mean_choices(denoiser, noise, **cond)
+        fixed = _Fixed(self, choices)
+        run = fixed.start(1, torch.device("cpu"))
+        times, a, b = [run.time], [], []
+        for n in range(self.nfe):
+            row = run.row(n, None)
+            a.append(row.a)
+            b.append(row.b[0])
+            if row.next_time is not None:
+                times.append(row.next_time)
+        grid = self.grid.cpu()
+        options = {**asdict(self.base), "method": "amed-static"}
+        return SolverTable(
+            process=self.process,
+            a=torch.cat(a),
+            b=torch.stack(b),
+            times=torch.cat(times),
+            t_start=grid[0],
+            t_end=grid[-1],
+            initial_scale=run.initial_scale.reshape(-1)[0],
+            prediction=self.prediction,
+            name=f"amed-static-{self.nfe}",
+            options=options,
+            grid=grid,
+        )
+
+    @torch.no_grad()
+    def mean_choices(self, denoiser: Denoiser, noise: Tensor, **cond: Any) -> list[Choice]:
+        """Choices of every step, averaged over ``noise``: each entry ``[1]``, on the CPU."""
+        from ..engine.sampler import Sampler
+
+        recorder = _Recorder(self)
+        Sampler(denoiser, recorder)(noise, **cond)
+        return [
+            Choice(*(v.mean().reshape(1).cpu() for v in recorder.choices[i]))
+            for i in range(self.steps)
+        ]
+
+
+class _Recorder(AmedPolicy):
+    """Remembers the choices."""
+
+    def __init__(self, policy: AmedPolicy) -> None:
+        super().__init__(policy.predictor, policy.base, policy.process, policy.grid)
+        self.choices: dict[int, Choice] = {}
+
+    def choose(self, features: Tensor | None, i: int, levels: tuple[Tensor, Tensor]) -> Choice:
+        self.choices[i] = super().choose(features, i, levels)
+        return self.choices[i]
+
+
+class _Fixed(AmedPolicy):
+    """Makes the same choices whatever it is asked."""
+
+    def __init__(self, policy: AmedPolicy, choices: list[Choice]) -> None:
+        super().__init__(policy.predictor, policy.base, policy.process, policy.grid)
+        self._choices = choices
+
+    def choose(self, features: Tensor | None, i: int, levels: tuple[Tensor, Tensor]) -> Choice:
+        return self._choices[i]
+
+    def start(self, batch: int, device: torch.device) -> AmedRun:
+        return AmedRun(self, batch, device)
+
+
+class AmedRun:
+    """One run over one batch: the walk on traced forms, and the rows so far."""
+
+    def __init__(self, policy: AmedPolicy, batch: int, device: torch.device) -> None:
+        self._policy = policy
+        self._batch = batch
+        self._walk = policy.walk(device)
+        self._rows = Rows(batch, policy.depth, device)
+        self._step = 0
+        self._choice: Choice | None = None  # of the step whose middle is being evaluated
+        self._start = x = self._rows.start()
+        grid = self._walk.grid
+        if policy.base.afs:
+            self._choose(None)
+            y = self._walk.first(0, x, self._walk.analytic(x), self._chosen)
+            self.initial_scale = y.states[START]
+            self.time = self._walk.middle(0, self._chosen)[1]
+        else:
+            self.initial_scale = torch.ones((), dtype=torch.float64, device=device)
+            self.time = grid[0].expand(batch)
+        self._rows.begin(self.initial_scale)
+
+    def row(self, n: int, features: Tensor | None) -> Row:
+        """Row of evaluation ``n``: to the middle of a step, or from there to its end."""
+        evaluated, m = self._rows.symbols(n)
+        if self._choice is None:
+            self._start = evaluated
+            self._choose(features)
+            following = self._walk.first(self._step, evaluated, m, self._chosen)
+            time = self._walk.middle(self._step, self._chosen)[1]
+            return Row(*self._rows.reduce(following, n), time)
+        following = self._walk.second(self._step, self._start, evaluated, m, self._chosen)
+        a, b = self._rows.reduce(following, n)
+        self._choice = None
+        self._step += 1
+        if self._step == self._walk.steps:
+            return Row(a, b, None)
+        return Row(a, b, self._walk.grid[self._step].expand(self._batch))
+
+    @property
+    def _chosen(self) -> Choice:
+        assert self._choice is not None
+        return self._choice
+
+    def _choose(self, features: Tensor | None) -> None:
+        walk, i = self._walk, self._step
+        levels = (walk.level(i).expand(self._batch), walk.level(i + 1).expand(self._batch))
+        self._choice = self._policy.choose(features, i, levels)
+
+
+class Rows:
+    """Turns states written as forms into rows, one at a time and for every sample of a batch.
+
+    As ``Trace``, but online: older states are written through younger ones, without reading any
+    number back from the device.
+    """
+
+    def __init__(self, batch: int, depth: int, device: torch.device) -> None:
+        self._one = torch.ones(batch, dtype=torch.float64, device=device)
+        self._depth = depth
+        self._rows: list[tuple[Tensor, dict[int, Tensor]]] = []
+
+    def start(self) -> Form:
+        """The state the sampler is given."""
+        return Form({START: self._one}, {})
+
+    def begin(self, scale: Tensor) -> None:
+        """The first evaluated state is ``scale`` times the start."""
+        self._rows.append((scale.expand_as(self._one), {}))
+
+    def symbols(self, n: int) -> tuple[Form, Form]:
+        """Evaluated state and ring quantity of evaluation ``n``."""
+        return Form({n: self._one}, {}), Form({}, {n: self._one})
+
+    def reduce(self, form: Form, n: int) -> tuple[Tensor, Tensor]:
+        """(a ``[B]``, b ``[B, depth]``) of ``form`` over state ``n`` and the outputs so far."""
+        for k in range(START, n):
+            if k in form.states:
+                a, row = self._rows[k - START]
+                weight = form.states[k] / a
+                rest = Form({j: v for j, v in form.states.items() if j != k}, form.outputs)
+                form = rest + Form({k + 1: weight}, {j: -weight * b for j, b in row.items()})
+        a = form.states[n]
+        self._rows.append((a, form.outputs))
+        zero = torch.zeros_like(self._one)
+        b = [form.outputs.get(n - k, zero) for k in range(self._depth)]
+        return a, torch.stack(b, dim=-1)

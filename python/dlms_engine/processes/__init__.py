@@ -1,0 +1,17 @@
+"""Noise processes, and grids of their times (``processes.grids``)."""
+
+from .base import Process, as_float64
+from .continuous import EDM, PROCESSES, VP, Cosine, RectifiedFlow, from_config
+from .discrete import VPDiscrete
+
+__all__ = [
+    "EDM",
+    "PROCESSES",
+    "VP",
+    "Cosine",
+    "Process",
+    "RectifiedFlow",
+    "VPDiscrete",
+    "as_float64",
+    "from_config",
+]

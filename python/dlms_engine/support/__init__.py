@@ -1,0 +1,1 @@
+"""Files, ranks and versions: what has nothing to do with sampling."""

@@ -1,0 +1,302 @@
+"""The command line on a tiny model: what it writes, what it prints, how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from commands import answer, complaint, run
+from PIL import Image
+from safetensors.torch import load_file
+
+from dlms_engine import grids, processes, solvers
+from dlms_engine.cli import common, main
+from dlms_engine.engine.sampler import Sampler
+from dlms_engine.lab.record.record import RecordSettings
+from dlms_engine.solvers import by_cost
+from dlms_engine.tables.file import load_solver, save_solver
+
+TINY = ("--model", "cli_model:tiny")
+QUICK = (
+    "--trajectories=32",
+    *(
+        f"--set={pair}"
+        for pair in (
+            "batch=16",
+            "validation_samples=4",
+            "validation_steps=8",
+            "teacher_interpolation=1",
+        )
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def solver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("solver") / "tiny.safetensors"
+    assert run("distill", *TINY, "--nfe", 3, "--output", path, *QUICK, "--json") == 0
+    return path
+
+
+def test_sample_writes_the_picture_of_the_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "grid.png"
+    facts = answer(capsys, "sample", *TINY, "--seeds", "0-5", "--columns", 3, "--output", path)
+    assert (facts["nfe"], facts["images"]) == (5, 6)
+    with Image.open(path) as picture:  # 3 x 2 images of 8 x 8, four times enlarged, 1 pixel apart
+        assert picture.size == (3 * 32 + 2, 2 * 32 + 1)
+
+
+def test_sample_options_choose_the_solver_they_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "raw.safetensors"
+    options = ("--method", "dpm_solver_pp", "--order", 2, "--grid", "logsnr", "--afs", "dockhorn")
+    more = ("--set", "lower_order_final=false", "--nfe", 4, "--seeds", "3,7-8", "--batch", 2)
+    answer(capsys, "sample", *TINY, *options, *more, "--output", path)
+    held = common.load_model("cli_model:tiny")
+    grid = grids.logsnr(processes.EDM(), 5)
+    table = solvers.dpm_solver_pp(
+        processes.EDM(), grid, order=2, lower_order_final=False, afs="dockhorn"
+    )
+    expected = Sampler(held.denoiser, table).sample([3, 7, 8], held.shape)
+    found = load_file(path)["samples"]
+    assert torch.equal(found, expected)
+    other = solvers.dpm_solver_pp(processes.EDM(), grid, order=2, afs="dockhorn")
+    planted = Sampler(held.denoiser, other).sample([3, 7, 8], held.shape)
+    assert not torch.equal(found, planted)
+
+
+@pytest.mark.parametrize("method", sorted(solvers.SOLVERS))
+@pytest.mark.parametrize("afs", ["off", "dockhorn"])
+def test_handcrafted_table_costs_what_was_asked(method: str, afs: str) -> None:
+    costs = []
+    for nfe in range(1, 7):
+        try:
+            table = by_cost.handcrafted_table(processes.EDM(), method, nfe, afs=afs)
+        except ValueError as refusal:
+            assert f"exactly {nfe} evaluations" in str(refusal)
+            continue
+        assert table.nfe == nfe
+        costs.append(nfe)
+    step = solvers.SOLVERS[method].evaluations_per_step
+    assert len(costs) >= 6 // step - 1
+
+
+def test_distil_sample_inspect_evaluate_agree(
+    solver: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspected = answer(capsys, "inspect", solver)
+    assert (inspected["method"], inspected["nfe"]) == ("dlms", 3)
+    assert len(str(inspected["sha256"])) == 64
+    assert run("inspect", solver) == 0
+    assert str(inspected["sha256"]) in capsys.readouterr().out
+    picture = tmp_path / "s.png"
+    assert answer(capsys, "sample", *TINY, "--solver", solver, "--output", picture)["nfe"] == 3
+    sizes = ("--samples", 12, "--exact-nfe", 12, "--accurate-nfe", 8, "--folder", tmp_path)
+    found = answer(capsys, "evaluate", *TINY, "--solver", solver, *sizes)
+    held = common.load_model("cli_model:tiny")
+    fine = solvers.dpm_solver_pp(processes.EDM(), grids.polynomial(processes.EDM(), 12), order=3)
+    first = RecordSettings().first_seed
+    seeds = range(first, first + 12)
+    ends = [
+        Sampler(held.denoiser, policy).sample(seeds, held.shape)
+        for policy in (fine, load_solver(solver))
+    ]
+    rmse = (ends[0].double() - ends[1].double()).square().mean().sqrt()
+    assert found["rmse"] == pytest.approx(float(rmse), rel=1e-6)
+
+
+def test_inspect_shows_the_rows_of_a_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = by_cost.handcrafted_table(processes.EDM(), "ipndm", 3, order=2)
+    path = save_solver(tmp_path / "table.safetensors", table)
+    rows = answer(capsys, "inspect", path)["rows"]
+    assert isinstance(rows, list)
+    assert [row["a"] for row in rows] == table.a.tolist()
+    assert [row["b"] for row in rows] == table.b.tolist()
+
+
+def test_distill_protects_finished_work(
+    solver: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = solver.read_bytes()
+    assert "--overwrite" in complaint(capsys, "distill", *TINY, "--output", solver)
+    assert solver.read_bytes() == before
+    nowhere = tmp_path / "missing" / "s.safetensors"
+    assert "no folder" in complaint(capsys, "distill", *TINY, "--output", nowhere)
+
+
+def test_distill_draws_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "loss.png"
+    target = ("--output", tmp_path / "s.safetensors", "--plot", plot)
+    facts = answer(capsys, "distill", *TINY, "--nfe", 2, *target, *QUICK)
+    assert facts["plot"] == str(plot) and plot.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("sample", "--seeds", "4-1"), "runs backwards"),
+        (("sample", "--seeds", "x"), "expected numbers and ranges"),
+        (("sample", "--output", "picture.bmp"), ".png"),
+        (("sample", "--nfe", "many"), "--nfe"),
+        (("sample", "--nfe", "0"), "--nfe"),
+        (("sample", "--method", "magic", *TINY), "magic"),
+        (("sample", "--method", "heun", "--nfe", "5", *TINY), "[4, 6]"),
+        (("sample", "--grid", "magic", *TINY), "polynomial"),
+        (("sample", "--afs", "magic", *TINY), "dockhorn"),
+        (("sample", "--set", "order=3", *TINY), "use --order"),
+        (("sample", "--set", "colour=3", *TINY), "colour"),
+        (("sample", "--backend", "magic", *TINY), "magic"),
+        (("sample", "--solver", "a", "--method", "b", *TINY), "not both"),
+        (("sample", "--solver", "absent.safetensors", *TINY), "absent.safetensors"),
+        (("sample", "--model", "nowhere"), "module:function"),
+        (("sample", "--model", "cli_model:absent"), "absent"),
+        (("sample", "--model", "cli_model:wrong"), "expected a pair"),
+        (("distill", "--output", "s.safetensors", "--set", "lr", *TINY), "key=value"),
+        (("distill", "--output", "s.safetensors", "--set", "colour=1", *TINY), "known settings"),
+        (("distill", "--output", "s.safetensors", "--method", "magic", *TINY), "magic"),
+        (("distill", *TINY), "--output"),
+        (("evaluate", "--model", "cli_model:pair"), "feature network"),
+        (("evaluate", "--record", "--method", "ddim", *TINY), "--method"),
+        (("inspect", "absent.safetensors"), "absent.safetensors"),
+        (("inspect", __file__), "not a safetensors"),
+        (("bench", "magic"), "magic"),
+        (("magic",), "magic"),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:40] if isinstance(value, tuple) else "",
+)
+def test_mistakes_are_one_clear_line(
+    arguments: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in complaint(capsys, *arguments)
+    assert not list(tmp_path.iterdir()), "a refused command left something behind"
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ValueError, match="runs backwards"):
+        main(["sample", "--seeds", "4-1", "--debug"])
+
+
+def test_record_is_complete_and_resumes(
+    solver: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "record"
+    sizes = ("--samples", 8, "--screen-samples", 4, "--compared-samples", 6)
+    sizes = (*sizes, "--exact-nfe", 8, "--accurate-nfe", 6, "--full-nfes", "3")
+    arguments = ("evaluate", "--record", *TINY, *sizes, "--nfes", "3", "--batch", 4)
+    first = answer(capsys, *arguments, "--solver", solver, "--folder", folder)
+    rows = first["rows"]
+    assert isinstance(rows, list)
+    labels = [label for label, _ in solvers.handcrafted(processes.EDM(), 3)]
+    assert [row["solver"] for row in rows if not row["learned"]] == labels
+    assert [row["facts"]["method"] for row in rows if row["learned"]] == ["dlms"]
+    assert "**dlms" in (folder / "record.md").read_text(encoding="utf-8")
+    assert json.loads((folder / "record.json").read_text(encoding="utf-8")) == first
+
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("the network ran again")
+
+    import cli_model
+
+    monkeypatch.setattr(cli_model.TinyNetwork, "forward", refuse)
+    again = answer(capsys, *arguments, "--solver", solver, "--folder", folder)
+    assert again == first
+    # planted: with a part of the cache gone it must run
+    (folder / "cache" / "screen-3.safetensors").unlink()
+    last = (*arguments, "--solver", solver, "--folder", folder, "--json")
+    assert "the network ran again" in complaint(capsys, *last)
+
+
+def test_demo_runs_resumes_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from dlms_engine.cli import demo
+
+    monkeypatch.setattr(demo, "SCREEN", 2)
+    monkeypatch.setattr(demo, "TWICE", 6)
+    monkeypatch.setattr(demo, "ACCURATE_NFE", 8)
+    quick = {"batch": 16, "validation_samples": 4, "validation_steps": 8}
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **quick, "validate_every": 0})
+    sizes = ("--trajectories", 16, "--samples", 8, "--seeds", "0-3")
+    arguments = ("demo", *TINY, "--folder", tmp_path / "out", *sizes)
+    first = answer(capsys, *arguments)
+    rows = first["rows"]
+    assert isinstance(rows, list)
+    assert [row["nfe"] for row in rows] == [8, 5, 5, 6]
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
+        "samples.png",
+        "grid.png",
+        "loss.png",
+    }
+    again = answer(capsys, *arguments)
+    assert again["rows"] == rows
+    assert run(*arguments) == 0
+    assert "DLMS" in capsys.readouterr().out
+
+
+def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """docs/cli.md and README.md name only commands and options that there are."""
+    import typer
+
+    from dlms_engine.cli.app import app
+
+    group = typer.main.get_command(app)
+    known = {
+        name: {option for parameter in command.params for option in parameter.opts}
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+    }
+    root = Path(__file__).parents[2]
+    checked = 0
+    for text in ((root / "docs/cli.md").read_text(), (root / "README.md").read_text()):
+        for line in re.findall(r"^    dlms (.+)$", text, flags=re.MULTILINE):
+            command, *words = line.split("#")[0].split()
+            used = {word.partition("=")[0] for word in words if word.startswith("--")}
+            if command == "bench":  # a parser of its own for each benchmark
+                capsys.readouterr()
+                assert run("bench", words[0], "--", "--help") == 0
+                known["bench"] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+            assert used <= known[command] | {"--help", "--json", "--debug"}, line
+            checked += 1
+    assert checked > 10
+
+
+def test_export_names_the_solver_and_hands_over_what_was_asked(tmp_path, capsys, monkeypatch):
+    """Compilation is left out here; tests/test_export.py runs a package."""
+    from dlms_engine.engine import export
+
+    asked: dict[str, object] = {}
+
+    def package(program: torch.export.ExportedProgram, **options: object) -> None:
+        asked.update(options, targets={str(n.target) for n in program.graph.nodes})
+        Path(str(options["package_path"])).write_bytes(b"12")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", package)
+    output = tmp_path / "sampler.pt2"
+    facts = answer(
+        capsys, "export", *TINY, "--method=ddim", "--nfe=2", "--output", output, "--max-batch=8"
+    )
+    assert (facts["nfe"], facts["bytes"], facts["solver"]) == (2, 2, "ddim/polynomial")
+    configs = asked["inductor_configs"]
+    assert isinstance(configs, dict)
+    about = json.loads(configs["aot_inductor.metadata"][export.METADATA])
+    assert about["noise"]["batch"] == [1, 8] and about["noise"]["shape"] == ["B", 3, 8, 8]
+    assert "aten.convolution.default" in str(asked["targets"]) or "aten.conv2d" in str(asked)
+    assert "pt2" in complaint(capsys, "export", *TINY, "--output", tmp_path / "sampler.onnx")

@@ -1,0 +1,54 @@
+"""The benchmarks print one JSON object with ``--json`` and write it with ``--output``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dlms_engine.lab.bench import __main__ as bench
+from dlms_engine.lab.bench import device, loop, pipeline, step
+
+QUICK = {
+    "step": ["--quick", "--rounds", "1", "--seconds", "0.001"],
+    "loop": ["--network", "plain", "--repeats", "2", "--nfe", "2"],
+    "device": [],
+    "pipeline": ["--no-compile", "--batches", "1", "--repeats", "1", "--nfe", "2"],
+}
+
+
+@pytest.fixture(autouse=True)
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs a GPU is replaced by a figure."""
+    timing = device.Timing("cuda", (1, 4), "float32", 3, 1.0, 2.0, 3.0, 64, 0.5)
+    monkeypatch.setattr(device, "no_gpu", lambda program: False)
+    monkeypatch.setattr(device, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(device, "measure", lambda *args: [timing])
+    monkeypatch.setattr(device, "machine", lambda: {"gpu": "none"})
+
+
+@pytest.mark.parametrize("what", bench.WHAT)
+def test_json_is_a_flag_and_output_a_file(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.json"
+    threads = torch.get_num_threads()
+    assert bench.main([what, *QUICK[what], "--json", "--output", str(path)]) == 0
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(path.read_text(encoding="utf-8"))
+    assert printed["benchmark"] == what
+    assert bench.main([what, *QUICK[what]]) == 0
+    table = capsys.readouterr().out
+    with pytest.raises(json.JSONDecodeError):
+        json.loads(table)
+    torch.set_num_threads(threads)
+
+
+def test_each_module_is_one_of_them() -> None:
+    assert set(bench.WHAT) == {
+        m.__name__.rpartition(".")[2] for m in (step, loop, device, pipeline)
+    }
+    assert bench.main(["magic"]) == 2

@@ -1,0 +1,187 @@
+"""The comparison: counted calls, budgets, resuming, and a page that stands alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import cli_model
+import pytest
+import torch
+
+from dlms_engine import grids, solvers
+from dlms_engine.engine.sampler import Sampler
+from dlms_engine.lab.comparison import CONTESTANTS, STUDIES, CompareSettings, choose, compare
+from dlms_engine.lab.comparison import distilled as workshop
+from dlms_engine.lab.comparison.budget import affordable, counted
+from dlms_engine.lab.comparison.contestants import Base, Contestant
+from dlms_engine.lab.comparison.page import draw, markdown, page
+from dlms_engine.lab.record.measure import Entry, Measurer
+from dlms_engine.lab.record.store import Store
+
+pytest.importorskip("torchmetrics")
+pytest.importorskip("matplotlib")
+SIZES: dict[str, Any] = {"samples": 8, "exact_samples": 6, "exact_nfe": 12, "accurate_nfe": 8}
+SIZES |= {"screen_samples": 2, "shown": 4, "batch": 4, "budget": 6_000}
+IPNDM = Base("ipndm", order=4, afs="dockhorn")
+FREE = Contestant("free", "free_table", {"validation_samples": 4, "batch": 8}, IPNDM, batch=8)
+DODE = Contestant("dode", "dode", {"scale": 3}, Base("ddim"), scales=False, trajectories=16)
+HEUN_LIKE = Contestant(
+    "amed", "amed", {"solver": "amed", "afs": False, "validation_samples": 4}, Base("dpm_solver_2")
+)
+
+
+def run(folder: Path, who: list[Contestant], nfes: tuple[int, ...] = (3,)) -> dict[str, Any]:
+    held = cli_model.tiny()
+    assert held.features is not None and held.reference is not None
+    settings = CompareSettings(nfes=nfes, **SIZES)
+    return compare(
+        held.denoiser, held.features, held.reference, held.shape, who, folder, settings,
+        progress=False,
+    )  # fmt: skip
+
+
+def test_calls_are_those_of_the_network() -> None:
+    held = cli_model.tiny()
+    table = solvers.ddim(held.denoiser.process, grids.polynomial(held.denoiser.process, 5))
+    with counted(held.denoiser.network) as calls:
+        Sampler(held.denoiser, table).sample([0, 1, 2], held.shape)
+        assert (calls.forward, calls.backward) == (15, 0)
+        x = torch.zeros(4, *held.shape, requires_grad=True)
+        held.denoiser.predict(x, torch.tensor(1.0), "data").sum().backward()
+    assert (calls.forward, calls.backward, calls.total) == (19, 4, 23)
+    Sampler(held.denoiser, table).sample([0], held.shape)
+    assert calls.forward == 19, "counting goes on after the block"
+    with pytest.raises(TypeError, match="expected a torch.nn.Module"), counted(lambda x, _: x):
+        pass
+
+
+def test_affordable_spends_the_budget_and_not_more() -> None:
+    def cost(trajectories: int) -> int:
+        return 500 + 7 * trajectories
+
+    found = affordable(cost, 10_000, 32)
+    assert found % 32 == 0
+    assert cost(found) <= 10_000 < cost(found + 32)
+    with pytest.raises(ValueError, match=r"budget is 600 .* give at least 724"):
+        affordable(cost, 600, 32)
+
+
+def test_comparison_spends_equal_budgets_and_measures_the_same_seeds(tmp_path: Path) -> None:
+    result = run(tmp_path, [FREE, DODE])
+    assert json.loads((tmp_path / "compare.json").read_text()) == result
+    rows = {row["solver"]: row for row in result["rows"]}
+    free, dode = rows["free"], rows["dode"]
+    total = free["forward"] + free["backward"]
+    assert 0.5 * SIZES["budget"] < total <= 1.1 * SIZES["budget"]
+    assert dode["backward"] == 0 and dode["forward"] < SIZES["budget"]
+    assert rows[dode["base"]]["rmse"] > dode["rmse"], "D-DDIM gained nothing on DDIM"
+    assert not rows[dode["base"]]["learned"]
+    # the figures are those of the solver file, measured apart
+    held = cli_model.tiny()
+    assert held.features is not None
+    from dlms_engine.tables.file import load_solver
+
+    policy = load_solver(tmp_path / "solvers" / "free-3.safetensors").policy
+    meter = Measurer(held.denoiser, held.features, held.shape, Store(tmp_path / "other"), batch=4)
+    first = CompareSettings().first_seed
+    exact = meter.endpoints(12, range(first, first + 6))
+    again = meter.measure("m", [Entry("free", policy)], range(first, first + 8), exact)[0]
+    assert again.rmse == pytest.approx(free["rmse"], rel=1e-6)
+    planted = meter.measure("p", [Entry("f", policy)], range(first + 1, first + 9), exact)[0]
+    assert planted.rmse != pytest.approx(free["rmse"], rel=1e-3)
+
+
+def test_second_call_trains_nothing_and_changed_settings_train_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path, [DODE])
+    trained: list[str] = []
+    whole = workshop.distill
+
+    def watched(*given: Any, **named: Any) -> Any:
+        trained.append(given[1])
+        return whole(*given, **named)
+
+    monkeypatch.setattr(workshop, "distill", watched)
+    assert run(tmp_path, [DODE]) == first
+    assert trained == []
+    run(tmp_path, [dataclasses.replace(DODE, settings={"scale": 4})])
+    assert trained == ["dode"]
+
+
+def test_a_count_a_method_cannot_make_is_said_not_hidden(tmp_path: Path) -> None:
+    result = run(tmp_path, [HEUN_LIKE])
+    row = next(row for row in result["rows"] if row["solver"] == "amed")
+    assert "two evaluations a step" in row["refused"]
+    assert "two evaluations a step" in markdown(result)
+
+
+def test_page_stands_alone(tmp_path: Path) -> None:
+    result = run(tmp_path, [DODE], (3, 4))
+    text = page(result, tmp_path, command="dlms compare <now>").read_text()
+    assert "dlms compare &lt;now&gt;" in text
+    sources = re.findall(r'src="([^"]{0,30})', text)
+    assert len(sources) == len(draw(result, tmp_path)) + 2, "a picture is missing"
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "http" not in text
+    assert text.count("<tr class=") == len(result["rows"])
+    lines = [line for line in markdown(result).splitlines() if line.startswith("| ")]
+    assert len(lines) == len(result["rows"]) + 1
+
+
+def test_names_and_mistakes(tmp_path: Path) -> None:
+    assert {c.method for c in choose(None, None)} == {
+        "dlms", "amed", "ld3", "dode", "gits", "free_table",
+    }  # fmt: skip
+    assert [c.label for c in choose(["ld3", "dode"], None)] == ["ld3", "dode"]
+    for study in STUDIES:
+        found = choose(None, study)
+        assert len({c.label for c in found}) == len(found) >= 4
+        settings = [json.dumps(dict(c.settings), sort_keys=True) for c in found]
+        assert len(set(settings)) == len(found), "two contestants of a study are the same"
+    with pytest.raises(ValueError, match="method is 'magic', expected one of"):
+        choose(["magic"], None)
+    with pytest.raises(ValueError, match="study is 'magic', expected one of"):
+        choose(None, "magic")
+    with pytest.raises(ValueError, match="expected different names"):
+        run(tmp_path, [DODE, DODE])
+    with pytest.raises(ValueError, match="exact_samples is 9, expected 2 to samples"):
+        CompareSettings(samples=8, exact_samples=9)
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_contestants_have_the_settings_of_their_method(name: str) -> None:
+    from dlms_engine.learners.settings import resolved
+
+    contestant = CONTESTANTS[name]
+    resolved(contestant.method, 5, dict(contestant.settings), trajectories=contestant.trajectories)
+    held = cli_model.tiny()
+    if contestant.base is not None:
+        table = contestant.base.table(held.denoiser.process, 5)
+        assert table.nfe == 5
+
+
+def test_command_writes_table_page_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from dlms_engine.cli import main
+
+    sizes = ("--samples=8", "--exact-samples=4", "--exact-nfe=8", "--accurate-nfe=6", "--batch=4")
+    words = ["compare", "--model=cli_model:tiny", "--methods=dode", "--nfes=3-4", *sizes]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--screen-samples=0", f"--folder={tmp_path / 'out'}"])
+        raise SystemExit(0)
+    assert not stop.value.code
+    table = capsys.readouterr().out
+    assert "| 3 | **dode** |" in table and "| 4 | **dode** |" in table
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    wanted = {"compare.json", "compare.md", "compare.html", "samples-3.png", "samples-4.png"}
+    assert made >= wanted
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--study=ablation"])
+    assert stop.value.code
+    assert "not both" in capsys.readouterr().err

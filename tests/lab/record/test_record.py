@@ -1,0 +1,152 @@
+"""The record's parts: resuming, the memo, the store, and floors that a perfect solver meets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cli_model
+import pytest
+import torch
+
+from dlms_engine import solvers
+from dlms_engine.lab.record.measure import Entry, Measurer
+from dlms_engine.lab.record.memo import Memo
+from dlms_engine.lab.record.record import RecordSettings, record
+from dlms_engine.lab.record.rows import best
+from dlms_engine.lab.record.store import Store, digest
+
+pytest.importorskip("torchmetrics")
+NFE = 3
+SEEDS = range(10)
+
+
+def entries() -> list[Entry]:
+    process = cli_model.tiny().denoiser.process
+    return [Entry(label, table) for label, table in solvers.handcrafted(process, NFE)][:6]
+
+
+def measurer(folder: Path, batch: int = 4) -> Measurer:
+    held = cli_model.tiny()
+    assert held.features is not None
+    return Measurer(held.denoiser, held.features, held.shape, Store(folder), batch=batch)
+
+
+def numbers(found: list[object]) -> list[object]:
+    return [(m.rmse, m.sums.total.tolist(), m.sums.outer.tolist()) for m in found]  # type: ignore[attr-defined]
+
+
+def test_interrupted_measuring_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dlms_engine.lab.record import measure
+
+    monkeypatch.setattr(measure, "SAVE_SECONDS", 0.0)
+    exact = measurer(tmp_path / "whole").endpoints(12, SEEDS)
+    whole = numbers(measurer(tmp_path / "whole").measure("m", entries(), SEEDS, exact))
+    calls = 0
+    forward = cli_model.TinyNetwork.forward
+
+    def stop(self: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        return forward(self, *inputs)
+
+    monkeypatch.setattr(cli_model.TinyNetwork, "forward", stop)
+    with pytest.raises(KeyboardInterrupt):
+        measurer(tmp_path / "killed").measure("m", entries(), SEEDS, exact)
+    assert (tmp_path / "killed" / "m.safetensors").exists(), "killed before anything was saved"
+    before = calls
+    again = numbers(measurer(tmp_path / "killed").measure("m", entries(), SEEDS, exact))
+    assert again == whole
+    assert calls - before < 2 * 20 + 20, "everything was run again"
+
+
+def test_other_seeds_or_solvers_are_not_taken_from_the_cache(tmp_path: Path) -> None:
+    first = numbers(measurer(tmp_path).measure("m", entries(), SEEDS))
+    assert numbers(measurer(tmp_path).measure("m", entries(), SEEDS)) == first
+    assert numbers(measurer(tmp_path).measure("m", entries()[::-1], SEEDS)) == first[::-1]
+    assert numbers(measurer(tmp_path).measure("m", entries(), range(1, 11))) != first
+
+
+def test_damaged_or_foreign_cache_counts_as_absent(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save("a", {"n": 1}, {"x": torch.ones(3)})
+    found = store.load("a", {"n": 1})
+    assert found is not None and torch.equal(found["x"], torch.ones(3))
+    assert store.load("a", {"n": 2}) is None and store.load("b", {"n": 1}) is None
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(path.read_bytes()[:-2])
+    assert store.load("a", {"n": 1}) is None
+
+
+@pytest.mark.parametrize("change", ["value", "name", "shape", "dtype", "fact"])
+def test_digest_sees_every_change(change: str) -> None:
+    x = torch.arange(4, dtype=torch.float32)
+    same = digest({"x": x.clone()}, 1)
+    assert same == digest({"x": x}, 1)
+    other = {
+        "value": digest({"x": x + torch.tensor([0, 0, 0, 1e-6])}, 1),
+        "name": digest({"y": x}, 1),
+        "shape": digest({"x": x.reshape(2, 2)}, 1),
+        "dtype": digest({"x": x.view(torch.int32)}, 1),
+        "fact": digest({"x": x}, 2),
+    }
+    assert other[change] != same
+
+
+def test_memo_answers_equal_questions_once_and_others_anew() -> None:
+    network = cli_model.TinyNetwork().eval().requires_grad_(False)
+    memo = Memo(network, capacity=2)
+    x, t = torch.randn(2, 3, 8, 8), torch.ones(2)
+    assert torch.equal(memo(x, t), network(x, t))
+    assert torch.equal(memo(x.clone(), t), network(x, t)) and memo.hits == 1
+    nudged = x.clone()
+    nudged[0, 0, 0, 0] = torch.nextafter(nudged[0, 0, 0, 0], torch.tensor(9.0))
+    assert torch.equal(memo(nudged, t), network(nudged, t))
+    assert torch.equal(memo(x, 2 * t), network(x, 2 * t)) and memo.hits == 1
+    assert torch.equal(memo(x, t), network(x, t)) and memo.hits == 1, "capacity was exceeded"
+
+
+def test_perfect_solver_has_no_excess_and_a_wrong_one_has(tmp_path: Path) -> None:
+    held = cli_model.tiny()
+    assert held.features is not None and held.reference is not None
+    settings = RecordSettings(
+        nfes=(24,),
+        full_nfes=(24,),
+        screen_samples=16,
+        compared_samples=16,
+        samples=16,
+        exact_nfe=24,
+        accurate_nfe=24,
+        batch=8,
+    )
+    perfect = Entry("perfect", measurer(tmp_path / "m").accurate_table(24))
+    wrong = Entry("wrong", solvers.ddim(held.denoiser.process, perfect.policy.grid))  # type: ignore[union-attr]
+    found = record(
+        held.denoiser,
+        held.features,
+        held.reference,
+        held.shape,
+        {24: [wrong, perfect]},
+        [],
+        tmp_path,
+        settings,
+        progress=False,
+    )
+    rows = {row["solver"]: row for row in found["rows"]}
+    assert rows["perfect"]["rmse"] == 0.0
+    assert rows["perfect"]["full"]["excess_accurate"] == pytest.approx(0.0, abs=1e-12)
+    assert rows["wrong"]["rmse"] > 1e-3
+    assert abs(rows["wrong"]["full"]["excess_accurate"]) > 1e-6
+    chosen = best(found["rows"], 24, learned=False, by="rmse")
+    assert chosen is not None and chosen["solver"] == "perfect"
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"nfes": ()}, {"samples": 10}, {"screen_samples": 1}, {"compared_samples": 20_000}]
+)
+def test_impossible_sizes_are_refused(sizes: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        RecordSettings(**sizes)  # type: ignore[arg-type]
