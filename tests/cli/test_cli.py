@@ -16,7 +16,7 @@ from dlms_engine import grids, processes, solvers
 from dlms_engine.cli import common, main
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.lab.record.record import RecordSettings
-from dlms_engine.solvers import by_cost
+from dlms_engine.solvers import registry
 from dlms_engine.tables.file import load_solver, save_solver
 
 TINY = ("--model", "cli_model:tiny")
@@ -77,7 +77,7 @@ def test_handcrafted_table_costs_what_was_asked(method: str, afs: str) -> None:
     costs = []
     for nfe in range(1, 7):
         try:
-            table = by_cost.handcrafted_table(processes.EDM(), method, nfe, afs=afs)
+            table = registry.handcrafted_table(processes.EDM(), method, nfe, afs=afs)
         except ValueError as refusal:
             assert f"exactly {nfe} evaluations" in str(refusal)
             continue
@@ -114,7 +114,7 @@ def test_distil_sample_inspect_evaluate_agree(
 def test_inspect_shows_the_rows_of_a_table(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    table = by_cost.handcrafted_table(processes.EDM(), "ipndm", 3, order=2)
+    table = registry.handcrafted_table(processes.EDM(), "ipndm", 3, order=2)
     path = save_solver(tmp_path / "table.safetensors", table)
     rows = answer(capsys, "inspect", path)["rows"]
     assert isinstance(rows, list)
