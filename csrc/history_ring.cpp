@@ -18,21 +18,20 @@ HistoryRing::HistoryRing(int64_t depth, const std::vector<int64_t>& shape, py::o
         "depth is " + std::to_string(depth) + ", expected 1 to " + std::to_string(kMaxDepth));
   std::vector<int64_t> full = {depth};
   full.insert(full.end(), shape.begin(), shape.end());
-  *this = HistoryRing(
-      py::module_::import("torch").attr("empty")(full, py::arg("dtype") = std::move(dtype)));
+  for (const int64_t size : full)
+    if (size < 0)
+      throw py::value_error("shape is " + shape_text(shape.data(), static_cast<int>(shape.size())) +
+                            ", sizes must be >= 0");
+  const Dtype type = dtype_from_python(dtype, "dtype");
+  slots_ = LiveTensor(allocate_pages(product(full) * element_size(type)), 0, full, type);
 }
 
-HistoryRing::HistoryRing(py::object tensor) : tensor_(std::move(tensor)) {
-  const TensorView view = view_of(tensor_, "ring");
-  data_ = view.data;
-  depth_ = view.shape[0];
-}
-
-py::object HistoryRing::past(int64_t k) const {
-  if (k < 0 || k >= depth_ || newest_ < 0)
-    throw py::index_error("m_{n-" + std::to_string(k) + "} of a ring of " + std::to_string(depth_) +
+py::object HistoryRing::past(int64_t k) {
+  if (k < 0 || k >= depth() || newest_ < 0)
+    throw py::index_error("m_{n-" + std::to_string(k) + "} of a ring of " +
+                          std::to_string(depth()) +
                           (newest_ < 0 ? " slots that holds nothing yet" : " slots"));
-  return tensor_[py::int_((newest_ - k + depth_) % depth_)];
+  return tensor()[py::int_((newest_ - k + depth()) % depth())];
 }
 
 } // namespace dlms

@@ -4,7 +4,10 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
+
+#include "live_tensor.h"
 
 namespace dlms {
 
@@ -13,23 +16,21 @@ namespace dlms {
 class HistoryRing {
  public:
   HistoryRing(int64_t depth, const std::vector<int64_t>& shape, pybind11::object dtype);
-  // Over memory that the loop has allocated.
-  explicit HistoryRing(pybind11::object tensor);
+  // Over memory that the loop has allocated; slots: [depth, B, ...].
+  explicit HistoryRing(LiveTensor slots) : slots_(std::move(slots)) {}
 
-  const pybind11::object& tensor() const { return tensor_; }
-  void* data() const { return data_; }
-  int64_t depth() const { return depth_; }
+  const pybind11::object& tensor() { return slots_.tensor(); }
+  void* data() const { return slots_.data(); }
+  int64_t depth() const { return slots_.shape()[0]; }
   int64_t newest() const { return newest_; } // slot written last, -1 before the first
   void wrote(int64_t slot) { newest_ = slot; }
   void reset() { newest_ = -1; }
-  int64_t next_slot() const { return (newest_ + 1) % depth_; }
+  int64_t next_slot() const { return (newest_ + 1) % depth(); }
   // m_{n-k} as a view of the ring; IndexError before anything was written.
-  pybind11::object past(int64_t k) const;
+  pybind11::object past(int64_t k);
 
  private:
-  pybind11::object tensor_;
-  void* data_ = nullptr;
-  int64_t depth_ = 0;
+  LiveTensor slots_;
   int64_t newest_ = -1;
 };
 

@@ -3,49 +3,17 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <cstring>
 #include <stdexcept>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace py = pybind11;
 
 namespace dlms {
 namespace {
 
-constexpr int64_t kPage = 4096;
 // Rows of fewer elements finish in a few microseconds: handing the interpreter to another thread
 // for that long can cost this one the 5 ms that Python then lets it run.
 constexpr int64_t kReleaseGil = 65536;
-
-int64_t page_up(int64_t bytes) {
-  return (bytes + kPage - 1) / kPage * kPage;
-}
-
-// Large states: 2 MiB pages, where the system gives them on request (measured: 10 % at 12 MiB).
-// Advice only, so a refusal is not an error.
-void advise_huge_pages(void* start, int64_t bytes) {
-  constexpr int64_t kHugePage = int64_t(2) << 20;
-#if defined(__linux__)
-  if (bytes >= 2 * kHugePage) (void)madvise(start, static_cast<size_t>(bytes), MADV_HUGEPAGE);
-#else
-  (void)start, (void)bytes, (void)kHugePage;
-#endif
-}
-
-int64_t product(const std::vector<int64_t>& shape) {
-  int64_t total = 1;
-  for (const int64_t size : shape) total *= size;
-  return total;
-}
-
-// bytes: uint8 tensor; the part at `offset` as `shape` of `dtype`.
-py::object carve(const py::object& bytes, int64_t offset, const std::vector<int64_t>& shape,
-    Dtype dtype, const py::object& torch_dtype) {
-  const int64_t size = product(shape) * element_size(dtype);
-  return bytes.attr("narrow")(0, offset, size).attr("view")(torch_dtype).attr("view")(shape);
-}
 
 void run_blocks(const RowArgs& args, int64_t total) {
   struct Context {
@@ -116,22 +84,14 @@ SamplingLoop::SamplingLoop(int64_t depth, const std::vector<int64_t>& shape, py:
   const int64_t state_bytes = page_up(product(shape) * element_size(args_.state));
   const int64_t input_bytes = page_up(product(shape) * element_size(args_.network));
   const int64_t ring_bytes = product(ring_shape) * element_size(args_.state);
-  const py::module_ torch = py::module_::import("torch");
-  const py::object bytes = torch.attr("empty")(
-      state_bytes + input_bytes + ring_bytes + kPage, py::arg("dtype") = torch.attr("uint8"));
-  char* memory = static_cast<char*>(view_of(bytes, "buffer").data);
-  const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(memory));
-  const int64_t first = page_up(address) - address;
-  advise_huge_pages(memory + first, state_bytes + input_bytes + ring_bytes);
-  state_ = carve(bytes, first, shape, args_.state, state_dtype);
-  network_input_ = carve(bytes, first + state_bytes, shape, args_.network, network_dtype);
+  const auto memory = allocate_pages(state_bytes + input_bytes + ring_bytes);
+  state_ = LiveTensor(memory, 0, shape, args_.state);
+  network_input_ = LiveTensor(memory, state_bytes, shape, args_.network);
   ring_ = std::make_unique<HistoryRing>(
-      carve(bytes, first + state_bytes + input_bytes, ring_shape, args_.state, state_dtype));
+      LiveTensor(memory, state_bytes + input_bytes, std::move(ring_shape), args_.state));
 
-  void* state = view_of(state_, "state").data;
-  args_.x = state;
-  args_.x_next = state;
-  args_.network_input = view_of(network_input_, "network_input").data;
+  args_.x = args_.x_next = state_.data();
+  args_.network_input = network_input_.data();
   args_.ring = ring_->data();
 }
 
@@ -161,7 +121,8 @@ void SamplingLoop::check_row_shape(const TensorView& view, py::handle object, in
   const bool one = view.ndim == leading + 1 && shape[0] == width;
   const bool each = view.ndim == leading + 2 && shape[0] == args_.batch && shape[1] == width;
   const bool memory = view.known_dtype && view.dtype == args_.state && view.on_cpu;
-  if ((one || each) && memory && view.contiguous) return;
+  if ((one || each) && memory && view.contiguous)
+    return require_storage(view, object, leading != 0 ? "rows" : "row");
   const std::string rows = leading != 0 ? "rows, " : "";
   throw py::value_error((leading != 0 ? "rows is " : "row is ") + describe(object) +
                         (view.contiguous ? "" : " and not contiguous") +
@@ -170,11 +131,21 @@ void SamplingLoop::check_row_shape(const TensorView& view, py::handle object, in
                         ", " + std::to_string(width) + "] on cpu");
 }
 
-bool SamplingLoop::read_later(
-    const char* table, int64_t row_bytes, int64_t n, int64_t count, bool per_sample) const {
-  const int64_t width = kB + args_.depth, copies = per_sample ? args_.batch : 1;
-  for (int64_t k = 1; k < args_.depth && n + k < count; ++k) {
-    const char* row = table + (n + k) * row_bytes;
+void SamplingLoop::copy_table(py::handle rows) {
+  const TensorView view = view_of(rows, "rows");
+  check_row_shape(view, rows, 1);
+  table_per_sample_ = view.ndim == 3;
+  count_ = view.shape[0];
+  row_bytes_ =
+      (kB + args_.depth) * element_size(args_.state) * (table_per_sample_ ? args_.batch : 1);
+  const char* data = static_cast<const char*>(view.data);
+  table_.assign(data, data + count_ * row_bytes_); // keeps its capacity from run to run
+}
+
+bool SamplingLoop::read_later(int64_t n) const {
+  const int64_t width = kB + args_.depth, copies = table_per_sample_ ? args_.batch : 1;
+  for (int64_t k = 1; k < args_.depth && n + k < count_; ++k) {
+    const char* row = table_row(n + k);
     for (int64_t index = 0; index < copies; ++index) {
       const int64_t at = index * width + kB + k;
       const double weight = args_.state == Dtype::kFloat64
@@ -207,15 +178,20 @@ void SamplingLoop::take_output(py::handle f, py::handle f_cond) {
 
 void SamplingLoop::evaluate(py::handle network, int64_t n) {
   index_ = py::int_(n);
-  PyObject* arguments[] = {nullptr, index_.ptr(), network_input_.ptr()};
+  PyObject* arguments[] = {nullptr, index_.ptr(), network_input_.tensor().ptr()};
   output_ = py::reinterpret_steal<py::object>(PyObject_Vectorcall(
       network.ptr(), arguments + 1, 2 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
   if (!output_) throw py::error_already_set();
-  if (!PyTuple_Check(output_.ptr())) return take_output(output_, py::none());
-  if (PyTuple_GET_SIZE(output_.ptr()) != 2)
+  network_input_.require_unchanged("the network", "its input");
+  if (PyTuple_Check(output_.ptr()) && PyTuple_GET_SIZE(output_.ptr()) != 2)
     throw py::value_error("the network returned a tuple of " +
                           std::to_string(PyTuple_GET_SIZE(output_.ptr())) +
                           ", expected F or (F_unconditional, F_conditional)");
+}
+
+// Right before the row runs: a row function may have resized or moved what the network returned.
+void SamplingLoop::take_outputs() {
+  if (!PyTuple_Check(output_.ptr())) return take_output(output_, py::none());
   take_output(PyTuple_GET_ITEM(output_.ptr(), 0), PyTuple_GET_ITEM(output_.ptr(), 1));
 }
 
@@ -249,40 +225,54 @@ void SamplingLoop::step(py::handle f, py::handle f_cond, py::handle row) {
 void SamplingLoop::run(py::handle x, py::handle c_in, py::handle rows, py::handle network,
     py::handle row_fn, py::handle callback) {
   const Busy busy(*this);
-  const bool asked = !row_fn.is_none();
-  int64_t count = 0;
-  const char* table = nullptr;
-  int64_t row_bytes = 0;
-  bool per_sample = false;
-  if (asked) {
-    if (!py::isinstance<py::int_>(rows))
-      throw py::type_error("with row_fn, rows is the number of rows, an int");
-    count = py::cast<int64_t>(rows);
+  const bool known = row_fn.is_none(); // all rows, beforehand
+  if (known) {
+    copy_table(rows);
+  } else if (!py::isinstance<py::int_>(rows)) {
+    throw py::type_error("with row_fn, rows is the number of rows, an int");
   } else {
-    const TensorView view = view_of(rows, "rows");
-    check_row_shape(view, rows, 1);
-    count = view.shape[0];
-    table = static_cast<const char*>(view.data);
-    per_sample = view.ndim == 3;
-    row_bytes = (kB + args_.depth) * element_size(args_.state) * (per_sample ? args_.batch : 1);
+    count_ = py::cast<int64_t>(rows);
   }
   begin(x, c_in);
   py::object row; // keeps a per-step row alive while it is read
-  for (int64_t n = 0; n < count; ++n) {
+  for (int64_t n = 0; n < count_; ++n) {
+    const bool last = n + 1 == count_;
     evaluate(network, n);
-    if (asked) {
-      row = row_fn(index_);
-      take_row(row);
+    if (!known) row = row_fn(index_);
+    take_outputs();
+    if (known) {
+      args_.row = table_row(n);
+      args_.per_sample = table_per_sample_;
     } else {
-      args_.row = table + n * row_bytes;
-      args_.per_sample = per_sample;
+      take_row(row);
     }
-    args_.store_input = n + 1 < count;
+    args_.store_input = !last;
     // Rows that are not known yet may weigh anything.
-    args_.store_m = asked ? n + 1 < count : read_later(table, row_bytes, n, count, per_sample);
+    args_.store_m = known ? read_later(n) : !last;
     run_row();
-    if (!callback.is_none()) callback(index_, state_);
+    if (!callback.is_none()) call_back(callback, last);
   }
+}
+
+// The next input is formed again after the callback, from what the callback left in the state: a
+// write through any alias of the memory (a view, NumPy) counts, whether torch saw it or not.
+void SamplingLoop::call_back(py::handle callback, bool last) {
+  const int64_t size = element_size(args_.state), width = (kB + args_.depth) * size;
+  const int64_t total = args_.batch * args_.inner, copies = args_.per_sample ? args_.batch : 1;
+  if (!last && total != 0) { // before the call: the row is Python's and may change in it
+    c_in_.resize(static_cast<size_t>(copies * size));
+    for (int64_t index = 0; index < copies; ++index)
+      std::memcpy(c_in_.data() + index * size,
+          static_cast<const char*>(args_.row) + index * width + kCIn * size,
+          static_cast<size_t>(size));
+  }
+  const bool per_sample = args_.per_sample;
+  callback(index_, state_.tensor());
+  state_.require_unchanged("the callback", "the state");
+  if (last || total == 0) return;
+  RowArgs again = args_;
+  again.per_sample = per_sample;
+  kernels().scale(again, c_in_.data(), 0, total);
 }
 
 } // namespace dlms

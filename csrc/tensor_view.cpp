@@ -3,6 +3,7 @@
 #include <ATen/dlpack.h>
 
 #include <sstream>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -44,6 +45,33 @@ bool dtype_of(const DLDataType& type, Dtype* out) {
   return type.bits == 64 || type.bits == 32 || type.bits == 16;
 }
 
+DLDataType dlpack_type(Dtype dtype) {
+  DLDataType type;
+  type.code = dtype == Dtype::kBFloat16 ? kDLBfloat : kDLFloat;
+  type.bits = static_cast<uint8_t>(8 * element_size(dtype));
+  type.lanes = 1;
+  return type;
+}
+
+// What a tensor over foreign memory holds on to.
+struct Lease {
+  std::shared_ptr<char> memory;
+  std::vector<int64_t> shape, strides;
+  DLManagedTensorVersioned managed = {};
+};
+
+// object.name(), as an integer; the names are interned once.
+int64_t call_int(PyObject* object, PyObject* name) {
+  PyObject* arguments[] = {object};
+  PyObject* result =
+      PyObject_VectorcallMethod(name, arguments, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr);
+  if (result == nullptr) throw py::error_already_set();
+  const int64_t value = PyLong_AsLongLong(result);
+  Py_DECREF(result);
+  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
 bool is_contiguous(const DLTensor& t) {
   if (t.strides == nullptr) return true;
   int64_t expected = 1;
@@ -83,6 +111,41 @@ TensorView view_of(py::handle object, const char* name) {
   return view;
 }
 
+py::object tensor_over(
+    std::shared_ptr<char> memory, char* data, const std::vector<int64_t>& shape, Dtype dtype) {
+  auto lease = std::make_unique<Lease>();
+  lease->memory = std::move(memory);
+  lease->shape = shape;
+  DLManagedTensorVersioned& managed = lease->managed;
+  managed.version.major = DLPACK_MAJOR_VERSION;
+  managed.version.minor = DLPACK_MINOR_VERSION;
+  managed.manager_ctx = lease.get();
+  managed.deleter = [](DLManagedTensorVersioned* self) {
+    delete static_cast<Lease*>(self->manager_ctx);
+  };
+  managed.dl_tensor.data = data;
+  managed.dl_tensor.device = {kDLCPU, 0};
+  managed.dl_tensor.ndim = static_cast<int32_t>(shape.size());
+  managed.dl_tensor.dtype = dlpack_type(dtype);
+  managed.dl_tensor.shape = lease->shape.data();
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t d = shape.size(); d-- > 1;)
+    strides[d - 1] = strides[d] * (shape[d] > 0 ? shape[d] : 1);
+  lease->strides = std::move(strides);
+  managed.dl_tensor.strides = lease->strides.data();
+  void* out = nullptr;
+  if (torch().api->managed_tensor_to_py_object_no_sync(&lease->managed, &out) != 0)
+    throw py::error_already_set();
+  (void)lease.release(); // the tensor's now; its deleter frees it
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(out));
+}
+
+int64_t product(const std::vector<int64_t>& shape) {
+  int64_t total = 1;
+  for (const int64_t size : shape) total *= size;
+  return total;
+}
+
 std::string describe(py::handle object) {
   std::ostringstream out;
   out << std::string(py::str(object.attr("dtype"))) << " "
@@ -91,11 +154,31 @@ std::string describe(py::handle object) {
   return out.str();
 }
 
+void require_storage(const TensorView& view, py::handle object, const std::string& name) {
+  static PyObject* const kStorage = PyUnicode_InternFromString("untyped_storage");
+  static PyObject* const kBytes = PyUnicode_InternFromString("nbytes");
+  static PyObject* const kOffset = PyUnicode_InternFromString("storage_offset");
+  int64_t elements = 1;
+  for (int d = 0; d < view.ndim; ++d) elements *= view.shape[d];
+  if (elements == 0) return;
+  PyObject* arguments[] = {object.ptr()};
+  const auto storage = py::reinterpret_steal<py::object>(
+      PyObject_VectorcallMethod(kStorage, arguments, 1 | PY_VECTORCALL_ARGUMENTS_OFFSET, nullptr));
+  if (!storage) throw py::error_already_set();
+  const int64_t size = element_size(view.dtype);
+  const int64_t end = (call_int(object.ptr(), kOffset) + elements) * size;
+  const int64_t bytes = call_int(storage.ptr(), kBytes);
+  if (view.data != nullptr && bytes >= end) return;
+  throw py::value_error(name + " is " + describe(object) + " with a storage of " +
+                        std::to_string(bytes) + " bytes, expected " + std::to_string(end) +
+                        ": its storage was resized");
+}
+
 void require(const TensorView& view, py::handle object, const std::string& name,
     const int64_t* shape, int ndim, Dtype dtype) {
   if (view.known_dtype && view.dtype == dtype && view.on_cpu && view.contiguous &&
       view.has_shape(shape, ndim))
-    return;
+    return require_storage(view, object, name);
   throw py::value_error(name + " is " + describe(object) +
                         (view.contiguous ? "" : " and not contiguous") +
                         ", expected contiguous torch." + dtype_name(dtype) + " " +

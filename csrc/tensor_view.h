@@ -7,7 +7,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <vector>
 
 #include "fused_row.h"
 
@@ -29,6 +31,14 @@ struct TensorView {
 // `name` is what messages call it.
 TensorView view_of(pybind11::handle object, const char* name);
 
+// ValueError unless the storage of `object` still holds every byte of it: Python can shrink a
+// storage under a tensor that keeps its shape. `view` is contiguous memory.
+void require_storage(const TensorView& view, pybind11::handle object, const std::string& name);
+
+// A contiguous CPU tensor over `data`, which `memory` keeps alive; torch cannot resize it.
+pybind11::object tensor_over(
+    std::shared_ptr<char> memory, char* data, const std::vector<int64_t>& shape, Dtype dtype);
+
 // "float32 [2, 3] on cpu", from Python, for messages.
 std::string describe(pybind11::handle object);
 
@@ -38,6 +48,7 @@ void require(const TensorView& view, pybind11::handle object, const std::string&
 
 Dtype dtype_from_python(pybind11::handle torch_dtype, const char* name);
 const char* dtype_name(Dtype dtype);
+int64_t product(const std::vector<int64_t>& shape);
 std::string shape_text(const int64_t* shape, int ndim);
 
 } // namespace dlms

@@ -63,12 +63,34 @@ class Snapshot:
         unknown = sorted(set(self.settings) - known - IGNORED)
         if unknown:
             raise ValueError(f"{self.kind} has arguments {unknown} that this version does not know")
-        network: nn.Module = cls(**{k: v for k, v in self.settings.items() if k in known})
+        settings = {k: v for k, v in self.settings.items() if k in known}
+        self._check_size(settings)
         try:
+            with torch.device(
+                "meta"
+            ):  # a file's claims cost no memory until the weights bear them out
+                shapes = {k: v.shape for k, v in cls(**settings).state_dict().items()}
+            wrong = [k for k, v in self.tensors.items() if shapes.get(k, v.shape) != v.shape]
+            if wrong or set(shapes) - set(self.tensors):
+                named = sorted(wrong or set(shapes) - set(self.tensors))[0]
+                raise RuntimeError(f"{named!r} is missing or of another shape")
+            network: nn.Module = cls(**settings)
             network.load_state_dict(self.tensors)
-        except RuntimeError as exc:
+        except (RuntimeError, TypeError, ArithmeticError, LookupError) as exc:
             raise ValueError(f"the weights do not fit {self.kind}{self.settings}: {exc}") from exc
         return network.eval().requires_grad_(False)
+
+    def _check_size(self, settings: dict[str, Any]) -> None:
+        """Refuses arguments for more blocks than the file has tensors: building them could take for
+        ever.
+        """
+        blocks, levels = settings.get("num_blocks", 1), settings.get("channel_mult", [1])
+        plain = type(blocks) is int and isinstance(levels, (list, tuple))
+        if not plain or not 0 < blocks * len(levels) <= len(self.tensors):
+            raise ValueError(
+                f"the weights do not fit {self.kind}: num_blocks is {str(blocks)[:40]} and "
+                f"channel_mult {str(levels)[:40]}, with {len(self.tensors)} tensors in the file"
+            )
 
 
 def read_snapshot(path: str | Path) -> Snapshot:

@@ -2,19 +2,23 @@
 
 Every global a pickle asks for is either mapped to an inert stand-in defined here, or refused. The
 stand-ins hold data: tensors, constructor arguments, and the tree of modules. Source code stored in
-a snapshot is dropped unread.
+a snapshot is dropped unread. ``plain_pickle`` reads the opcodes and limits what can grow.
 """
 
 from __future__ import annotations
 
 import io
-import pickle
+import math
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from . import plain_pickle
 
 ADVICE = (
     "It is not read, because reading it could run code. If you trust the file, convert it in an "
@@ -40,16 +44,110 @@ class Record:
 class _Container(Record):
     """nn.Module classes without constructor arguments of interest."""
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def build(self, state: Any) -> None:
+        if not isinstance(state, dict) or self.state:
+            raise UnsafeCheckpointError(f"a module of unknown form. {ADVICE}")
         self.state = state
 
 
 class _Dict(dict[str, Any]):
     """dnnlib.EasyDict: a dict."""
 
-    def __setstate__(self, state: Any) -> None:
+    def build(self, state: Any) -> None:
         if state:
-            raise UnsafeCheckpointError(f"a dictionary with attributes {state!r}. {ADVICE}")
+            raise UnsafeCheckpointError(f"a dictionary with attributes. {ADVICE}")
+
+
+def _dict(*arguments: Any) -> _Dict:
+    if arguments:
+        raise UnsafeCheckpointError(f"a dictionary of unknown form. {ADVICE}")
+    return _Dict()
+
+
+def _ordered(*arguments: Any) -> OrderedDict[Any, Any]:
+    if arguments:
+        raise UnsafeCheckpointError(f"an ordered dictionary of unknown form. {ADVICE}")
+    return OrderedDict()
+
+
+def _set(*arguments: Any) -> set[Any]:
+    items = arguments[0] if arguments else []
+    if len(arguments) > 1 or not isinstance(items, list):
+        raise UnsafeCheckpointError(f"a set of unknown form. {ADVICE}")
+    return {plain_pickle.key(item) for item in items}
+
+
+# -- NumPy: scalars, dtypes and arrays of plain numbers -----------------------------------------------
+
+
+class _Dtype:
+    """``numpy.dtype('f8')``; the byte order comes later, as its state."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|b1", code) or code == "f1":
+            raise UnsafeCheckpointError(f"the NumPy dtype {str(code)[:40]!r}. {ADVICE}")
+        self.code = code
+        self.order = "="
+
+    def build(self, state: Any) -> None:
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        if order not in ("<", ">", "=", "|"):
+            raise UnsafeCheckpointError(f"a NumPy dtype of unknown form. {ADVICE}")
+        self.order = order
+
+    def read(self, data: bytes, count: int) -> np.ndarray[Any, Any]:
+        dtype = np.dtype(self.code).newbyteorder(self.order)
+        if len(data) != count * dtype.itemsize:
+            raise UnsafeCheckpointError(f"{len(data)} bytes for {count} {dtype} values. {ADVICE}")
+        return np.frombuffer(data, dtype)
+
+
+def _scalar(dtype: Any, data: Any) -> float | int | bool:
+    if not isinstance(dtype, _Dtype):
+        raise UnsafeCheckpointError(f"a NumPy scalar of unknown form. {ADVICE}")
+    return dtype.read(_raw(data), 1)[0].item()  # type: ignore[no-any-return]
+
+
+def _raw(data: Any) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    raise UnsafeCheckpointError(f"NumPy data of unknown form. {ADVICE}")
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    """``_codecs.encode``: how protocol 2 writes bytes."""
+    if not isinstance(text, str) or encoding != "latin1":
+        raise UnsafeCheckpointError(f"text of unknown form. {ADVICE}")
+    return text.encode("latin1")
+
+
+class _Array:
+    """``numpy.ndarray``: its values come as its state, and are then a tensor."""
+
+    values: Tensor | None = None
+
+    def build(self, state: Any) -> None:
+        shape, dtype, fortran, data = (
+            state[1:] if isinstance(state, tuple) and len(state) == 5 else [None] * 4
+        )
+        whole = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
+        if not whole or not isinstance(dtype, _Dtype) or fortran not in (True, False):
+            raise UnsafeCheckpointError(f"a NumPy array of unknown form. {ADVICE}")
+        values = dtype.read(_raw(data), math.prod(shape))
+        native = values.astype(values.dtype.newbyteorder("="))
+        self.values = torch.from_numpy(native.reshape(shape, order="F" if fortran else "C").copy())
+
+
+def _array(*_: Any) -> _Array:
+    return _Array()
+
+
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
+    """How protocol 5 writes an array."""
+    array = _Array()
+    data = bytes(data) if isinstance(data, bytearray) else data
+    array.build((1, shape, dtype, order == "F", data))
+    return array
 
 
 def _persistent(meta: Any, *rest: Any) -> Record:
@@ -74,15 +172,24 @@ def _storage(data: Any, *rest: Any) -> Tensor:
 
 
 def _tensor(values: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor:
+    if (
+        not isinstance(values, Tensor)
+        or not isinstance(size, tuple)
+        or not isinstance(stride, tuple)
+    ):
+        raise UnsafeCheckpointError(f"a tensor of unknown form. {ADVICE}")
     whole = [offset, *size, *stride]
-    if not isinstance(values, Tensor) or not all(isinstance(n, int) and n >= 0 for n in whole):
+    plain = all(type(n) is int and 0 <= n < 2**63 for n in whole) and len(size) == len(stride) <= 16
+    if not plain:
         raise UnsafeCheckpointError(f"a tensor of unknown form. {ADVICE}")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True) if n)
-    if 0 not in size and last >= values.numel():
+    elements = math.prod(size)
+    # More elements than values: a file of a few bytes could claim any amount through stride 0.
+    if elements > values.numel() or (elements and last >= values.numel()):
         raise UnsafeCheckpointError(
             f"a tensor of size {tuple(size)} reaching beyond its {values.numel()} values. {ADVICE}"
         )
-    return torch.as_strided(values, size, stride, offset).clone()
+    return torch.as_strided(values, size, stride, offset if elements else 0).clone()
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
@@ -92,11 +199,21 @@ def _parameter(data: Any, *_: Any) -> Tensor:
 
 
 # the only callables a pickle can reach: each checks its arguments and returns data
-_GLOBALS: dict[tuple[str, str], Any] = {
+_GLOBALS: dict[tuple[str, str], plain_pickle.Factory] = {
     ("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent,
-    ("dnnlib.util", "EasyDict"): _Dict,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("builtins", "set"): set,
+    ("dnnlib.util", "EasyDict"): _dict,
+    ("collections", "OrderedDict"): _ordered,
+    ("builtins", "set"): _set,
+    ("__builtin__", "set"): _set,
+    ("_codecs", "encode"): _encode,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): _array,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _frombuffer,
+    ("numpy._core.numeric", "_frombuffer"): _frombuffer,
+    ("numpy.core.multiarray", "_reconstruct"): _array,
+    ("numpy._core.multiarray", "_reconstruct"): _array,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
     ("torch.storage", "_load_from_bytes"): _storage,
@@ -106,32 +223,41 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 }
 
 
-class _Reader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        found = _GLOBALS.get((module, name))
-        if found is None:
-            raise UnsafeCheckpointError(f"the file asks for {module}.{name}. {ADVICE}")
-        return found
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise UnsafeCheckpointError(f"the file refers to data outside of it. {ADVICE}")
-
-
 def read_pickle(path: str | Path) -> Any:
     """The contents of ``path`` as dicts, lists, numbers, tensors and ``Record``.
 
     Raises:
-        UnsafeCheckpointError: it asks for anything else, or is not a pickle.
+        UnsafeCheckpointError: it asks for anything else or for too much, or is not a pickle.
     """
     try:
         with Path(path).open("rb") as file:
-            return _Reader(file).load()
+            return _plain(plain_pickle.load(file, _GLOBALS))
+    except plain_pickle.Refused as exc:
+        raise UnsafeCheckpointError(f"{path}: {exc}. {ADVICE}") from exc
     except UnsafeCheckpointError as exc:
         raise UnsafeCheckpointError(f"{path}: {exc}") from exc
     except OSError:
         raise
     except Exception as exc:
         raise UnsafeCheckpointError(f"{path} is not a readable pickle: {exc}. {ADVICE}") from exc
+
+
+def _plain(node: Any) -> Any:
+    """NumPy arrays, complete only now, as tensors."""
+    if isinstance(node, _Array):
+        if node.values is None:
+            raise UnsafeCheckpointError(f"a NumPy array without values. {ADVICE}")
+        return node.values
+    if isinstance(node, dict):
+        for key, value in node.items():
+            node[key] = _plain(value)
+    elif isinstance(node, list):
+        node[:] = map(_plain, node)
+    elif isinstance(node, tuple):
+        return tuple(map(_plain, node))
+    elif isinstance(node, Record):
+        _plain(node.state)
+    return node
 
 
 def state_dict(record: Record, prefix: str = "") -> dict[str, Tensor]:

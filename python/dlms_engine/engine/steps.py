@@ -163,9 +163,12 @@ def run_plain(
     for n in range(steps.count):
         out = steps.evaluate(n, network_input)
         f, f_cond = (out, None) if isinstance(out, Tensor) else out
-        backend(f, f_cond, x, ring, steps.row(n), network_input)
+        row = steps.row(n)
+        backend(f, f_cond, x, ring, row, network_input)
         if after is not None:
             after(n, x)
+            # What it wrote into the state counts for the next evaluation.
+            network_input.copy_(first_input(x, row[..., layout.C_IN], network_dtype))
     return x
 
 
