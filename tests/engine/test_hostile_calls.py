@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from dlms_engine import engine
+from dlms_engine.engine import cpu_loop as engine
 from dlms_engine.ops import layout, reference
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from test_sampling_loop import SHAPE, network, reference_loop, table
+from test_cpu_loop import SHAPE, network, reference_loop, table
 
 pytestmark = pytest.mark.skipif(not engine.available(), reason="built without dlms_engine._C")
 
