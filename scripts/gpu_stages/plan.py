@@ -1,0 +1,163 @@
+"""The stages, the most valuable evidence first, and what stands in for each without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+from checks import ROOT
+from runner import Group, Stage
+
+HERE = "scripts/gpu_stages"
+BENCH = ("python", "-m", "dlms_engine.lab.bench")
+LEARNERS = (
+    "dlms",
+    "dlms-noise",
+    "free_table",
+    "amed",
+    "amed-plugin",
+    "ld3",
+    "dode",
+    "gits",
+    "auto",
+)
+NO_GPU = "needs an NVIDIA GPU"
+ALONE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+"""The allocator's cache hides bounds: under a sanitizer every tensor gets its own allocation."""
+
+
+def _check(
+    work: Path, name: str, measures: str, limit: float, script: str, *extra: str, **stand_in: str
+) -> Stage:
+    """A stage that is one of the scripts here; ``stand_in`` adds options in a rehearsal."""
+    common = ("python", f"{HERE}/{script}.py", "--output", str(work / f"{name}.json"), *extra)
+    short = tuple(word for k, v in stand_in.items() for word in (f"--{k.replace('_', '-')}", v))
+    return Stage(
+        name,
+        measures,
+        ((*common, "--seconds", str(limit - 3)),),
+        limit,
+        stand_in=((*common, "--device", "cpu", *short),),
+    )
+
+
+def smoke(work: Path) -> list[Stage]:
+    """Correctness, one process a subject."""
+    rows = "the bits of the reference and the error to float64, forward and backward"
+    stages = [
+        _check(work, "rows-cuda", f"CUDA rows: {rows}", 45, "rows", "--backend", "cuda",
+               stand_in="cpu", seconds="4"),
+        _check(work, "graphs", "captured runs replayed on new inputs, to the bit", 45, "graphs"),
+        _check(work, "sampling", "samples of the embedded model against the CPU's", 45, "sampling",
+               model="tiny"),
+        *(_check(work, f"learner-{name}", f"20 updates of {name} on the GPU", 60, "learner",
+                 "--method", name, model="tiny", updates="1") for name in LEARNERS),
+        _check(work, "rows-triton", f"Triton rows: {rows}", 60, "rows", "--backend", "triton",
+               stand_in="triton", seconds="1"),
+        _check(work, "designer", "the designer's kernel against torch, to 1e-12", 45, "designer",
+               seconds="1"),
+    ]  # fmt: skip
+    return stages
+
+
+def cuda_test_files() -> list[str]:
+    """Test files that hold a test that needs a GPU."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    return sorted(
+        str(path.relative_to(ROOT)) for path in files if "needs_cuda" in path.read_text("utf-8")
+    )
+
+
+def tests() -> Stage:
+    """Every test marked `needs_cuda`, on several workers where pytest-xdist is installed."""
+    workers = ("-n", "6") if importlib.util.find_spec("xdist") else ()
+    base = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-m",
+            "needs_cuda")  # fmt: skip
+    files = cuda_test_files()
+    return Stage(
+        "tests",
+        "every test marked needs_cuda",
+        ((*base, *workers, *files),),
+        110,
+        cores=6 if workers else 1,
+        stand_in=((*base, "--collect-only", *files),),
+    )
+
+
+def sanitizer(tool: str, limit: float) -> Stage:
+    """compute-sanitizer on the rows; once without it first, as it would slow Triton's compiler."""
+    rows = ("python", "scripts/sanitize_rows.py")
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *rows)
+    return Stage(
+        tool,
+        f"compute-sanitizer {tool} on the rows of both backends",
+        (rows, command),
+        limit,
+        stand_in=((*rows, "--device", "cpu"),),
+        environment=ALONE,
+    )
+
+
+def bench(work: Path, name: str, measures: str, limit: float, *options: str, **stand: str) -> Stage:
+    """A benchmark of `dlms bench`; ``stand`` holds a rehearsal's options, or what it has to say."""
+    output = ("--output", str(work / f"{name}.json"))
+    return Stage(
+        name,
+        measures,
+        ((*BENCH, *options, *output),),
+        limit,
+        stand_in=((*BENCH, options[0], *stand["instead"].split(), *output),),
+        refusal=stand.get("refusal", ""),
+    )
+
+
+def benches(work: Path) -> list[Stage]:
+    """Speed, the GPU to itself."""
+    cuda = ("--device", "cuda")
+    return [
+        bench(work, "bench-row", "one row: in-graph time, share of the copy bandwidth", 40,
+              "device", instead="", refusal=NO_GPU),
+        bench(work, "bench-loop", "5 evaluations: against the eager loop and the bare network", 40,
+              "loop", *cuda, instead="--device cpu --network plain --repeats 1"),
+        bench(work, "bench-step", "a step beside diffusers' eager step", 60,
+              "step", *cuda, "--no-compile", instead="--quick --rounds 1 --seconds 0.001"),
+    ]  # fmt: skip
+
+
+def later(work: Path) -> list[Stage]:
+    """What is worth having when time is left."""
+    return [
+        _check(work, "distil-32", "seconds to distil DLMS at 5 evaluations on a 32x32 model", 110,
+               "distil_32", model="tiny", trajectories="32"),
+        bench(work, "bench-compiled", "a step beside diffusers' compiled step", 100,
+              "step", "--device", "cuda", instead="", refusal=NO_GPU),
+        sanitizer("racecheck", 70),
+        sanitizer("initcheck", 70),
+    ]  # fmt: skip
+
+
+def groups(work: Path) -> list[Group]:
+    """All stages; reports go to ``work``."""
+    return [
+        Group("smoke", (*smoke(work), tests(), sanitizer("memcheck", 90))),
+        Group("bench", tuple(benches(work)), alone=True),
+        Group("later", tuple(later(work)), alone=True),
+    ]
+
+
+BENCH_SECONDS = float(os.environ.get("BENCH_SECONDS", "75"))
+"""Kept for the benchmarks while the correctness stages run."""
+
+
+def first(work: Path, site: Path | None) -> Stage:
+    """Imports the build and names the machine: nothing follows if it fails."""
+    command = ("python", f"{HERE}/site_build.py", "check", "--output", str(work / "import.json"))
+    command += ("--site", str(site)) if site is not None else ()
+    return Stage(
+        "import",
+        "the build imports; GPU, driver and versions; the copy bandwidth",
+        (command,),
+        45,
+        stand_in=((*command, "--device", "cpu"),),
+    )
