@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...processes import Process, grids
 from ...tables.table import SolverTable
-from ..dlms.initial import initial_grid
 
 GridSource = str | Path | Sequence[float] | Tensor | SolverTable
 """A grid's name, a solver file (``*.safetensors``), explicit times, or a table."""
@@ -44,6 +43,9 @@ def start_times(process: Process, source: GridSource, steps: int) -> StartTimes:
     if isinstance(source, SolverTable):
         return _from_table(process, source, steps)
     if isinstance(source, (str, Path)):
+        # Here: dlms imports this module, whichever learner is imported first.
+        from ..dlms.initial import initial_grid
+
         return StartTimes(initial_grid(process, str(source), steps), None)
     grid = grids.from_times(process, source)
     _check_length(grid, steps)
