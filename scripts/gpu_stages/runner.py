@@ -18,6 +18,8 @@ from typing import Any
 
 GRACE = 3.0
 """Seconds between asking a stage to end and ending it."""
+REHEARSAL = 300.0
+"""Limit of a stage in a rehearsal, which shows that it runs, not how quickly."""
 LEAST = 6.0
 """A stage that has less time than this is not started: it could not even import torch."""
 
@@ -213,7 +215,8 @@ class Runner:
             if left < min(LEAST, stage.limit):
                 self._done(Outcome(stage, "no time left", 0.0))
                 continue
-            running.append(Running(stage, self, min(stage.limit, left)))
+            limit = REHEARSAL if self.rehearse else stage.limit
+            running.append(Running(stage, self, min(limit, left)))
 
     def _done(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)

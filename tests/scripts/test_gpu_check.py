@@ -1,0 +1,267 @@
+"""scripts/gpu_check.py: what it runs, what a kill costs, what it refuses, and its rehearsal."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlms_engine.lab.bench import __main__ as bench
+from dlms_engine.lab.bench import device, loop
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "gpu_check.sh"
+for folder in (ROOT / "scripts", ROOT / "scripts" / "gpu_stages"):
+    sys.path.append(str(folder))
+gpu_check, plan, runner, site_build, summary, checks = map(
+    importlib.import_module, ("gpu_check", "plan", "runner", "site_build", "summary", "checks")
+)
+needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
+
+
+def call(tmp_path: Path, *arguments: str, python: str = sys.executable):
+    environment = {k: v for k, v in os.environ.items() if k not in ("VENV", "BUDGET")}
+    environment |= {"OUT": str(tmp_path), "PYTHON": python}
+    command = ["bash", str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+@needs_bash
+def test_an_unknown_stage_is_refused(tmp_path):
+    done = call(tmp_path, "bench", "speed")
+    assert done.returncode == 2 and "no stage 'speed'" in done.stdout
+    assert "bench-row" in done.stdout, "the stages there are"
+
+
+@needs_bash
+def test_a_missing_python_is_told(tmp_path):
+    done = call(tmp_path, python="no-such-python")
+    assert done.returncode == 2 and "no 'no-such-python'" in done.stdout
+
+
+@needs_bash
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: it would run")
+def test_without_a_gpu_it_says_what_to_do(tmp_path):
+    done = call(tmp_path, "graphs")
+    assert done.returncode == 2 and "--rehearse" in done.stdout, done.stdout + done.stderr
+    assert not (tmp_path / "gpu_check.json").exists()
+
+
+@pytest.mark.parametrize("name", ["torch", "triton", "dlms_engine"])
+@pytest.mark.parametrize("wheel", [False, True])
+def test_what_is_tested_may_not_be_vendored(tmp_path, name, wheel):
+    vendor = tmp_path / "vendor"
+    (vendor / (f"{name}-2.0-py3-none-any.whl" if wheel else name)).mkdir(parents=True)
+    with pytest.raises(gpu_check.Missing, match=f"vendor holds {name}"):
+        gpu_check.vendored(vendor, tmp_path)
+
+
+def test_vendored_wheels_are_unpacked(tmp_path):
+    vendor = tmp_path / "vendor"
+    vendor.mkdir()
+    with zipfile.ZipFile(vendor / "thing-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("thing/__init__.py", "value = 3\n")
+    first, *_ = gpu_check.vendored(vendor, tmp_path / "work")
+    assert (Path(first) / "thing" / "__init__.py").read_text() == "value = 3\n"
+    assert gpu_check.vendored(tmp_path / "none", tmp_path) == []
+
+
+# -- the build ------------------------------------------------------------------------------------
+
+
+original = site_build.digest
+
+
+def checkout(root: Path) -> Path:
+    (root / "csrc").mkdir(parents=True)
+    (root / "csrc" / "a.cpp").write_text("int a;\n")
+    return root
+
+
+def test_a_build_of_other_sources_is_not_used(tmp_path, monkeypatch):
+    root, site = checkout(tmp_path / "root"), tmp_path / "site"
+    monkeypatch.setattr(site_build, "digest", lambda: original(root))
+    assert "nothing is built" in site_build.problem(site)
+    site.mkdir()
+    stamp = {"digest": original(root), "commit": "1", "python": sys.version.split()[0]}
+    (site / "BUILD.json").write_text(json.dumps(stamp))
+    assert site_build.problem(site) is None
+    (root / "csrc" / "a.cpp").write_text("int b;\n")
+    assert "other sources" in site_build.problem(site)
+    stamp = {**stamp, "digest": original(root), "python": "3.8.1"}
+    (site / "BUILD.json").write_text(json.dumps(stamp))
+    assert "Python 3.8.1" in site_build.problem(site)
+
+
+# -- stages, limits and the report ----------------------------------------------------------------
+
+
+def stage(name: str, program: str, limit: float = 30.0, **options) -> runner.Stage:
+    command = (("python", "-c", program),)
+    return runner.Stage(name, "what", command, limit, stand_in=command, **options)
+
+
+def run(tmp_path: Path, *groups: runner.Group, budget: float = 60.0, reserve: float = 0.0, **more):
+    tmp_path.mkdir(exist_ok=True)
+    report = gpu_check.Report(tmp_path / "out", tmp_path, rehearse=False)
+    report.out.mkdir(exist_ok=True)
+    runs = runner.Runner(
+        tmp_path, tmp_path, budget, dict(os.environ), rehearse=False, after=report.add, **more
+    )
+    for group in groups:
+        runs.run(group, reserve)
+    written = json.loads((report.out / "gpu_check.json").read_text())
+    return {entry["stage"]: entry["status"] for entry in written["stages"]}, report
+
+
+CHILD = """
+import subprocess, sys, time
+subprocess.Popen([sys.executable, "-c", "import time, pathlib; time.sleep(3); "
+                  "pathlib.Path('outlived').touch()"])
+time.sleep(60)
+"""
+
+
+def test_a_kill_loses_one_stage(tmp_path):
+    """A stage that hangs is ended with its children; the report has it and the others."""
+    group = runner.Group(
+        "g",
+        (
+            stage("hangs", CHILD, limit=1.5),
+            stage("fails", "raise SystemExit(3)"),
+            stage("good", "open('good.json', 'w').write('{\"checks\": []}')"),
+        ),
+    )
+    states, report = run(tmp_path, group, cores=1)
+    assert states == {"hangs": "out of time", "fails": "failed (3)", "good": "passed"}
+    assert report.reports() == {"good": {"checks": []}}
+    time.sleep(3)
+    assert not (tmp_path / "outlived").exists()
+    with tarfile.open(tmp_path / "out" / "gpu_check_logs.tar.gz") as archive:
+        assert sorted(archive.getnames()) == ["fails.log", "good.log", "hangs.log"]
+
+
+def test_the_report_is_written_after_each_stage(tmp_path):
+    look = "import json; print(len(json.load(open('out/gpu_check.json'))['stages']))"
+    group = runner.Group("g", (stage("first", "pass"), stage("second", look)), alone=True)
+    run(tmp_path, group)
+    assert (tmp_path / "second.log").read_text().splitlines()[-1] == "1"
+
+
+def spans(tmp_path: Path, alone: bool, **more) -> list[tuple[float, float]]:
+    note = (
+        "import time; a = time.time(); time.sleep(0.4); open(f'{n}.span', 'w').write("
+        "f'{a} {time.time()}')"
+    )
+    stages = tuple(stage(f"s{n}", f"n = {n}; {note}") for n in range(3))
+    run(tmp_path, runner.Group("g", stages, alone=alone), **more)
+    return sorted(tuple(map(float, p.read_text().split())) for p in tmp_path.glob("*.span"))
+
+
+def overlap(times: list[tuple[float, float]]) -> bool:
+    return any(b[0] < a[1] for a, b in itertools.pairwise(times))
+
+
+def test_benchmarks_run_alone_and_checks_side_by_side(tmp_path):
+    assert not overlap(spans(tmp_path / "alone", True, cores=8))
+    assert overlap(spans(tmp_path / "together", False, cores=8))
+    assert not overlap(spans(tmp_path / "one", False, cores=1))
+
+
+def test_what_finds_no_time_says_so(tmp_path):
+    states, _ = run(tmp_path, runner.Group("g", (stage("late", "pass"),)), budget=20, reserve=18)
+    assert states == {"late": "no time left"}
+
+
+def test_a_command_that_does_not_exist_fails(tmp_path):
+    missing = runner.Stage("missing", "what", (("no-such-tool",),), 10)
+    states, _ = run(tmp_path, runner.Group("g", (missing,)))
+    assert states == {"missing": "failed (cannot be started)"}
+
+
+def test_stages_are_chosen_by_their_names_and_groups(tmp_path):
+    everything = plan.groups(tmp_path)
+    chosen = runner.select(everything, ["graphs", "bench"])
+    assert [g.name for g in chosen] == ["smoke", "bench"]
+    assert [s.name for s in chosen[0].stages] == ["graphs"]
+    names = [s.name for g in everything for s in g.stages]
+    assert len(names) == len(set(names)) and runner.select(everything, []) == everything
+
+
+# -- checks ---------------------------------------------------------------------------------------
+
+
+def broken() -> dict:
+    raise RuntimeError("wrong\nmore")
+
+
+def absent() -> dict:
+    raise checks.Absent("no such thing")
+
+
+def test_one_failing_check_does_not_hide_the_others(tmp_path, capsys):
+    made = checks.Checks("t", tmp_path / "t.json", 30)
+    for name, check in (("a", broken), ("b", dict), ("c", absent)):
+        made.run(name, check)
+    entries = json.loads((tmp_path / "t.json").read_text())["checks"]
+    assert [e["status"] for e in entries] == ["failed", "passed", "absent"]
+    assert entries[0]["reason"] == "RuntimeError: wrong" and made.status() == 1
+    assert "Traceback" in capsys.readouterr().err
+    outcome = runner.Outcome(stage("t", "pass"), "failed (1)", 1.0)
+    text = summary.table([outcome], {"t": made.report}, tmp_path, rehearse=False)
+    assert "1 of 3 checks passed, 1 failed, 1 absent" in text
+    assert "failed: t: a: RuntimeError: wrong" in text
+
+
+def test_checks_that_never_ran_are_no_success(tmp_path):
+    made = checks.Checks("t", None, -1.0)
+    made.run("late", dict)
+    assert made.report["checks"][0]["status"] == "not reached" and made.status() == 1
+
+
+# -- the commands ---------------------------------------------------------------------------------
+
+
+def test_every_benchmark_understands_its_options(tmp_path, monkeypatch):
+    for module in (device, loop):
+        monkeypatch.setattr(module, "no_gpu", lambda program: True)
+    for group in plan.groups(tmp_path):
+        for each in group.stages:
+            if each.name.startswith("bench"):
+                *_, options = each.commands[0][:3], each.commands[0][3:]
+                assert bench.main(list(options)) == 2, each.name  # argparse would exit
+
+
+def test_every_file_with_a_gpu_test_is_run():
+    listed = plan.cuda_test_files()
+    assert "tests/kernels/test_sampler_cuda.py" in listed and len(listed) >= 4
+    assert all((ROOT / name).is_file() for name in listed)
+
+
+@needs_bash
+@pytest.mark.skipif(torch.cuda.is_available(), reason="rehearsed where there is no GPU")
+def test_the_rehearsal(tmp_path):
+    done = call(tmp_path, "--rehearse", "graphs", "bench-row", "racecheck")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    states = {entry["stage"]: entry["status"] for entry in report["stages"]}
+    assert states == dict.fromkeys(("import", "graphs", "bench-row", "racecheck"), "passed")
+    assert report["rehearsal"] and report["machine"]["torch"] == torch.__version__
+    assert all(c["status"] == "passed" for c in report["results"]["graphs"]["checks"])
+    for entry in report["stages"]:
+        assert entry["measures"] in done.stdout
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu_check.json", "gpu_check_logs.tar.gz"]
