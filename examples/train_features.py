@@ -1,31 +1,44 @@
 """Train the classifier whose penultimate features the Frechet distance uses.
 
     python examples/train_features.py --data images.tar.xz --out runs/features
-    python examples/train_features.py --preset cifar10-32 --data images.tar.xz --out runs/features-32
+    python examples/train_features.py --preset emoji --data images/emoji.npz --out runs/features-emoji
 
-``--data`` holds one folder per class below ``train`` and ``test``. Writes ``features.safetensors``
-(bf16-rounded weights), ``reference.safetensors`` (feature count, mean and covariance of the
-training images, float64) and ``facts.json`` (accuracy and settings) to ``--out``.
+``--data`` holds one folder per class below ``train`` and ``test``, or is a file of
+``prepare_images.py``, whose test images lie beside it or, without any, are every tenth. Writes
+``features.safetensors`` (bf16-rounded weights), ``reference.safetensors`` (feature count, mean and
+covariance of the training images, float64) and ``facts.json`` (accuracy and settings) to ``--out``;
+with ``--deliver`` all three as one file there.
+
+The reference of a model that is trained on moved images (emoji) is that of images so moved.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from image_source import load_images
 from recipes import CLASSIFIER, defaults
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
+from timed_training import SHIFT, SMALLEST, Images, moved
 from tqdm import tqdm
 
-from dlms_engine.lab.benchmark_model import ResidualFeatures
+from timed_training import SHIFT, SMALLEST, Images, moved
+from tqdm import tqdm
+
 from dlms_engine.models.embedded import FeatureNetwork
+from dlms_engine.models.features import ResidualFeatures
+
+REFERENCE = 20_000
+"""Images that the reference of moved images is taken from."""
 
 
 def build_features(widths: str) -> FeatureNetwork | ResidualFeatures:
@@ -41,16 +54,20 @@ def to_batch(images: Tensor) -> Tensor:
     return pixels.contiguous(memory_format=torch.channels_last)
 
 
-def augment(x: Tensor, crop: int, generator: torch.Generator) -> Tensor:
-    """Flip each image with probability 1/2 and shift it.
+def augment(
+    x: Tensor, size: int, crop: int, mirrored: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Flip each image with probability 1/2 where ``mirrored`` ``[B]`` allows it, and shift it.
 
     ``crop`` 0 shifts the whole batch by up to one pixel; else each image by up to ``crop``, padded
-    with its reflection.
+    with its reflection. Images of twice the ``size`` are moved as a generator's are.
     """
     device = x.device
     flip = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
-    x = torch.where(flip, x.flip(3), x)
-    size = x.shape[-1]
+    x = torch.where(flip & mirrored[:, None, None, None], x.flip(3), x)
+    if x.shape[-1] != size:
+        x = moved(x, SMALLEST, SHIFT / size)
+        return x.contiguous(memory_format=torch.channels_last)
     if not crop:
         dy, dx = torch.randint(0, 3, (2,), generator=generator, device=device).tolist()
         padded = functional.pad(x, (1, 1, 1, 1), mode="reflect")
@@ -64,16 +81,69 @@ def augment(x: Tensor, crop: int, generator: torch.Generator) -> Tensor:
     return pixels[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
+class Labelled(NamedTuple):
+    """``pixels`` uint8 [N, H, W, 3], ``targets`` int64 [N], ``mirrored`` bool [N]: may be flipped."""
+
+    pixels: Tensor
+    targets: Tensor
+    mirrored: Tensor
+
+
+def load_sets(
+    args: argparse.Namespace, device: torch.device
+) -> tuple[Labelled, Labelled, list[str]]:
+    """Training images, test images and the names of the classes."""
+    if args.data.suffix != ".npz":
+        sets = []
+        for name in ("train", "test"):
+            pixels, targets, classes = load_images(
+                args.data, args.size, f"/{name}/", args.out / f"{name}.npz"
+            )
+            mirrored = torch.ones(len(pixels), dtype=torch.bool, device=device)
+            on_device = (torch.from_numpy(array).to(device) for array in (pixels, targets))
+            sets.append(Labelled(*on_device, mirrored))
+        return sets[0], sets[1], classes
+    whole, classes = load_prepared(args.data, device)
+    beside = args.data.with_name(f"{args.data.stem}-test.npz")
+    if beside.exists():
+        return whole, load_prepared(beside, device)[0], classes
+    apart = torch.arange(len(whole.targets), device=device) % 10 == 9
+    train, test = (Labelled(*(part[mask] for part in whole)) for mask in (~apart, apart))
+    return train, test, classes
+
+
+def load_prepared(path: Path, device: torch.device) -> tuple[Labelled, list[str]]:
+    """A file of ``prepare_images.py`` and the names of its classes."""
+    with np.load(path, allow_pickle=False) as stored:
+        arrays = (torch.from_numpy(stored[k]).to(device) for k in ("images", "labels", "flip"))
+        return Labelled(*arrays), stored["classes"].tolist()
+
+
+def to_size(images: Tensor, size: int) -> Tensor:
+    """A batch of uint8 images, those of twice the ``size`` averaged down to it."""
+    x = to_batch(images)
+    return x if x.shape[-1] == size else functional.avg_pool2d(x, 2)
+
+
 @torch.no_grad()
-def all_features(network: nn.Module, images: Tensor, batch: int = 1000) -> Tensor:
+def all_features(network: nn.Module, images: Tensor, size: int, batch: int = 1000) -> Tensor:
     """Features of every uint8 image [N, H, W, 3], float32 [N, F], on their device."""
-    return torch.cat([network(to_batch(part)) for part in torch.split(images, batch)])
+    return torch.cat([network(to_size(part, size)) for part in torch.split(images, batch)])
 
 
-def fit(
-    network: nn.Module, head: nn.Module, images: Tensor, targets: Tensor, args: argparse.Namespace
-) -> float:
+@torch.no_grad()
+def reference_features(network: nn.Module, train: Labelled, size: int) -> Tensor:
+    """Features of what a generator is trained on: the images, or ``REFERENCE`` moved ones."""
+    if train.pixels.shape[1] == size:
+        return all_features(network, train.pixels, size)
+    stored = {"images": train.pixels, "labels": train.targets, "flip": train.mirrored}
+    draw = Images(stored, size, 0, 0.0)
+    return torch.cat([network(draw(1000)[0]) for _ in range(REFERENCE // 1000)])
+
+
+def fit(network: nn.Module, head: nn.Module, train: Labelled, args: argparse.Namespace) -> float:
     """Trains both in place (AdamW, one cycle, label smoothing 0.1); the seconds it took."""
+    images, targets, mirrored = train
     device = images.device
     generator = torch.Generator(device).manual_seed(args.seed)
     fast = torch.compile(network) if args.compile else network
@@ -89,7 +159,8 @@ def fit(
     for _ in range(args.epochs):
         order = torch.randperm(len(images), generator=generator, device=device)
         for chosen in order[: per_epoch * args.batch].view(per_epoch, args.batch):
-            x = augment(to_batch(images[chosen]), args.crop, generator)
+            x = to_batch(images[chosen])
+            x = augment(x, args.size, args.crop, mirrored[chosen], generator)
             with torch.autocast(device.type, torch.bfloat16):
                 logits = head(fast(x))
             loss = functional.cross_entropy(logits.float(), targets[chosen], label_smoothing=0.1)
@@ -104,13 +175,13 @@ def fit(
 
 
 @torch.no_grad()
-def round_and_scale(network: Any, head: nn.Linear, images: Tensor) -> None:
+def round_and_scale(network: Any, head: nn.Linear, images: Tensor, size: int) -> None:
     """Rounds the weights to what is shipped, bfloat16, so that exactly these are measured; one
     common factor then makes the mean feature variance 1 over the training images."""
     for tensor in [*network.parameters(), *network.buffers()]:
         if tensor.is_floating_point():
             tensor.copy_(tensor.bfloat16())
-    raw = all_features(network, images).double()
+    raw = all_features(network, images, size).double()
     network.scale.fill_(float(raw.var(0).mean().rsqrt()))
     network.scale.copy_(network.scale.bfloat16())
     head.weight.div_(network.scale)
@@ -126,10 +197,16 @@ def write(network: nn.Module, features: Tensor, facts: dict[str, Any], args: Any
         for name, tensor in network.state_dict().items()
         if not name.endswith("num_batches_tracked")
     }
-    told = {"widths": args.widths} if args.widths else None
-    save_file(weights, args.out / "features.safetensors", metadata=told)
+    metadata = {"widths": args.widths} if args.widths else {}
+    save_file(weights, args.out / "features.safetensors", metadata=metadata)
     save_file(reference, args.out / "reference.safetensors")
     (args.out / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    if args.deliver is not None:
+        args.deliver.mkdir(parents=True, exist_ok=True)
+        together = {**weights, **{f"reference.{k}": v for k, v in reference.items()}}
+        beside = args.deliver / f".{args.preset}-features.safetensors"
+        save_file(together, beside, metadata={**metadata, "facts": json.dumps(facts)})
+        os.replace(beside, args.deliver / f"{args.preset}-features.safetensors")
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
@@ -139,28 +216,23 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     torch.manual_seed(args.seed)
-    sets = {}
-    for name in ("train", "test"):
-        images, labels, classes = load_images(
-            args.data, args.size, f"/{name}/", args.out / f"{name}.npz"
-        )
-        sets[name] = torch.from_numpy(images).to(device), torch.from_numpy(labels).to(device)
+    training, test, classes = load_sets(args, device)
     network = build_features(args.widths).to(device).to(memory_format=torch.channels_last).train()
     head = nn.Linear(network.num_features, len(classes)).to(device)
-    images, targets = sets["train"]
-    seconds = fit(network, head, images, targets, args)
+    seconds = fit(network, head, training, args)
     network.eval()
-    round_and_scale(network, head, images)
-    features = all_features(network, images)
-    held, held_targets = sets["test"]
+    round_and_scale(network, head, training.pixels, args.size)
+    features = reference_features(network, training, args.size)
     with torch.no_grad():
-        guesses = head(all_features(network, held)).argmax(1)
+        guesses = head(all_features(network, test.pixels, args.size)).argmax(1)
     facts = {
-        "test_accuracy": float((guesses == held_targets).double().mean()),
+        "test_accuracy": float((guesses == test.targets).double().mean()),
         "epochs": args.epochs,
         "seconds": round(seconds),
         "parameters": sum(p.numel() for p in network.parameters()),
         "classes": classes,
+        "training_images": len(training.targets),
+        "test_images": len(test.targets),
         "reference_images": len(features),
     }
     write(network, features, facts, args)
@@ -171,8 +243,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     preset = defaults(CLASSIFIER, given)
     parser.add_argument("--preset", choices=sorted(CLASSIFIER), help="what the rest defaults to")
-    parser.add_argument("--data", type=Path, required=True, help="image folder or tar archive")
+    parser.add_argument("--data", type=Path, required=True, help="folder, tar or prepared npz")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--deliver", type=Path, help="folder for all of it in one file")
     parser.add_argument("--size", type=int)
     parser.add_argument("--widths", help="of the ResNet, e.g. 64,128,256; '': the embedded network")
     parser.add_argument("--epochs", type=int)
