@@ -112,7 +112,7 @@ def provenance(
 def type_of_features(preset: str) -> str:
     if preset == "embedded":
         return "dlms_engine.models.embedded.FeatureNetwork"
-    return "dlms_engine.lab.benchmark_model.ResidualFeatures"
+    return "dlms_engine.models.features.ResidualFeatures"
 
 
 def export(args: argparse.Namespace) -> dict[str, Any]:

@@ -83,6 +83,7 @@ def defaults(presets: dict[str, dict[str, Any]], arguments: list[str] | None) ->
     name = parser.parse_known_args(arguments)[0].preset
     return {"preset": name, **presets[name]}
 
+
 EMOJI_NETWORK = {
     "size": 32,
     "channels": [48, 80, 112],

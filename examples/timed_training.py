@@ -54,9 +54,7 @@ class Images:
         dropout: probability that an image's class is hidden (becomes ``classes``).
     """
 
-    def __init__(
-        self, stored: dict[str, Tensor], size: int, classes: int, dropout: float
-    ) -> None:
+    def __init__(self, stored: dict[str, Tensor], size: int, classes: int, dropout: float) -> None:
         self.pixels, self.labels, self.flip = stored["images"], stored["labels"], stored["flip"]
         self.size, self.classes, self.dropout = size, classes, dropout
 

@@ -26,12 +26,9 @@ import torch
 from image_source import load_images
 from recipes import CLASSIFIER, defaults
 from safetensors.torch import save_file
+from timed_training import SHIFT, SMALLEST, Images, moved
 from torch import Tensor, nn
 from torch.nn import functional
-from timed_training import SHIFT, SMALLEST, Images, moved
-from tqdm import tqdm
-
-from timed_training import SHIFT, SMALLEST, Images, moved
 from tqdm import tqdm
 
 from dlms_engine.models.embedded import FeatureNetwork
