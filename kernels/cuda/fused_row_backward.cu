@@ -1,5 +1,7 @@
 // Host side of the fused row's backward: dlms::fused_row_backward on CUDA tensors.
 
+#include <algorithm>
+
 #include "fused_row_backward_kernel.cuh"
 #include "host.cuh"
 
@@ -17,14 +19,16 @@ void sum_middle(
 }
 
 template <class S, class F>
-void launch(const Backward<S, F>& p, S* grad_row, const Tensor& x, const Sizes& sizes) {
+void launch(Backward<S, F> p, S* grad_row, const Tensor& x, const Sizes& sizes) {
   constexpr const char* op = "dlms::fused_row_backward";
   const int64_t width = kColB + sizes.depth;
-  const int64_t blocks = sizes.batch * p.tiles;
   const size_t shared = sizeof(double) * static_cast<size_t>(kWarps * width);
-  fused_row_backward_kernel<S, F>
-      <<<grid_size(op, blocks), kThreads, shared, current_stream(x)>>>(p);
-  check_launch(op, blocks, x);
+  for (p.first = 0; p.first < sizes.batch; p.first += kMaxGroups) {
+    const int64_t samples = std::min(sizes.batch - p.first, kMaxGroups);
+    const dim3 grid(grid_size(op, p.tiles), static_cast<unsigned>(samples));
+    fused_row_backward_kernel<S, F><<<grid, kThreads, shared, current_stream(x)>>>(p);
+    check_launch(op, samples * p.tiles, x);
+  }
   if (sizes.row_stride != 0) {
     sum_middle(p.partial, grad_row, sizes.batch, p.tiles, width, x);
     return;

@@ -40,7 +40,8 @@ struct Backward {
   S* grad_ring;    // [depth, total]
   double* partial; // [batch, tiles, kColB + depth]
   int64_t n;
-  int64_t tiles; // tiles of kThreads * V elements in a sample
+  int64_t first; // sample of blockIdx.y 0
+  int64_t tiles; // blockIdx.x: tiles of kThreads * V elements in a sample
   int64_t total;
   int64_t row_stride;
   int depth;
@@ -120,9 +121,8 @@ __global__ void __launch_bounds__(kThreads, 2) fused_row_backward_kernel(const B
   const int width = kColB + p.depth;
   double* warp_sums = shared + threadIdx.x / 32 * width;
   const bool lane0 = threadIdx.x % 32 == 0;
-  int64_t sample = 0;
-  int64_t tile = 0;
-  split(blockIdx.x, p.tiles, sample, tile);
+  const int64_t sample = p.first + blockIdx.y;
+  const int64_t tile = blockIdx.x;
   const int64_t first = (tile * kThreads + threadIdx.x) * V;
   const int64_t left = p.n - first;
   Place<S, V> t;
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_row_backward_kernel(const B
   const S c_in = row[kColIn];
   const S guidance = row[kColGuidance];
   const S b0 = row[kColB];
-  const int slot = ring_slot(row, p.depth);
+  const int slot = ring_slot(row[kColSlot], p.depth);
 
   Pack<S, V> mixed, m, grad_m, branch, grad_mixed, grad_x, grad_input;
   Pack<F, V> grad_f, grad_f_cond;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_row_backward_kernel(const B
     warp_sums[kColB] = sum_b0;
   }
   __syncthreads();
-  double* partial = p.partial + static_cast<int64_t>(blockIdx.x) * width;
+  double* partial = p.partial + (sample * p.tiles + tile) * width;
   for (int column = static_cast<int>(threadIdx.x); column < width; column += kThreads) {
     double sum = shared[column];
 #pragma unroll

@@ -58,6 +58,8 @@ inline unsigned grid_size(const char* op, int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
+constexpr int64_t kMaxGroups = 65535; // gridDim.y of one launch
+
 inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }

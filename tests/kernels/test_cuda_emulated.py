@@ -9,7 +9,6 @@ import ctypes
 import mmap
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
 
 
-def build(folder: Path, kernels: Path) -> ctypes.CDLL:
+def build(folder: Path, kernels: Path, optimize: str = "-O1") -> ctypes.CDLL:
     here = Path(__file__).parent / "emulation"
     library = folder / "emulated.so"
-    command = ["g++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
+    command = ["g++", "-std=c++17", optimize, "-ffp-contract=off", "-shared", "-fPIC"]
     command += [f"-I{here}", f"-I{kernels}", str(here / "emulate.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -52,7 +51,9 @@ def empty(like: Tensor, *shape: int) -> Tensor:
     return like.new_full(shape or like.shape, float("nan"))
 
 
-def forward(library, case: Case, aligned: bool, in_place: bool = False) -> tuple[Tensor, ...]:
+def forward(
+    library, case: Case, way: str, in_place: bool = False, most: int = 65535
+) -> tuple[Tensor, ...]:
     """(x_next, m or ring, network_input)."""
     f, f_cond, x, ring, row = case.forward()
     x_next, m = (x, ring) if in_place else (empty(x), empty(x))
@@ -66,7 +67,9 @@ def forward(library, case: Case, aligned: bool, in_place: bool = False) -> tuple
         ring.shape[0],
     )
     arguments = pointers([f, f_cond, x, ring, row, x_next, m, network_input])
-    library.dlms_forward(DTYPE_CODES[f.dtype], arguments, size, in_place, aligned)
+    aligned, early = way != "scalars", way == "early slots"
+    most = ctypes.c_int64(most)
+    library.dlms_forward(DTYPE_CODES[f.dtype], arguments, size, in_place, aligned, early, most)
     return x_next, m, network_input
 
 
@@ -93,10 +96,13 @@ CASES = [
 ]
 
 
+WAYS = ["words", "scalars", "early slots"]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("aligned", [True, False], ids=["words", "scalars"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("shape", "depth", "per_sample", "guided"), CASES)
-def test_forward_bits(library, dtype, aligned, shape, depth, per_sample, guided):
+def test_forward_bits(library, dtype, way, shape, depth, per_sample, guided):
     case = make_case(shape, depth, dtype, per_sample=per_sample, guided=guided)
     if depth > 2:
         case.row[..., layout.B + 2] = 0.0
@@ -107,21 +113,49 @@ def test_forward_bits(library, dtype, aligned, shape, depth, per_sample, guided)
         case.ring[slot, i] = float("nan")  # never read
         if depth > 2:
             case.ring[(slot - 2) % depth, i] = float("nan")
-    assert_same_bits(forward(library, case, aligned), want)
+    assert_same_bits(forward(library, case, way), want)
     again = case.map(torch.clone)
-    got = forward(library, again, aligned, in_place=True)
+    got = forward(library, again, way, in_place=True, most=2)  # 2 samples a launch
     ring = case.ring.clone()
     reference.write_slot(ring, case.row, want[1])
     assert_same_bits((got[0], got[2]), (want[0], want[2]), "in place")
     torch.testing.assert_close(again.ring, ring, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("aligned", [True, False], ids=["words", "scalars"])
-def test_slots_beyond_two_to_the_31(library, aligned):
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("depth", [2, 3, 4, 5])
+@pytest.mark.parametrize("slot", [-7, -1, 0, 6, 1_000_003, -(2**31), 2**31 - 128])
+def test_any_slot_number_is_taken_modulo_the_depth(library, way, depth, slot):
+    case = make_case((2, 64), depth)
+    case.row[layout.SLOT] = float(slot)
+    taken = case.row.clone()
+    taken[layout.SLOT] = float(slot % depth)
+    want = reference.fused_row(case.f, None, case.x, case.ring, taken)
+    assert_same_bits(forward(library, case, way), want)
+    ring = case.ring.clone()
+    forward(library, case, way, in_place=True)
+    reference.write_slot(ring, taken, want[1])
+    assert torch.equal(case.ring, ring)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_weight_of_zero_keeps_the_sign_of_zero(library, way, zero):
+    """What stands in for an unread slot must not turn a sum of -0 into +0."""
+    case = make_case((1, 8), 3)
+    case.row[layout.A], case.row[layout.B :] = 1.0, zero
+    case.x[:] = torch.tensor([-0.0, 0.0] * 4)
+    x_next = forward(library, case, way)[0]
+    assert torch.equal(x_next.view(torch.int32), case.x.view(torch.int32))
+
+
+@pytest.mark.parametrize("depth", [3, 20])
+@pytest.mark.parametrize("way", ["words", "scalars"])
+def test_slots_beyond_two_to_the_31(library, way, depth):
     """A ring of 20 slots of 2^27 elements, of which only the pages that are touched exist."""
-    depth, total, n = 20, 2**27, 64
+    total, n = 2**27 * 20 // depth // 8 * 8, 64
     case = make_case((1, n), depth)
-    case.row[layout.SLOT] = 3.0  # m_{n-4} and older lie in slots 19, 18, ..., 4
+    case.row[layout.SLOT] = 0.0  # m_{n-1} lies in the last slot
     want = reference.fused_row(*case.forward())
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     with mmap.mmap(-1, 4 * depth * total, flags=flags) as memory:
@@ -131,7 +165,8 @@ def test_slots_beyond_two_to_the_31(library, aligned):
         x, m, network_input = case.x.clone(), empty(case.x), empty(case.f)
         arguments = pointers([case.f, None, x, None, case.row, x, m, network_input])
         arguments[3] = address
-        library.dlms_forward(0, arguments, numbers(1, n, total, 0, depth), False, aligned)
+        size = numbers(1, n, total, 0, depth)
+        library.dlms_forward(0, arguments, size, False, way != "scalars", False, ctypes.c_int64(1))
         del held  # the view that keeps the memory open
     assert_same_bits((x, m, network_input), want)
 
@@ -168,21 +203,44 @@ def test_backward_of_a_poisoned_slot_of_zero_weight(library):
 
 
 @pytest.mark.parametrize(
-    ("file", "fault"),
+    ("file", "fault", "way"),
     [
-        ("fused_row_kernel.cuh", lambda s: s.replace("if (b[g] != S(0)) {", "{")),
-        ("fused_row_kernel.cuh", lambda s: s.replace("mul(c_in, acc", "mul(a, acc")),
-        ("row_math.cuh", lambda s: s.replace("s < 0 ? s + depth : s", "s < 0 ? 0 : s")),
-        ("row_math.cuh", lambda s: s.replace("__fadd_rn(a, b)", "std::fma(a, 1.0f + 1e-7f, b)")),
+        ("fused_row_kernel.cuh", ("weights[k] != S(0);", "true;"), "words"),
+        ("fused_row_kernel.cuh", ("wanted && from == s", "from == s"), "early slots"),
+        ("fused_row_kernel.cuh", ("b[g] != S(0)", "k0 + g < depth"), "scalars"),
+        ("fused_row_kernel.cuh", ("mul(c_in, acc", "mul(S(2), acc"), "words"),
+        ("fused_row_kernel.cuh", ("row += count * row_stride;", ""), "words"),
+        ("row_math.cuh", ("s < 0 ? s + depth : s", "s < 0 ? 0 : s"), "scalars"),
+        ("row_math.cuh", ("+ (kMultiple - k)) % kDepth", "- k) % kDepth"), "words"),
+        ("row_math.cuh", ("__fadd_rn(a, b)", "std::fma(a, 1.0f + 1e-7f, b)"), "words"),
     ],
-    ids=["reads-zero-weights", "wrong-column", "wrong-slot", "other-rounding"],
+    ids=[
+        "reads-zero-weights",
+        "uses-zero-weights",
+        "general-zero-weights",
+        "wrong-column",
+        "second-launch-of-samples",
+        "wrong-slot-back",
+        "wrong-slot",
+        "other-rounding",
+    ],
 )
-def test_a_planted_fault_is_found(tmp_path, file: str, fault: Callable[[str], str]):
+def test_a_planted_fault_is_found(tmp_path, file: str, fault: tuple[str, str], way: str):
     folder = tmp_path / "cuda"
     shutil.copytree(ROOT / "kernels" / "cuda", folder)
     source = (folder / file).read_text()
-    assert fault(source) != source
-    (folder / file).write_text(fault(source))
-    faulty = build(tmp_path, folder)
+    assert fault[0] in source
+    (folder / file).write_text(source.replace(*fault))
+    faulty = build(tmp_path, folder, "-O0")
     with pytest.raises(AssertionError):
-        test_forward_bits(faulty, torch.float32, True, (3, 4, 8, 8), 3, True, True)
+        test_forward_bits(faulty, torch.float32, way, (3, 4, 8, 8), 3, True, True)
+
+
+def test_a_planted_sign_is_found(tmp_path):
+    folder = tmp_path / "cuda"
+    shutil.copytree(ROOT / "kernels" / "cuda", folder)
+    source = (folder / "fused_row_kernel.cuh").read_text()
+    assert "S(-0.0)" in source
+    (folder / "fused_row_kernel.cuh").write_text(source.replace("S(-0.0)", "S(0.0)"))
+    with pytest.raises(AssertionError):
+        test_a_weight_of_zero_keeps_the_sign_of_zero(build(tmp_path, folder, "-O0"), "words", 0.0)

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -24,7 +25,7 @@ struct uint4 {
   unsigned x, y, z, w;
 };
 struct Index {
-  unsigned x;
+  unsigned x, y;
 };
 
 inline Index blockIdx;
@@ -56,7 +57,7 @@ inline void entry() {
   fibers[threadIdx.x].done = true;
 }
 
-inline void run_block(unsigned block, unsigned threads, const std::function<void()>& body) {
+inline void run_block(Index block, unsigned threads, const std::function<void()>& body) {
   kernel = &body;
   fibers.resize(threads);
   exchange[0].assign(threads, 0);
@@ -71,7 +72,7 @@ inline void run_block(unsigned block, unsigned threads, const std::function<void
     fiber.context.uc_link = &scheduler;
     makecontext(&fiber.context, entry, 0);
   }
-  blockIdx.x = block;
+  blockIdx = block;
   for (bool left = true; left;) {
     left = false;
     for (unsigned t = 0; t < threads; ++t) {
@@ -93,6 +94,12 @@ inline double __shfl_down_sync(unsigned, double v, int offset) {
   slots[me] = v;
   emulation::hand_over();
   return me % 32 + static_cast<unsigned>(offset) < 32 ? slots[me + static_cast<unsigned>(offset)] : v;
+}
+
+inline float __uint_as_float(uint32_t word) {
+  float v;
+  std::memcpy(&v, &word, 4);
+  return v;
 }
 
 // Built with -ffp-contract=off: each is one rounding.

@@ -11,8 +11,30 @@ namespace {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+template <class S, class F, int kDepth, bool kEarly>
+void run_depth(const Forward<S, F>& p) {
+  if (p.f_cond != nullptr) {
+    fused_row_kernel<S, F, kDepth, kEarly, true>(p);
+  } else {
+    fused_row_kernel<S, F, kDepth, kEarly, false>(p);
+  }
+}
+
+template <class S, class F, bool kEarly>
+void run_whole(const Forward<S, F>& p) {
+  switch (p.depth) {
+    case 1: run_depth<S, F, 1, false>(p); break;
+    case 2: run_depth<S, F, 2, kEarly>(p); break;
+    case 3: run_depth<S, F, 3, kEarly>(p); break;
+    case 4: run_depth<S, F, 4, kEarly>(p); break;
+    default: fused_row_any_kernel<S, F, true>(p);
+  }
+}
+
+// As kernels/cuda/fused_row.cu launches, `most` groups at a time.
 template <class S, class F>
-void forward(void** t, const int64_t* size, bool m_to_ring, bool aligned) {
+void forward(
+    void** t, const int64_t* size, bool m_to_ring, bool aligned, bool early, int64_t most) {
   constexpr int V = kLanes<F>;
   Forward<S, F> p{};
   p.f = static_cast<const F*>(t[0]);
@@ -23,25 +45,27 @@ void forward(void** t, const int64_t* size, bool m_to_ring, bool aligned) {
   p.x_next = static_cast<S*>(t[5]);
   p.m = static_cast<S*>(t[6]);
   p.input = static_cast<F*>(t[7]);
-  p.samples = size[0];
+  const int64_t groups = size[0];
   p.n = size[1];
   p.packs = ceil_div(p.n, V);
   p.total = size[2];
   p.row_stride = size[3];
   p.depth = static_cast<int>(size[4]);
   p.m_to_ring = m_to_ring;
-  p.aligned = aligned && p.n % V == 0 && p.total % V == 0;
-  const auto kernel = [&p] {
-    switch (p.depth) {
-      case 1: fused_row_kernel<S, F, 1>(p); break;
-      case 2: fused_row_kernel<S, F, 2>(p); break;
-      case 3: fused_row_kernel<S, F, 3>(p); break;
-      case 4: fused_row_kernel<S, F, 4>(p); break;
-      default: fused_row_kernel<S, F, 0>(p);
-    }
+  aligned = aligned && p.n % V == 0 && p.total % V == 0;
+  const auto kernel = [&] {
+    if (!aligned) return fused_row_any_kernel<S, F, false>(p);
+    if (early) return run_whole<S, F, true>(p);
+    run_whole<S, F, false>(p);
   };
-  const int64_t blocks = ceil_div(p.samples * p.packs, kThreads);
-  for (int64_t b = 0; b < blocks; ++b) emulation::run_block(b, kThreads, kernel);
+  const auto blocks = static_cast<unsigned>(ceil_div(p.packs, kThreads));
+  for (int64_t first = 0; first < groups; first += most) {
+    const auto count = static_cast<unsigned>(min(groups - first, most));
+    for (unsigned y = 0; y < count; ++y) {
+      for (unsigned x = 0; x < blocks; ++x) emulation::run_block({x, y}, kThreads, kernel);
+    }
+    p.skip(count);
+  }
 }
 
 template <class S, class F>
@@ -71,12 +95,17 @@ void backward(void** t, const int64_t* size, bool aligned) {
   const int64_t width = kColB + p.depth;
   std::vector<double> partial(batch * p.tiles * width, std::nan(""));
   p.partial = partial.data();
-  for (int64_t b = 0; b < batch * p.tiles; ++b) {
-    emulation::run_block(b, kThreads, [&p] { fused_row_backward_kernel<S, F>(p); });
+  const int64_t most = 2;  // samples a launch, so that several launches are needed
+  for (p.first = 0; p.first < batch; p.first += most) {
+    for (unsigned y = 0; y < min(batch - p.first, most); ++y) {
+      for (unsigned x = 0; x < p.tiles; ++x) {
+        emulation::run_block({x, y}, kThreads, [&p] { fused_row_backward_kernel<S, F>(p); });
+      }
+    }
   }
   const auto sum = [](const double* in, auto* out, int64_t outer, int64_t count, int64_t columns) {
-    for (int64_t b = 0; b < ceil_div(outer * columns, kWarps); ++b) {
-      emulation::run_block(b, kThreads, [&] {
+    for (unsigned b = 0; b < ceil_div(outer * columns, kWarps); ++b) {
+      emulation::run_block({b, 0}, kThreads, [&] {
         sum_middle_kernel(in, out, outer, count, static_cast<int>(columns));
       });
     }
@@ -103,11 +132,12 @@ void with_types(int dtype, Body body) {
 }  // namespace
 }  // namespace dlms::cuda
 
-// size: samples that have a row, elements of each, elements of a ring slot, row stride, depth.
-extern "C" void dlms_forward(
-    int dtype, void** tensors, const int64_t* size, bool m_to_ring, bool aligned) {
+// size: samples that have a row, elements of each, elements of a ring slot, row stride, depth. `early`:
+// every slot before the row's is known. `most`: samples a launch.
+extern "C" void dlms_forward(int dtype, void** tensors, const int64_t* size, bool m_to_ring,
+    bool aligned, bool early, int64_t most) {
   dlms::cuda::with_types(dtype, [&](auto s, auto f) {
-    dlms::cuda::forward<decltype(s), decltype(f)>(tensors, size, m_to_ring, aligned);
+    dlms::cuda::forward<decltype(s), decltype(f)>(tensors, size, m_to_ring, aligned, early, most);
   });
 }
 
