@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from pathlib import Path
 
@@ -35,6 +36,27 @@ def find(stem: str) -> Path | None:
             if path.suffix in (".so", ".pyd", ".dylib"):
                 return path
     return None
+
+
+def early_slots_limit(elements: int | None = None) -> int:
+    """Elements of a state up to which the CUDA row loads every ring slot before the row's is known.
+
+    ``elements`` sets it, for the whole process: 0 for never. The results have the same bits either
+    way; launches that a CUDA graph holds stay as they were captured. Returns the limit that held
+    before.
+
+    Raises:
+        BackendUnavailable: the CUDA library is not part of this installation.
+        ValueError: ``elements`` is negative.
+    """
+    path = find("_ops_cuda")
+    if path is None:
+        raise backends.BackendUnavailable("dlms_engine was built without _ops_cuda")
+    if elements is not None and elements < 0:
+        raise ValueError(f"elements is {elements}, expected 0 or more")
+    limit = ctypes.CDLL(str(path)).dlms_early_slots_limit
+    limit.argtypes, limit.restype = [ctypes.c_int64], ctypes.c_int64
+    return int(limit(-1 if elements is None else elements))
 
 
 def _load(name: str) -> None:
