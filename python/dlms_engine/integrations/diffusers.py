@@ -25,7 +25,8 @@ except ImportError as exc:
         "dlms_engine.integrations.diffusers needs diffusers: pip install 'dlms-engine[diffusers]'"
     ) from exc
 
-from .scheduler.accelerate import Acceleration, LoopRunner
+from .pipelines.acceleration import Acceleration
+from .pipelines.networks import network_of
 from .scheduler.base import EngineScheduler
 from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
 from .scheduler.runner import Runner, load_source, needs_features
@@ -121,7 +122,7 @@ class DLMSScheduler(EngineScheduler):
         self._begin_index: int | None = None
         self._runner: Runner | None = None
         self._watch: Any = None
-        self._loop: tuple[Any, Any] | None = None  # (Loop, GraphCache) under accelerate()
+        self._acceleration: Any = None  # under accelerate()
 
     # -- before the loop -------------------------------------------------------------------------
 
@@ -143,9 +144,14 @@ class DLMSScheduler(EngineScheduler):
         """Whether ``watch`` is in force."""
         return self._watch is not None
 
-    def run_with(self, loop: Any, cache: Any) -> None:
-        """Makes later runs take the pipeline's network from ``loop``; used by ``accelerate``."""
-        self._loop = (loop, cache)
+    @property
+    def clips(self) -> bool:
+        """Whether the data prediction is clipped or thresholded in every step."""
+        return bool(self.config.clip_sample or self.config.thresholding)
+
+    def run_with(self, acceleration: Acceleration | None) -> None:
+        """Lets ``acceleration`` listen to later runs; None ends that."""
+        self._acceleration = acceleration
 
     def set_timesteps(
         self,
@@ -167,8 +173,8 @@ class DLMSScheduler(EngineScheduler):
         Raises:
             ValueError: missing or contradicting arguments, a step number the solver cannot run.
         """
-        kind = Runner if self._loop is None else LoopRunner
-        self._runner = runner = kind(
+        make = Runner if self._acceleration is None else self._acceleration.runner
+        self._runner = runner = make(
             self._source,
             self.config,
             self.noise_model,
@@ -178,8 +184,6 @@ class DLMSScheduler(EngineScheduler):
             mu,
             self._watch,
         )
-        if isinstance(runner, LoopRunner) and self._loop is not None:
-            runner.loop, runner.cache = self._loop
         self.timesteps = runner.timesteps.to(device)
         self.sigmas = runner.sigmas
         self.num_inference_steps = len(runner.timesteps)
@@ -283,10 +287,7 @@ def accelerate(pipe: Any, solver: Any = "dpm_solver_pp", **settings: Any) -> Acc
     Raises:
         ValueError: the pipeline has neither a ``unet`` nor a ``transformer``.
     """
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if not isinstance(network, torch.nn.Module):
-        raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer")
     scheduler = DLMSScheduler.from_config(pipe.scheduler.config, solver=solver, **settings)
     if not isinstance(scheduler.solver, str) and needs_features(scheduler.solver):
-        scheduler.watch(network)
-    return Acceleration(pipe, network, scheduler)
+        scheduler.watch(network_of(pipe))
+    return Acceleration(pipe, scheduler)

@@ -1,1 +1,1 @@
-"""Solvers distilled inside diffusers pipelines."""
+"""Whole pipelines: what they call per step, their loops in the engine, distilling for them."""

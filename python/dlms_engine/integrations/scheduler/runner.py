@@ -180,6 +180,29 @@ class Runner:
     # -- steps ------------------------------------------------------------------------------------
 
     @property
+    def count(self) -> int:
+        """Rows, each one network evaluation."""
+        return self._whole.count
+
+    def plan_of(self, index: int) -> Plan:
+        """The packed rows of a run that starts at step ``index``."""
+        self.prepare(index)
+        return self._plan
+
+    def scaled_latents(self, n: int, sample: Tensor) -> Tensor:
+        """What a pipeline that scales gives its network at step ``n``; changes nothing here."""
+        factor = self._plan.c_in[n]
+        return sample if factor == 1.0 else (sample * factor).to(sample.dtype)
+
+    def shaped_output(self, output: Tensor, sample: Tensor) -> Tensor:
+        """``output`` without a learned variance.
+
+        Raises:
+            ValueError: it has another shape than the latents for another reason.
+        """
+        return output if output.shape == sample.shape else self._without_variance(output, sample)
+
+    @property
     def was_scaled(self) -> bool:
         """Whether the pipeline has let ``scaled`` see the network's input."""
         return self._was_scaled

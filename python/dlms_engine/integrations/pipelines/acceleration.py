@@ -1,0 +1,326 @@
+"""A pipeline's denoising loop in one run of the engine, behind the pipeline's own signature.
+
+The first call with a new kind of arguments runs step by step and is recorded. If the record shows a
+loop that the engine can run and that gives the scheduler the same numbers, later calls of that kind
+do: the pipeline goes through its loop without its networks (``dry_run``), this run's arguments and
+mixing weights are held against the record, and the engine runs every row at the last step. Anything
+else runs step by step, and ``report()`` says why.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...engine.cuda_graph_cache import GraphCache
+from ..scheduler.runner import Runner
+from .calls import NotReplayed
+from .dry_run import DryRun, StandIns
+from .interception import Interception, subclass
+from .kinds import bound, follows_the_steps, generators_of, kind_of_call, scales_of
+from .recording import Program, Recorder
+from .report import AccelerationReport, KindReport
+from .whole_loop import WholeLoop
+
+log = logging.getLogger("dlms_engine")
+MAX_KINDS = 64  # kinds of arguments that are remembered
+
+
+@dataclass
+class Kind:
+    """What is known of one kind of arguments: a program, a reason against one, or nothing yet."""
+
+    report: KindReport
+    program: Program | None = None
+    stepwise: bool = False
+
+
+class SessionRunner(Runner):
+    """A run whose steps a session hears of, or takes over."""
+
+    session: Any = None
+    finish: Callable[[DryRun], Tensor] | None = None
+
+    def begin(self, index: int) -> None:
+        """As always; a recorder has scaled the first input where the pipeline did not."""
+        self._was_scaled = self._was_scaled or isinstance(self.session, Recorder)
+        super().begin(index)
+
+    def unscaled_factor(self) -> float:
+        """The first input's scale, where the pipeline does not apply it; else 1."""
+        return 1.0 if self._was_scaled else self.plan_of(self._prepared).c_in[self._prepared]
+
+    def advance(self, n: int, output: Tensor, sample: Tensor) -> Tensor:
+        """Row ``n``: recorded, answered by a stand-in, or at a dry run's end the engine's result."""
+        if isinstance(self.session, DryRun):
+            stand_in = self.session.step(n, self.shaped_output(output, sample), sample)
+            if stand_in is not None:
+                return stand_in
+            assert self.finish is not None
+            return self.finish(self.session)
+        latents = super().advance(n, output, sample)
+        if isinstance(self.session, Recorder):
+            self.session.step(self, n, self.shaped_output(output, sample), sample, latents)
+        return latents
+
+
+class Acceleration:
+    """What ``accelerate`` changed on a pipeline; ``undo`` changes it back.
+
+    Calls from several threads take turns: each gets its own pictures.
+    """
+
+    def __init__(self, pipe: Any, scheduler: Any) -> None:
+        self.pipe = pipe
+        self._class = type(pipe)
+        self._scheduler = pipe.scheduler
+        self._own = scheduler
+        self._kinds: OrderedDict[Any, Kind] = OrderedDict()
+        self._cache = GraphCache()
+        self._stand_ins = StandIns()
+        self._lock = threading.RLock()
+        self._session: Recorder | DryRun | None = None
+        self._thread: int | None = None
+        self._arguments: dict[str, Any] = {}
+        self._taps: list[Interception] = []
+        self._names: list[str] = []
+        self._listen()
+        scheduler.run_with(self)
+        set_scheduler(pipe, scheduler)
+        made = subclass(self._class, self._accelerated())
+        made.__call__ = functools.wraps(self._class.__call__)(made.__call__)
+        pipe.__class__ = made
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Acceleration:
+        return self  # copies of the scheduler belong to the same pipeline
+
+    def __reduce__(self) -> Any:
+        return (_nothing, ())  # a pickled scheduler leaves the pipeline behind
+
+    def __repr__(self) -> str:
+        return str(self.report())
+
+    def report(self) -> AccelerationReport:
+        """Whole loop or step by step, and why, for each kind of arguments called so far."""
+        kinds = [kind.report for kind in self._kinds.values()]
+        source = self._own.solver
+        name = source if isinstance(source, str) else type(source).__name__
+        return AccelerationReport(self._class.__name__, name, kinds, len(self._cache))
+
+    def undo(self) -> None:
+        """The pipeline is what it was before ``accelerate``."""
+        if self.pipe is None:
+            return
+        self.pipe.__class__ = self._class
+        set_scheduler(self.pipe, self._scheduler)
+        for tap in self._taps:
+            tap.remove()
+        self._taps.clear()
+        self._own.unwatch()
+        self._own.run_with(None)
+        self.pipe = None
+
+    # -- listening -------------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        """One interception a module component; parts that were replaced since are followed."""
+        current = module_components(self.pipe)
+        known = {tap.module for tap in self._taps}
+        if known == set(current.values()) and list(current) == self._names:
+            return
+        for tap in self._taps:
+            tap.remove()
+        self._names = list(current)
+        self._taps = []
+        for number, module in enumerate(current.values()):
+            self._taps.append(Interception(module, functools.partial(self._heard, number)))
+        self._kinds.clear()
+
+    def _heard(
+        self,
+        number: int,
+        _module: nn.Module,
+        original: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        session = self.session
+        if session is None:
+            return original(*args, **kwargs)
+        return session.call(number, original, args, kwargs)
+
+    @property
+    def session(self) -> Recorder | DryRun | None:
+        """Who listens to the run of this thread."""
+        return self._session if self._thread == threading.get_ident() else None
+
+    def runner(self, *arguments: Any) -> Runner:
+        """The runner of a new run, for ``set_timesteps``; the session hears of it."""
+        session = self.session
+        runner = SessionRunner(*arguments)
+        runner.session = session
+        if session is not None:
+            runner.finish = self._finish
+            session.begin(runner)
+        return runner
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def _accelerated(self) -> Any:
+        def call(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+            if pipe is not self.pipe:  # a copy of the pipeline is an ordinary one
+                return self._class.__call__(pipe, *args, **kwargs)
+            with self._lock:
+                return self.call(pipe, args, kwargs)
+
+        return call
+
+    def call(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The pipeline's call: recorded, in the engine's loop, or step by step."""
+        if self._session is not None:  # a pipeline that calls itself
+            return self._class.__call__(pipe, *args, **kwargs)
+        self._listen()
+        arguments = bound(self._class.__call__, pipe, args, kwargs)
+        self._arguments = arguments
+        reason = self._refusal(pipe, arguments)
+        kind = self._kind(arguments, reason)
+        kind.report.runs += 1
+        if kind.stepwise:
+            return self._timed(kind, None, pipe, args, kwargs)
+        if kind.program is None:
+            return self._recorded(kind, pipe, args, kwargs)
+        rewind = rewinder(generators_of(arguments))
+        try:
+            dry = DryRun(kind.program, self._names, self._stand_ins)
+            result = self._timed(kind, dry, pipe, args, kwargs)
+            if not dry.finished:
+                raise NotReplayed("the pipeline left its loop early")
+            return result
+        except NotReplayed as exc:
+            kind.stepwise, kind.program = True, None
+            self._told(kind, str(exc))
+            rewind()
+        return self._timed(kind, None, pipe, args, kwargs)
+
+    def _refusal(self, pipe: Any, arguments: dict[str, Any]) -> str | None:
+        if pipe.scheduler is not self._own:
+            return "the pipeline's scheduler was replaced"
+        if self._own.watched:
+            return "the solver's rows are per sample"
+        if self._own.clips:
+            return "the scheduler's config clips the data prediction"
+        if torch.is_grad_enabled() and torch.is_inference_mode_enabled():
+            return None
+        name = follows_the_steps(arguments)
+        return None if name is None else f"argument {name} is called during the loop"
+
+    def _kind(self, arguments: dict[str, Any], reason: str | None) -> Kind:
+        key = (kind_of_call(arguments), reason)
+        kind = self._kinds.pop(key, None)
+        if kind is None:
+            kind = Kind(KindReport(short(arguments)))
+            if reason is not None:
+                kind.stepwise = True
+                self._told(kind, reason)
+        self._kinds[key] = kind
+        while len(self._kinds) > MAX_KINDS:
+            self._kinds.popitem(last=False)
+        return kind
+
+    def _recorded(self, kind: Kind, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        recorder = Recorder(self._names, [tap.module for tap in self._taps])
+        result = self._timed(kind, recorder, pipe, args, kwargs)
+        kind.report.calls_per_step = recorder.calls_per_step
+        try:
+            kind.program = recorder.program()
+            kind.report.whole_loop, kind.report.reason = True, ""
+        except NotReplayed as exc:
+            kind.stepwise = True
+            self._told(kind, str(exc))
+        return result
+
+    def _told(self, kind: Kind, reason: str) -> None:
+        kind.report.whole_loop, kind.report.reason = False, reason
+        log.info("%s runs step by step: %s", self._class.__name__, reason)
+
+    def _timed(
+        self,
+        kind: Kind,
+        session: Recorder | DryRun | None,
+        pipe: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        began = time.perf_counter()
+        self._session, self._thread = session, threading.get_ident()
+        try:
+            result = self._class.__call__(pipe, *args, **kwargs)
+        finally:
+            self._session = self._thread = None
+        how = "whole loop" if isinstance(session, DryRun) else "step by step"
+        kind.report.seconds[how] = time.perf_counter() - began
+        return result
+
+    def _finish(self, dry: DryRun) -> Tensor:
+        """Every row at once, with what the dry run found."""
+        used = {slot.module for slot in dry.program.slots}
+        loop = WholeLoop(
+            dry,
+            {n: self._taps[n].call for n in used},
+            {n: self._taps[n].module for n in used},
+            scales_of(self._arguments, self.pipe),
+        )
+        return loop.run(self._cache)
+
+
+def _nothing() -> None:
+    return None
+
+
+def module_components(pipe: Any) -> dict[str, nn.Module]:
+    """The pipeline's components that are modules, by name; each module once."""
+    parts = dict(getattr(pipe, "components", {}))
+    found: dict[str, nn.Module] = {}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module) and not any(part is other for other in found.values()):
+            found[name] = part
+    return found
+
+
+def set_scheduler(pipe: Any, scheduler: Any) -> None:
+    """Makes ``scheduler`` the pipeline's, also for modular pipelines."""
+    if hasattr(pipe, "update_components") and not hasattr(type(pipe), "scheduler"):
+        pipe.update_components(scheduler=scheduler)
+    else:
+        pipe.scheduler = scheduler
+
+
+def short(arguments: dict[str, Any]) -> str:
+    """Numbers and names among the arguments, for a report."""
+    shown = {k: v for k, v in arguments.items() if isinstance(v, (bool, int, float))}
+    return ", ".join(f"{k}={v}" for k, v in shown.items())
+
+
+def rewinder(generators: list[torch.Generator]) -> Callable[[], None]:
+    """A function that puts every random generator back to where it is now."""
+    states = [g.get_state() for g in generators]
+    shared = torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    def rewind() -> None:
+        torch.set_rng_state(shared)
+        if devices:
+            torch.cuda.set_rng_state_all(devices)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+    return rewind

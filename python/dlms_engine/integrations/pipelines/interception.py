@@ -1,0 +1,75 @@
+"""Listening to a pipeline's modules: every call goes through a listener, hooks included.
+
+The module's class is replaced by a subclass of the same name that overrides ``__call__``, so that
+forward hooks, offloading, compiled modules and whatever else lies inside the call stay where they
+are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+Original = Callable[..., Any]
+Listener = Callable[[nn.Module, Original, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Interception:
+    """Calls of ``module`` go to ``listener(module, original, args, kwargs)`` until ``remove``."""
+
+    def __init__(self, module: nn.Module, listener: Listener) -> None:
+        self.module = module
+        self._class = type(module)
+        self._listener: Listener | None = listener
+        self._made = self._listening()
+        # a compiled module forwards setattr to the module inside it
+        object.__setattr__(module, "__class__", self._made)
+
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own call."""
+        return self._class.__call__(self.module, *args, **kwargs)
+
+    def remove(self) -> None:
+        """The module is what it was; under another's interception it only stops listening."""
+        self._listener = None
+        if type(self.module) is self._made:
+            object.__setattr__(self.module, "__class__", self._class)
+
+    def _listening(self) -> type[Any]:
+        cls = self._class
+
+        def call(module: Any, *args: Any, **kwargs: Any) -> Any:
+            def original(*a: Any, **k: Any) -> Any:
+                return cls.__call__(module, *a, **k)
+
+            # a shallow copy has the class, but is another module
+            if self._listener is None or module is not self.module:
+                return original(*args, **kwargs)
+            return self._listener(module, original, args, kwargs)
+
+        return subclass(cls, call)
+
+
+def subclass(cls: type[Any], call: Callable[..., Any]) -> type[Any]:
+    """A subclass of ``cls`` that looks like it and answers calls with ``call``.
+
+    Copies and pickles are of the original class: what listens does not travel with them.
+    """
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made = cls.__reduce_ex__(self, protocol)
+        if not isinstance(made, tuple):
+            return made
+        arguments = tuple(cls if value is type(self) else value for value in made[1])
+        return (made[0], arguments, *made[2:])
+
+    members = {
+        "__call__": call,
+        "__reduce_ex__": reduce,
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+    }
+    return type(cls.__name__, (cls,), members)
