@@ -51,9 +51,11 @@ class SessionRunner(Runner):
     finish: Callable[[DryRun], Tensor] | None = None
 
     def begin(self, index: int) -> None:
-        """As always; a recorder has scaled the first input where the pipeline did not."""
-        self._was_scaled = self._was_scaled or isinstance(self.session, Recorder)
+        """As always; a session scales the first input where the pipeline does not."""
+        scaled = self._was_scaled
+        self._was_scaled = scaled or self.session is not None
         super().begin(index)
+        self._was_scaled = scaled
 
     def unscaled_factor(self) -> float:
         """The first input's scale, where the pipeline does not apply it; else 1."""
@@ -218,8 +220,6 @@ class Acceleration:
             return "the solver's rows are per sample"
         if self._own.clips:
             return "the scheduler's config clips the data prediction"
-        if torch.is_grad_enabled() and torch.is_inference_mode_enabled():
-            return None
         name = follows_the_steps(arguments)
         return None if name is None else f"argument {name} is called during the loop"
 
@@ -236,7 +236,9 @@ class Acceleration:
             self._kinds.popitem(last=False)
         return kind
 
-    def _recorded(self, kind: Kind, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _recorded(
+        self, kind: Kind, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         recorder = Recorder(self._names, [tap.module for tap in self._taps])
         result = self._timed(kind, recorder, pipe, args, kwargs)
         kind.report.calls_per_step = recorder.calls_per_step

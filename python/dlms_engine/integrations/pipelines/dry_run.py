@@ -110,7 +110,7 @@ class DryRun:
         return self._next >= self.program.rows[1]
 
     def step(self, n: int, output: Tensor, sample: Tensor) -> Tensor | None:
-        """The pipeline hands ``output`` and ``sample`` to row ``n``: stand-in latents, or None at the end."""
+        """``output`` and ``sample`` of row ``n``: stand-in latents back, or None after the last."""
         calls, self._calls, self._places = self._calls, [], {}
         if n != self._next:
             raise NotReplayed(f"the pipeline takes step {n} instead of {self._next}")

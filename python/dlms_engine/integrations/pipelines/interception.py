@@ -59,7 +59,8 @@ def subclass(cls: type[Any], call: Callable[..., Any]) -> type[Any]:
     """
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made = cls.__reduce_ex__(self, protocol)
+        plain: Any = cls.__reduce_ex__
+        made = plain(self, protocol)
         if not isinstance(made, tuple):
             return made
         arguments = tuple(cls if value is type(self) else value for value in made[1])

@@ -35,7 +35,9 @@ def _kind(value: Any) -> Any:
     if isinstance(value, torch.Generator):
         return "generator"
     if isinstance(value, dict):
-        return tuple((str(k), _kind(v)) for k, v in sorted(value.items(), key=lambda kv: str(kv[0])))
+        return tuple(
+            (str(k), _kind(v)) for k, v in sorted(value.items(), key=lambda kv: str(kv[0]))
+        )
     if isinstance(value, (list, tuple)):
         numbers = len(value) > 64 and all(isinstance(v, (int, float)) for v in value)
         return tuple(value) if numbers else (type(value).__name__, *(_kind(v) for v in value))

@@ -254,9 +254,8 @@ class Recorder:
                 "what the scheduler is given is not a linear mix of the network's outputs "
                 f"(relative misfit {best:.1e})"
             )
-        for call, columns in zip(calls, chosen, strict=True):
-            record = self._slots[call.slot]
-            record.columns = columns
+        for call, way in zip(calls, chosen, strict=True):
+            self._slots[call.slot].columns = way
         self._products[n] = products
         self._dtypes |= {output.dtype, *(c.outputs[0].dtype for c in calls)}
 

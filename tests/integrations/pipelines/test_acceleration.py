@@ -14,6 +14,7 @@ import tiny_pipelines as tiny  # noqa: E402
 
 from dlms_engine import grids, solvers  # noqa: E402
 from dlms_engine.integrations.diffusers import DLMSScheduler, accelerate  # noqa: E402
+from dlms_engine.integrations.pipelines.whole_loop import WholeLoop  # noqa: E402
 from dlms_engine.policies.dlms import Designer, DesignerPolicy, DesignerSettings  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -83,9 +84,14 @@ def test_same_images_as_the_scheduler(case: str) -> None:
     acceleration = accelerate(pipe, solver="unipc")
     assert inspect.signature(pipe.__call__) == signature and isinstance(pipe, kind)
     inner = Counter(next(m for m in network.modules() if isinstance(m, torch.nn.Linear)))
+    recorded = images(pipe, {**inputs(), **STEPS})
+    assert relative(expected, recorded) < 2e-5
+    calls, inner.calls = inner.calls, 0
+    report = acceleration.report()
+    assert report.whole_loop and report.reason == "" and "whole loop" in repr(acceleration)
     found = images(pipe, {**inputs(), **STEPS})
-    assert relative(expected, found) < 2e-5
-    assert inner.calls <= 5  # the probe is no evaluation
+    assert relative(expected, found) < 2e-6
+    assert inner.calls == calls  # the dry run is no evaluation
     assert torch.equal(images(pipe, {**inputs(), **STEPS}), found)
     acceleration.undo()
     assert type(pipe) is kind and pipe.scheduler is original
@@ -95,7 +101,8 @@ def test_same_images_as_the_scheduler(case: str) -> None:
 def test_callbacks_and_masks_run_step_by_step() -> None:
     pipe = tiny.sd()
     accelerate(pipe, solver="unipc")
-    expected = images(pipe, {**tiny.sd_inputs(), **SIZE, **STEPS})
+    for _ in range(2):
+        expected = images(pipe, {**tiny.sd_inputs(), **SIZE, **STEPS})
     seen: list[int] = []
 
     def callback(_pipe: Any, i: int, _t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -129,27 +136,37 @@ def test_an_unknown_mixture_is_noticed_and_run_step_by_step() -> None:
     assert relative(expected, run()) < 2e-5
 
 
-def test_bfloat16_pipeline_keeps_its_dtype_and_guidance() -> None:
+def test_bfloat16_pipeline_keeps_its_dtype_and_guidance(monkeypatch: Any) -> None:
     pipe = tiny.sd().to(torch.bfloat16)
     accelerate(pipe, solver="dpm_solver_pp")
     inputs = {**tiny.sd_inputs(), **SIZE, **STEPS, "guidance_scale": 7.3}
     inputs = {k: v.bfloat16() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    given: list[float | None] = []
-    runner = pipe.scheduler._loop[0]
-    measure = runner.guidance_of
-    runner.guidance_of = lambda *a: given.append(measure(*a)) or given[-1]
-    out = images(pipe, inputs)
-    assert out.dtype == torch.bfloat16 and bool(out.isfinite().all())
-    assert given == [7.3]  # not the rounded 7.28 that the probe shows
+    weights: list[list[float]] = []
+    mixing = WholeLoop.__init__
+
+    def remember(loop: WholeLoop, *args: Any) -> None:
+        mixing(loop, *args)
+        weights.extend(loop.weights.tolist())
+
+    monkeypatch.setattr(WholeLoop, "__init__", remember)
+    expected = images(pipe, inputs)
+    out = images(pipe, {**inputs, "generator": torch.Generator().manual_seed(3)})
+    assert out.dtype == torch.bfloat16 and relative(expected.float(), out.float()) < 2e-2
+    assert weights == [[1 - 7.3, 7.3, 0.0]] * 5  # not the rounded 7.28 that bfloat16 shows
 
 
 def test_analytical_first_step_works_where_pipelines_do_not_scale() -> None:
     pipe = tiny.unconditional("DDIM")
     process = DLMSScheduler.from_config(pipe.scheduler.config).noise_model.process
     table = solvers.ddim(process, grids.time_uniform(process, 5), afs=True)
-    accelerate(pipe, solver=table)
-    out = pipe(batch_size=1, num_inference_steps=4, output_type="np").images
-    assert bool(torch.as_tensor(out).isfinite().all())
+    acceleration = accelerate(pipe, solver=table)
+    outs = []
+    for _ in range(2):  # recorded, then in the engine's loop
+        generator = torch.Generator().manual_seed(0)
+        asked = {"batch_size": 1, "num_inference_steps": 4, "output_type": "np"}
+        outs.append(torch.as_tensor(pipe(**asked, generator=generator).images))
+    assert acceleration.report().whole_loop
+    assert bool(outs[0].isfinite().all()) and relative(*outs) < 2e-6
 
 
 def test_a_replaced_scheduler_is_respected_and_undo_keeps_other_hooks() -> None:
