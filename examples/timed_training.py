@@ -199,7 +199,7 @@ def train(args: argparse.Namespace, now: Callable[[], float] = time.monotonic) -
     state, step, facts, config = prepare(args, recipe)
     print(f"{args.model}: ready with {end - now():.1f} s left", flush=True)
     stop = _stopped_by_signals()
-    before, began = state.seconds, now()
+    before, began, first = state.seconds, now(), state.step
     saved, pace = began, Pace(state.lr.device)
     while not stop and (left := end - now()) > 0:
         seen = state.step * recipe["batch"]
@@ -218,13 +218,15 @@ def train(args: argparse.Namespace, now: Callable[[], float] = time.monotonic) -
             state.save(facts)
             deliver(state, facts, config, args)
             saved = now()
+    float(step.total)  # the last steps are done, not only launched
+    speed = (state.step - first) * recipe["batch"] / max(1e-9, now() - began)
+    print(f"{args.model}: {speed:,.0f} images/s, loss {state.recent_loss()}", flush=True)
     state.save(facts)
     summary = deliver(state, facts, config, args)
     plot_loss(state.history, args.out / "loss.png")
     if args.samples:
         rows = draw_rows(state.ema, recipe, config["classes"], args.samples, args.seed)
         picture(rows, args.out / "samples.png")
-    print(json.dumps(summary), flush=True)
     return summary
 
 

@@ -6,14 +6,16 @@
 Processes of their own decode the images, train ``cifar10-32``, ``emoji`` and ``emoji-flow``
 (``timed_training.py``) and the two classifiers (``train_features.py``), and share the GPU; the emoji
 models end early, and the benchmark model has the GPU to itself for the rest. A process that fails is
-started again with less: first without the CUDA graph, then without compilation. ``--deliver`` gets at
+started again with less: without compilation, without the CUDA graph, without either. ``--deliver`` gets at
 most eight files, every one below 15 MB and complete whenever the program is killed:
 
     cifar10-32.{0,1}.safetensors  emoji.safetensors  emoji-flow.safetensors
     cifar10-32-features.safetensors  emoji-features.safetensors  samples.png  log.tar.gz
 
 ``export_models.py`` makes models of them. ``--rehearse`` runs all of it on the CPU with made-up images
-and tiny networks.
+and tiny networks; ``--trial --seconds 25`` shows on a GPU, with made-up images, that steps are captured
+(``emoji``, ``cifar10-32``, without waiting for a compilation) and compiled (``emoji-flow``), and how fast
+they are.
 """
 
 from __future__ import annotations
@@ -31,12 +33,17 @@ from pathlib import Path
 from typing import Any
 
 EXAMPLES = Path(__file__).resolve().parent
-LESS: tuple[tuple[str, ...], ...] = ((), ("--no-capture",), ("--no-capture", "--no-compile"))
+LESS: tuple[tuple[str, ...], ...] = (
+    (),
+    ("--no-compile",),
+    ("--no-capture",),
+    ("--no-capture", "--no-compile"),
+)
 """What each further attempt of a training leaves out."""
 CLOSING = 20.0
-"""Seconds kept at the end for the samples and the picture of all models."""
+"""Seconds kept at the end for the samples and the picture of all models; 6 in a trial."""
 SHORTEST = 25.0
-"""Seconds under which nothing is started again."""
+"""Seconds under which nothing is started again; 5 in a trial."""
 TINY = {
     "network": {"size": 32, "channels": [8, 8, 16], "layers": 1, "attention": [2], "head": 8,
                 "groups": 4, "patch": 1},
@@ -52,6 +59,7 @@ class Task:
         until: seconds after the program's start at which it ends by itself.
         needs: files that must exist.
         attempts: arguments that each attempt adds.
+        shortest: seconds under which it is not started.
     """
 
     def __init__(
@@ -61,7 +69,9 @@ class Task:
         until: float,
         needs: list[Path],
         attempts: tuple[tuple[str, ...], ...] = ((),),
+        shortest: float = 0.0,
     ) -> None:
+        self.shortest = shortest
         self.name, self.command, self.until, self.needs = name, command, until, needs
         self.attempts = list(attempts)
         self.process: subprocess.Popen[bytes] | None = None
@@ -73,7 +83,7 @@ class Task:
             return
         if self.process is None:
             left = self.until - seconds
-            if not self.attempts or left < SHORTEST:
+            if not self.attempts or left < self.shortest:
                 self.say(seconds, "not started: no attempt or no time is left")
                 self.done = True
                 return
@@ -116,12 +126,17 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
         if args.rehearse:
             # Ten pictures a row and 18 Heun steps are a minute here.
             words += ["--samples", 1, "--change", json.dumps(TINY)]
+        attempts = LESS[3:] if args.rehearse else LESS
+        if args.trial:
+            words += ["--samples", 2]
+            attempts = ((),) if name == "emoji-flow" else (("--no-compile",),)
         return Task(
             name,
             lambda added, left: script("timed_training.py", *words, "--seconds", left, *added),
             until,
             [images / f"{source}.npz"],
-            LESS[2:] if args.rehearse else LESS,
+            attempts,
+            5.0 if args.trial else SHORTEST,
         )
 
     def classifier(name: str) -> Task:
@@ -137,7 +152,7 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
             (("--no-compile",),) if args.rehearse else ((), ("--no-compile",)),
         )
 
-    end = args.seconds - CLOSING
+    end = args.seconds - (6.0 if args.trial else CLOSING)
     tasks = [
         decoding("emoji", "--data", args.emoji, "--table", args.table),
         decoding("cifar10-32", "--data", args.cifar10),
@@ -232,7 +247,8 @@ def run(args: argparse.Namespace) -> int:
     if args.pack_cache:
         pack_cache(args)
     for path in sorted(args.work.glob("logs/*.log")):
-        print(f"== {path.stem}\n" + "\n".join(path.read_text().splitlines()[-4:]), flush=True)
+        lines = [line[:300] for line in path.read_text().splitlines()]
+        print(f"== {path.stem}\n" + "\n".join(lines[-6:]), flush=True)
     bad = [task.name for task in tasks if not task.done or task.process is not None]
     print(f"finished after {time.monotonic() - began:.1f} s" + (f"; not: {bad}" if bad else ""))
     return 1 if bad else 0
@@ -251,9 +267,12 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="names of the processes to run")
     parser.add_argument("--cache", type=Path, help="compiled code of an earlier --pack-cache")
     parser.add_argument("--pack-cache", action="store_true", help="deliver the compiled code, too")
+    parser.add_argument("--trial", action="store_true", help="a short look at the speed on a GPU")
     parser.add_argument("--rehearse", action="store_true", help="on the CPU, tiny, made-up images")
     given = parser.parse_args(words)
-    if given.rehearse:
+    if given.trial:
+        given.only = given.only or ["emoji", "emoji-flow", "cifar10-32"]
+    if given.rehearse or given.trial:
         from made_up_images import make
 
         given.cifar10, given.emoji, given.table = make(given.work / "made-up")
