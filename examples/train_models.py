@@ -6,8 +6,8 @@
 Processes of their own decode the images, train ``cifar10-32``, ``emoji`` and ``emoji-flow``
 (``timed_training.py``) and the two classifiers (``train_features.py``), and share the GPU; the emoji
 models end early, and the benchmark model has the GPU to itself for the rest. A process that fails is
-started again with less: without compilation, without the CUDA graph, without either. ``--deliver`` gets at
-most eight files, every one below 15 MB and complete whenever the program is killed:
+started again with less: without compilation, without the CUDA graph, without either. ``--deliver``
+gets at most eight files, each below 15 MB and complete whenever the program is killed:
 
     cifar10-32.{0,1}.safetensors  emoji.safetensors  emoji-flow.safetensors
     cifar10-32-features.safetensors  emoji-features.safetensors  samples.png  log.tar.gz
