@@ -117,7 +117,7 @@ def benches(work: Path) -> list[Stage]:
     cuda = ("--device", "cuda")
     return [
         bench(work, "bench-row", "one row: in-graph time, share of the copy bandwidth", 40,
-              "device", instead="", refusal=NO_GPU),
+              "device", "--seconds", "30", instead="", refusal=NO_GPU),
         bench(work, "bench-loop", "5 evaluations: against the eager loop and the bare network", 40,
               "loop", *cuda, instead="--device cpu --network plain --repeats 1"),
         bench(work, "bench-step", "a step beside diffusers' eager step", 60,

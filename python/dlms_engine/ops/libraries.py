@@ -49,12 +49,10 @@ def early_slots_limit(elements: int | None = None) -> int:
         BackendUnavailable: the CUDA library is not part of this installation.
         ValueError: ``elements`` is negative.
     """
-    path = find("_ops_cuda")
-    if path is None:
-        raise backends.BackendUnavailable("dlms_engine was built without _ops_cuda")
     if elements is not None and elements < 0:
         raise ValueError(f"elements is {elements}, expected 0 or more")
-    limit = ctypes.CDLL(str(path)).dlms_early_slots_limit
+    backends.select("cuda")
+    limit = ctypes.CDLL(str(find("_ops_cuda"))).dlms_early_slots_limit
     limit.argtypes, limit.restype = [ctypes.c_int64], ctypes.c_int64
     return int(limit(-1 if elements is None else elements))
 

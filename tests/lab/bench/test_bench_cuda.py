@@ -344,6 +344,74 @@ def test_a_figure_comes_with_its_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert device._version("no-such-package") is None
 
 
+def test_a_row_is_timed_cold_and_warm_and_with_both_ways_to_read_the_ring(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    limits, timed = [123], []
+
+    def early_slots_limit(elements: int) -> int:
+        limits.append(elements)
+        return limits[-2]
+
+    def graph_times(problems: list[device.Problem], backend: ops.Backend, nodes: int):
+        timed.append((len(problems), nodes, limits[-1]))
+        return [2.0, 4.0]
+
+    make = device.Problem.make
+    monkeypatch.setattr(device.Problem, "make", lambda *a: make(*a[:3], "cpu"))
+    monkeypatch.setattr(device.libraries, "early_slots_limit", early_slots_limit)
+    monkeypatch.setattr(device, "graph_times", graph_times)
+    monkeypatch.setattr(device, "time_each", lambda run: [6.0 + 0 * bool(run(0))])
+    monkeypatch.setattr(device.ops, "available", lambda kind: ("cuda", "triton", "eager"))
+    eager = ops.select("eager")
+    monkeypatch.setattr(device.ops, "select", lambda *name: eager)
+    properties = type("Properties", (), {"L2_cache_size": 1 << 16})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    found = device.measure((1, 4, 8, 8), torch.float32, 3, 1e12)
+    labels = ["cuda in a graph" + slots for slots in ("", ", early", ", late")]
+    labels = [*labels, "triton in a graph"]
+    labels = [label + warm for label in labels for warm in ("", ", warm")]
+    assert [r.name for r in found] == [*labels[:6], "cuda", *labels[6:], "triton", "eager"]
+    assert {sets for sets, _, _ in timed} == {1, 28} and {nodes for _, nodes, _ in timed} == {200}
+    assert [limit for *_, limit in timed] == [123, 123, 1 << 62, 1 << 62, 0, 0, 123, 123]
+    assert found[0].bytes == 7168 and found[0].fraction_of_copy == pytest.approx(7168 / 3e-6 / 1e12)
+
+
+def test_no_shape_is_begun_after_the_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now, path = iter(range(0, 1000, 20)), tmp_path / "row.json"
+    timing = device.Timing("cuda", (1, 4), "float32", 3, 1.0, 2.0, 3.0, 64, 0.5)
+    written: list[int] = []
+
+    def measure(*args: object) -> list[device.Timing]:
+        written.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
+        return [timing]
+
+    monkeypatch.setattr(device, "no_gpu", lambda program: False)
+    monkeypatch.setattr(device, "copy_bandwidth", lambda: 1e12)
+    monkeypatch.setattr(device, "measure", measure)
+    monkeypatch.setattr(device, "machine", lambda: {"gpu": "none"})
+    monkeypatch.setattr(device.time, "monotonic", lambda: float(next(now)))
+    assert device.main(["--seconds", "50", "--output", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert written == [0, 1] and len(report["rows"]) == 2  # each shape is on disk at once
+    assert report["not_measured"][1] == {"shape": [64, 3, 32, 32], "network_dtype": "float32"}
+    assert "not measured, the time is over" in capsys.readouterr().out
+
+
+def test_the_limit_of_early_slots_is_refused_without_the_library() -> None:
+    with pytest.raises(ValueError, match="-1"):
+        device.libraries.early_slots_limit(-1)
+    if "cuda" not in ops.available():
+        with pytest.raises(ops.BackendUnavailable, match="cuda"):
+            device.libraries.early_slots_limit()
+        return
+    before = device.libraries.early_slots_limit(7)
+    assert device.libraries.early_slots_limit(before) == 7
+    assert device.libraries.early_slots_limit() == before
+
+
 @pytest.mark.needs_cuda
 def test_on_a_gpu() -> None:
     cache = torch.cuda.get_device_properties(0).L2_cache_size

@@ -3,19 +3,23 @@
     python -m dlms_engine.lab.bench.device --json row.json
 
 Every backend is checked against the eager reference before it is timed. Times are CUDA events over
-many launches with a cold L2: buffers rotate through more memory than the cache holds. In-graph
-times are those of one node of a captured graph of many rows.
+many launches. Cold: buffers rotate through more memory than the L2 cache holds. Warm: one set of
+buffers, as in a run whose network has just written F. In-graph times are those of one node of a
+captured graph of many rows. The CUDA kernel is timed both ways of reading the ring, whatever way it
+would take by itself (`ops.libraries.early_slots_limit`). The JSON is written after each shape.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
@@ -24,11 +28,18 @@ import torch
 from torch import Tensor
 
 from dlms_engine import ops
-from dlms_engine.lab.bench.timing import commit, finish, json_options
-from dlms_engine.ops import layout, reference
+from dlms_engine.lab.bench.timing import commit, finish, json_options, save
+from dlms_engine.ops import layout, libraries, reference
 
-SHAPES = ((1, 4, 64, 64), (64, 3, 32, 32), (64, 3, 256, 256))
-LATENT = (16, 16, 128, 128)  # timed with a bfloat16 network
+CASES = (
+    ((1, 4, 64, 64), "float32"),
+    ((64, 3, 256, 256), "float32"),
+    ((16, 16, 128, 128), "bfloat16"),
+    ((64, 3, 32, 32), "float32"),
+)
+"""Shapes and network dtypes, the figures to reach first."""
+WARM_BYTES = 1 << 23
+"""Rows that move more than this are timed cold only: they do not stay in the cache."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -183,29 +194,44 @@ def graph_times(problems: list[Problem], backend: ops.Backend, nodes: int = 200)
     return [t / nodes for t in time_each(capture_rows(problems, backend, nodes), 20, 3)]
 
 
+@contextlib.contextmanager
+def ring_slots(kind: str) -> Iterator[None]:
+    """The CUDA kernel's way of reading the ring: "early", "late", or "" as it chooses."""
+    before = libraries.early_slots_limit({"early": 1 << 62, "late": 0}[kind]) if kind else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            libraries.early_slots_limit(before)
+
+
+def ways(
+    name: str, problems: list[Problem], warm: bool, slots: Sequence[str]
+) -> Iterator[tuple[str, list[float]]]:
+    """(label, microseconds) of one backend: in a graph, cold and warm, then launched one by one."""
+    backend = ops.select(name, "cuda")
+    for kind in slots if name != "eager" else ():
+        with ring_slots(kind):
+            check(backend, problems[0])
+            for used in (problems, problems[:1]) if warm else (problems,):
+                label = f"{name} in a graph" + (f", {kind}" if kind else "")
+                label += "" if used is problems else ", warm"
+                yield label, graph_times(used, backend, max(200, len(used)))
+    yield name, time_each(lambda i: problems[i % len(problems)].step(backend))
+
+
 def measure(shape: Sequence[int], dtype: torch.dtype, depth: int, bandwidth: float) -> list[Timing]:
-    """Every CUDA backend on one shape, launched one by one and inside a graph."""
+    """Every CUDA backend on one shape."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     nbytes = row_bytes(shape, dtype.itemsize, depth - 1)
-    problems = [
-        Problem.make(shape, dtype, depth, "cuda") for _ in range(buffers_needed(nbytes, cache))
-    ]
-    results = []
+    count = buffers_needed(nbytes, cache)
+    problems = [Problem.make(shape, dtype, depth, "cuda") for _ in range(count)]
+    key, results = str(dtype).removeprefix("torch."), []
     for name in ops.available("cuda"):
-        backend = ops.select(name, "cuda")
-        if name != "eager":
-            check(backend, problems[0])
-
-        def launch(i: int, backend: ops.Backend = backend) -> None:
-            problems[i % len(problems)].step(backend)
-
-        timed = {name: time_each(launch)}
-        if name != "eager":
-            timed[f"{name} in a graph"] = graph_times(problems, backend)
-        for label, times in timed.items():
+        slots = ("", "early", "late") if name == "cuda" and depth > 1 else ("",)
+        for label, times in ways(name, problems, nbytes <= WARM_BYTES, slots):
             p20, p50, p80 = quantiles(times)
             share = nbytes / (1e-6 * p50) / bandwidth
-            key = str(dtype).removeprefix("torch.")
             results.append(Timing(label, tuple(shape), key, depth, p20, p50, p80, nbytes, share))
     return results
 
@@ -249,32 +275,40 @@ def main(argv: list[str] | None = None) -> int:
     """Command line. Status 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="dlms bench device", description="One row on a GPU.")
     parser.add_argument("--depth", type=int, default=3, help="history slots")
+    parser.add_argument("--seconds", type=float, default=60.0, help="start no shape after these")
     json_options(parser)
     args = parser.parse_args(argv)
     if no_gpu(parser.prog):
         return 2
-    bandwidth = copy_bandwidth()
-    results: list[Timing] = []
-    for shape in SHAPES:
-        results += measure(shape, torch.float32, args.depth, bandwidth)
-    results += measure(LATENT, torch.bfloat16, args.depth, bandwidth)
-    here = machine()
-    report = {
-        "benchmark": "device",
-        "machine": here,
-        "copy_bytes_per_s": bandwidth,
-        "rows": [asdict(r) for r in results],
-    }
-    if finish(report, args):
-        return 0
-    print(f"copy {bandwidth / 1e12:.2f} TB/s on {here['gpu']}")
+    start, bandwidth = time.monotonic(), copy_bandwidth()
+    report: dict[str, Any] = {"benchmark": "device", "machine": machine()}
+    report |= {"copy_bytes_per_s": bandwidth, "rows": [], "not_measured": []}
+    for shape, dtype in CASES:
+        if time.monotonic() - start > args.seconds:
+            report["not_measured"].append({"shape": shape, "network_dtype": dtype})
+            continue
+        results = measure(shape, DTYPES[dtype], args.depth, bandwidth)
+        torch.cuda.empty_cache()
+        report["rows"] += [asdict(r) for r in results]
+        save(report, args)
+        if not args.json:
+            _show(results)
+    if not finish(report, args):
+        print(f"copy {bandwidth / 1e12:.2f} TB/s on {report['machine']['gpu']}")
+        for case in report["not_measured"]:
+            print(f"not measured, the time is over: {case['shape']} {case['network_dtype']}")
+    return 0
+
+
+def _show(results: Sequence[Timing]) -> None:
     for r in results:
         size = "x".join(map(str, r.shape))
         print(
-            f"{size:>14} {r.network_dtype:>8} {r.name:<18} p20 {r.p20_us:8.2f}  p50 "
-            f"{r.p50_us:8.2f}  p80 {r.p80_us:8.2f} us  {100 * r.fraction_of_copy:5.1f} % of copy"
+            f"{size:>14} {r.network_dtype:>8} {r.name:<28} "
+            f"p20 {r.p20_us:8.2f}  p50 {r.p50_us:8.2f}  p80 {r.p80_us:8.2f} us  "
+            f"{100 * r.fraction_of_copy:5.1f} % of copy",
+            flush=True,
         )
-    return 0
 
 
 if __name__ == "__main__":
