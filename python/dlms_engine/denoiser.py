@@ -139,6 +139,14 @@ class Denoiser(Versioned, nn.Module):
     # -- coefficients -----------------------------------------------------------------------
 
     @property
+    def device(self) -> torch.device:
+        """Where the network lies: the device of its first parameter or buffer, else the CPU."""
+        if isinstance(self.network, nn.Module):
+            for tensor in (*self.network.parameters(), *self.network.buffers()):
+                return tensor.device
+        return torch.device("cpu")
+
+    @property
     def network_dtype(self) -> torch.dtype | None:
         """Dtype of the network's parameters, None for a network without any."""
         if isinstance(self.network, nn.Module):

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..denoiser import Denoiser, per_sample
 from ..tables.table import Prediction, SolverTable
+from .rollout import on_device
 
 
 def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> list[Tensor]:
@@ -28,8 +29,9 @@ def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> lis
     Returns:
         the states x_0 .. x_nfe, each like ``x``; losses may use any. First derivatives only.
     """
+    numbers = on_device(table, x.device)
     states: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]
-        denoiser, table.prediction, cond, x, table.a, table.b, table.times, table.initial_scale
+        denoiser, table.prediction, cond, x, *numbers
     )
     return list(states)
 
@@ -39,13 +41,14 @@ def walk(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(state before row n, output m_n, state after row n) for each row; keeps what a row reads."""
     history: list[Tensor] = []
-    x = per_sample(table.initial_scale, x) * x
+    a, b, times, scale = on_device(table, x.device)
+    x = per_sample(scale, x) * x
     for n in range(table.nfe):
-        m = denoiser.predict(x, table.times[..., n], table.prediction, **cond)
+        m = denoiser.predict(x, times[..., n], table.prediction, **cond)
         history = [m, *history][: table.depth]
-        following = per_sample(table.a[..., n], x) * x
-        for k, held in enumerate(history):
-            following = following + per_sample(table.b[..., n, k], x) * held
+        following = per_sample(a[..., n], x) * x
+        for k, past in enumerate(history):
+            following = following + per_sample(b[..., n, k], x) * past
         yield x, m, following
         x = following
 

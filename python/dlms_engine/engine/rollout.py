@@ -9,7 +9,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..denoiser import Denoiser, per_sample
+from ..support.transfer import rows_up
 from ..tables.table import SolverTable
+
+
+def on_device(table: SolverTable, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(a, b, times, initial_scale) of ``table`` on ``device``, sent there as one tensor."""
+    parts = (table.a, table.b, table.times, table.initial_scale)
+    if all(part.device == device for part in parts):
+        return parts
+    sent = rows_up(torch.cat([part.reshape(-1) for part in parts]), device)
+    pieces = sent.split([part.numel() for part in parts])
+    a, b, times, scale = (p.reshape(q.shape) for p, q in zip(pieces, parts, strict=True))
+    return a, b, times, scale
 
 
 def rollout(
@@ -30,12 +42,13 @@ def rollout(
     Returns:
         the end state, the states before each evaluation, and the ring quantities ``m``.
     """
+    a, b, times, scale = on_device(table, x.device)
     states: list[Tensor] = []
     outputs: list[Tensor] = []
-    x = per_sample(table.initial_scale, x) * x
+    x = per_sample(scale, x) * x
     for n in range(table.nfe):
         states.append(x)
-        t = table.times[..., n]
+        t = times[..., n]
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return denoiser.predict(x, t, table.prediction, **cond)
@@ -45,7 +58,7 @@ def rollout(
         else:
             m = predict(x, t)
         outputs.append(m)
-        x = per_sample(table.a[..., n], x) * x
+        x = per_sample(a[..., n], x) * x
         for k in range(min(table.depth, n + 1)):
-            x = x + per_sample(table.b[..., n, k], x) * outputs[n - k]
+            x = x + per_sample(b[..., n, k], x) * outputs[n - k]
     return x, states, outputs

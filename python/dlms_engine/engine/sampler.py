@@ -85,7 +85,8 @@ class Sampler(Versioned, nn.Module):
     def sample(self, seeds: Sequence[int], shape: Sequence[int], **options: Any) -> Any:
         """Samples from one seed each: ``[len(seeds), *shape]``, the same in any batch."""
         sigma = float(self.policy.process.sigma(self._start_time()))
-        return self(seeded_noise(seeds, shape, sigma, dtype=self.dtype), **options)
+        place = self.denoiser.device
+        return self(seeded_noise(seeds, shape, sigma, device=place, dtype=self.dtype), **options)
 
     def _start_time(self) -> Tensor:
         return torch.as_tensor(self.policy.t_start, dtype=torch.float64).reshape(-1)[0]
@@ -103,7 +104,8 @@ class Sampler(Versioned, nn.Module):
         """Runs all rows.
 
         Args:
-            noise: ``[B, ...]`` the state at the grid's start (``sigma_max * z`` for EDM).
+            noise: ``[B, ...]`` the state at the grid's start (``sigma_max * z`` for EDM), on the
+                network's device; from the CPU it is moved there, once.
             callback: called with a ``Step`` after each row.
             progress: shows a progress bar.
             return_trajectory: also returns the states ``[nfe + 1, B, ...]``.
@@ -112,7 +114,8 @@ class Sampler(Versioned, nn.Module):
         Returns:
             ``[B, ...]`` in the state dtype, or ``(sample, trajectory)``.
         """
-        x = noise.to(self.dtype, copy=True, memory_format=torch.contiguous_format)
+        place = self.denoiser.device if noise.device.type == "cpu" else noise.device
+        x = noise.to(place, self.dtype, copy=True, memory_format=torch.contiguous_format)
         states: list[Tensor] = [x.clone()] if return_trajectory else []
         bar = tqdm(total=self.nfe, desc="sampling", unit="eval", leave=False) if progress else None
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..policies.dlms import Design, DesignerPolicy
+from ..support.transfer import to_host
 from ..tables.table import SolverTable
 from .sampler import Sampler
 
@@ -48,7 +49,7 @@ def static_table(
     recorder = _Recorder(policy)
     Sampler(denoiser, recorder, backend="eager")(noise, **cond)
     means = {n: _mean(design) for n, design in recorder.designs.items()}
-    run = _Fixed(policy, means).start(1, torch.device("cpu"))
+    run = _Fixed(policy, means).start(1, noise.device)
     times, a, b = [run.time.reshape(1)], [], []
     for n in range(policy.nfe):
         row = run.row(n, None)
@@ -58,16 +59,16 @@ def static_table(
             times.append(row.next_time.reshape(1))
     settings = policy.designer.settings
     start = policy.designer.grid[:1]
-    grid = torch.cat([start, *(means[n].time.reshape(1) for n in sorted(means))])
-    grid[-1] = policy.designer.grid[-1]
+    grid = to_host(torch.cat([start, *(means[n].time.reshape(1) for n in sorted(means))]))
+    grid[-1] = to_host(policy.designer.grid[-1])
     return SolverTable(
         process=policy.process,
-        a=torch.cat(a),
-        b=torch.cat(b),
-        times=torch.cat(times),
+        a=to_host(torch.cat(a)),
+        b=to_host(torch.cat(b)),
+        times=to_host(torch.cat(times)),
         t_start=grid[0],
         t_end=grid[-1],
-        initial_scale=run.initial_scale.reshape(()),
+        initial_scale=to_host(run.initial_scale.reshape(())),
         prediction=policy.prediction,
         name=f"dlms-static-{settings.nfe}",
         options={"method": "dlms-static", "order": settings.order, "afs": settings.afs},

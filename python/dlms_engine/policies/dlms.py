@@ -184,6 +184,7 @@ class DesignerPolicy:
         self.designer = designer
         self.process = designer.process
         self.prediction: Literal["data", "noise"] = designer.settings.prediction
+        self._t_start = float(designer.grid[0])  # read once: it may lie on a GPU, and never moves
 
     @property
     def nfe(self) -> int:
@@ -195,7 +196,7 @@ class DesignerPolicy:
 
     @property
     def t_start(self) -> float:
-        return float(self.designer.grid[0])
+        return self._t_start
 
     def design(self, features: Tensor | None, t: Tensor, n: int) -> Design:
         """What the designer says of step ``n``; a subclass may record or replace it."""

@@ -17,10 +17,11 @@ from ...denoiser import Denoiser, per_sample
 from ...engine.rollout import rollout
 from ...engine.sampler import Sampler
 from ...policies.amed import AmedPolicy
-from ...policies.amed_formulas import Walk
+from ...policies.amed_formulas import Walk, asked_range
 from ...policies.amed_predictor import AmedPredictor, Choice
 from ...solvers import SOLVERS
 from ..settings import plain
+from ..training.trainer import Numbers
 from ..training.validation import Validation
 from .settings import AmedSettings
 
@@ -50,6 +51,9 @@ class Amed:
         self.progress = 0.0  # set by the trainer; nothing here depends on it
         process = denoiser.process
         self.grid, fine = settings.grids(process)
+        self._start = float(process.sigma(self.grid[0]))
+        self._here = self.grid.to(denoiser.device)
+        self._asked = asked_range(process)
         self._teacher = settings.teacher_table(process, fine)
         size = feature_size(denoiser, shape, self.grid[0], cond) if settings.bottleneck else 64
         with torch.random.fork_rng(devices=[]):
@@ -57,7 +61,7 @@ class Amed:
             predictor = AmedPredictor(
                 size, settings.scale_dir, settings.scale_time, bottleneck=settings.bottleneck
             )
-        self.module: nn.Module = predictor
+        self.module: nn.Module = predictor.to(denoiser.device)
         self.policy = AmedPolicy(predictor, settings.base(), process, self.grid)
         self._validation = Validation(
             denoiser,
@@ -74,21 +78,21 @@ class Amed:
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "lr": lr}]
 
-    def iteration(self, noise: Tensor) -> Iterator[dict[str, float]]:
+    def iteration(self, noise: Tensor) -> Iterator[Numbers]:
         """One batch of trajectories: yields after every solver step, for an update each."""
-        x = noise * float(self.denoiser.process.sigma(self.grid[0]))
+        x = noise * self._start
         targets = self.teacher_states(x)
         walk: Walk[Tensor] = Walk(
-            self.settings.base(), self.denoiser.process, self.grid.to(x.device), _scaled
+            self.settings.base(), self.denoiser.process, self._here, _scaled, self._asked
         )
-        losses: dict[str, float] = {}
+        losses: Numbers = {}
         for i, target in enumerate(targets):
             end, choice = self.student_step(walk, i, x)
             loss = (end - target).square().flatten(1).sum(1).mean()
             loss.backward()
             clean_gradients(self.module)
-            losses[f"loss{i + 1}"] = float(loss.detach())
-            yield {"loss": losses[f"loss{i + 1}"], "r": float(choice.r.mean().detach()), **losses}
+            losses[f"loss{i + 1}"] = loss.detach()
+            yield {"loss": losses[f"loss{i + 1}"], "r": choice.r.mean().detach(), **losses}
             x = target if self.settings.restarts_at_teacher else end.detach()
             walk.rewrite(Tensor.detach)
 
@@ -115,7 +119,7 @@ class Amed:
 
     def student_step(self, walk: Walk[Tensor], i: int, x: Tensor) -> tuple[Tensor, Choice]:
         """State at the end of step ``i`` from ``x`` (constant), with gradient in the predictor."""
-        t = self.grid[i].to(x.device)
+        t = self._here[i]
         with torch.no_grad():
             features = None
             if i == 0 and self.settings.uses_afs:
@@ -153,5 +157,5 @@ def feature_size(
     denoiser: Denoiser, shape: tuple[int, ...], t: Tensor, cond: dict[str, Any]
 ) -> int:
     """Length of the bottleneck feature vector for samples of ``shape``: one call on zeros."""
-    denoiser.predict(torch.zeros(1, *shape), t, **cond)
+    denoiser.predict(torch.zeros(1, *shape, device=denoiser.device), t, **cond)
     return int(denoiser.last_features.shape[1])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -52,7 +51,6 @@ def student_end(learner: Dlms, x: Tensor) -> Tensor:
     return x
 
 
-@torch.no_grad()
-def endpoint_numbers(loss: Tensor) -> dict[str, float]:
+def endpoint_numbers(loss: Tensor) -> dict[str, Tensor]:
     """What is logged of an endpoint update."""
-    return {"loss": float(loss), "endpoint": float(loss)}
+    return {"loss": loss.detach(), "endpoint": loss.detach()}

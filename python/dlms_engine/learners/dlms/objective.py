@@ -27,6 +27,7 @@ from ...policies.dlms import (
 from ...support.parallel import World
 from ..training.losses import FeatureDistance, last_step_distance
 from ..training.start_times import start_times
+from ..training.trainer import Numbers
 from ..training.validation import Validation
 from .endpoint import endpoint_loss, endpoint_numbers
 from .initial import GRIDS, initial_scales, initial_weights
@@ -82,7 +83,9 @@ class Dlms:
             with torch.no_grad():
                 raw = initial_scales(times, settings.scale_range, settings.time_gain)
                 self.module.bias[:, -1] = raw
+        self._start = float(process.sigma(grid[0]))
         self.policy = DesignerPolicy(self.module)
+        self.module.to(denoiser.device)
         self.distance: FeatureDistance | None = last_step_distance(
             denoiser, settings.last_step, settings.feature_sigma, feature_network
         )
@@ -118,10 +121,10 @@ class Dlms:
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         return [{"params": list(self.module.parameters()), "lr": lr}]
 
-    def iteration(self, noise: Tensor) -> Iterator[dict[str, float]]:
+    def iteration(self, noise: Tensor) -> Iterator[Numbers]:
         """One batch of trajectories: accumulates the gradients of L_2 .. L_N, then yields."""
         settings = self.settings
-        x = noise * float(self.denoiser.process.sigma(self.module.grid[0]))
+        x = noise * self._start
         t = self.module.grid[0].expand(x.shape[0])
         carry = self.first(x, t)
         if self.progress >= 1 - settings.endpoint_share:
@@ -130,12 +133,13 @@ class Dlms:
             yield endpoint_numbers(loss)
             return
         teacher = Teacher(self.denoiser, settings.teacher, x, settings.steps, self.cond)
-        losses: dict[str, float] = {}
+        losses: Numbers = {}
         for n in range(2, settings.steps + 1):
             loss, carry = self._pair(n, carry, teacher)
             loss.backward()
-            losses[f"loss{n}"] = float(loss.detach())
-        yield {"loss": losses[f"loss{settings.steps}"], **losses} if losses else {"loss": 0.0}
+            losses[f"loss{n}"] = loss.detach()
+        last = losses.get(f"loss{settings.steps}", torch.zeros(()))
+        yield {"loss": last, **losses}
 
     def validate(self) -> dict[str, float]:
         return self._validation.measure(Sampler(self.denoiser, self.policy), self.cond)

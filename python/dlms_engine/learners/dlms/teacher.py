@@ -68,10 +68,13 @@ class Teacher:
         count = self._settings.interpolation + 1
         start, end = process.lambda_(t), process.lambda_(t_next)
         inner = [i / count for i in range(1, count)]
-        if bool(torch.isfinite(start).all()) and bool(torch.isfinite(end).all()):
-            points = [process.inverse_lambda(start + f * (end - start)) for f in inner]
-        else:
-            points = [t + f * (t_next - t) for f in inner]
+        finite = torch.isfinite(start) & torch.isfinite(end)  # chosen without asking the device
+        points = [
+            torch.where(
+                finite, process.inverse_lambda(start + f * (end - start)), t + f * (t_next - t)
+            )
+            for f in inner
+        ]
         return [t, *points, t_next]
 
     def _step(self, t: Tensor, t_next: Tensor) -> None:
@@ -99,13 +102,22 @@ def multistep_weights(h: Tensor, lambdas: list[Tensor]) -> list[Tensor]:
 
     Steps next to an infinite lambda are first order, as the weights of the rest vanish there.
     """
+    one, zero = torch.ones_like(h), torch.zeros_like(h)
+    weights = [one, *[zero] * (len(lambdas) - 1)]
+    usable = torch.isfinite(h)
+    for order in range(2, len(lambdas) + 1):  # chosen without asking the device
+        usable = usable & torch.isfinite(lambdas[order - 2]) & torch.isfinite(lambdas[order - 1])
+        higher = _weights(h, lambdas[:order])
+        higher = [*higher, *[zero] * (len(lambdas) - order)]
+        weights = [torch.where(usable, w, v) for w, v in zip(higher, weights, strict=True)]
+    return weights
+
+
+def _weights(h: Tensor, lambdas: list[Tensor]) -> list[Tensor]:
+    """Weights of order 2 or 3 where every lambda is finite."""
     one = torch.ones_like(h)
-    finite = [bool(torch.isfinite(lam).all()) for lam in lambdas]
-    order = finite.index(False) if False in finite else len(lambdas)
-    if order <= 1 or not bool(torch.isfinite(h).all()):
-        return [one]
     r0 = (lambdas[0] - lambdas[1]) / h
-    if order == 2:
+    if len(lambdas) == 2:
         return [one + 0.5 / r0, -0.5 / r0]
     r1 = (lambdas[1] - lambdas[2]) / h
     e1 = torch.expm1(-h)

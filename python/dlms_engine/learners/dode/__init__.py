@@ -21,7 +21,7 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     world = World.current()
     grid = student_grid(settings, denoiser.process)
     start, stop = world.slice(settings.batch)
-    x = unit_noise(options.seed, range(start, stop), shape)
+    x = unit_noise(options.seed, range(start, stop), shape, denoiser.device)
     x = x * float(denoiser.process.sigma(grid[0]))
     fitted = fit(
         denoiser, settings, x, world=world, progress=options.progress and world.rank == 0,

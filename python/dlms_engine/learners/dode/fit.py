@@ -16,6 +16,7 @@ from torch import Tensor
 from ...denoiser import Denoiser, per_sample
 from ...processes import Process
 from ...support.parallel import World
+from ...support.transfer import host_numbers
 from ...tables.table import Prediction
 from ...tables.trace import Form, Output, Trace
 
@@ -142,14 +143,20 @@ class Fit(Replay):
         residual = (target.double() - self.value(base).double()).flatten()
         columns = [float(c) * self.value(w).double().flatten() for w in directions]
         size = len(columns)
+        products = [
+            left @ right
+            for i, left in enumerate([*columns, residual])
+            for right in [*columns, residual][: i + 1]
+        ]
+        weighed = [float(c) * self.value(output).double()] if self._ridge else []
+        numbers = host_numbers([*products, *(w.square().sum() for w in weighed)])
         sums = torch.zeros(size + 1, size + 1, dtype=torch.float64)
-        for i, left in enumerate([*columns, residual]):
-            for j, right in enumerate([*columns, residual][: i + 1]):
-                sums[i, j] = sums[j, i] = float(left @ right)
-        energy = torch.zeros(2, dtype=torch.float64)
-        if self._ridge:
-            energy[0] = float((float(c) * self.value(output).double()).square().sum())
-        energy[1] = residual.numel()
+        places = torch.tril_indices(size + 1, size + 1)
+        sums[places[0], places[1]] = torch.tensor(numbers[: len(products)], dtype=torch.float64)
+        sums = sums.tril() + sums.tril(-1).T
+        energy = torch.tensor(
+            [sum(numbers[len(products) :]), residual.numel()], dtype=torch.float64
+        )
         self._world.sum_(sums)
         self._world.sum_(energy)
         gram, right_side = sums[:size, :size], sums[:size, size]

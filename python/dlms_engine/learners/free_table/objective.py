@@ -19,9 +19,11 @@ from ...denoiser import Denoiser
 from ...engine.adjoint import solve, walk
 from ...engine.sampler import Sampler
 from ...support.parallel import World
+from ...support.transfer import rows_up
 from ...tables.table import SolverTable
 from ..training.losses import FeatureDistance, last_step_distance, log_distance
 from ..training.start_times import refine
+from ..training.trainer import Numbers
 from ..training.validation import Validation, exact_solution
 from .module import FreeTableModule
 from .settings import FreeTableSettings
@@ -73,7 +75,7 @@ class FreeTable:
             parameter.requires_grad_(wanted)
         return [{"params": [p], "lr": lr * factor} for wanted, p, factor in groups if wanted]
 
-    def iteration(self, noise: Tensor) -> Iterator[dict[str, float]]:
+    def iteration(self, noise: Tensor) -> Iterator[Numbers]:
         """One batch: the whole run, one reverse sweep."""
         x = self._start * noise
         table = self.free()
@@ -84,7 +86,7 @@ class FreeTable:
         else:
             loss = self._trajectory(table, states, x)
         torch.autograd.backward(loss)
-        yield {"loss": float(loss.detach())}
+        yield {"loss": loss.detach()}
 
     def _last(self, student: Tensor, target: Tensor) -> Tensor:
         weight = self.settings.last_step_weight
@@ -99,13 +101,14 @@ class FreeTable:
         charged for where it is and not for standing still.
         """
         process, grid = self.denoiser.process, table.grid
+        shift = rows_up((grid - grid.detach()).to(x.dtype), x.device)
         skipped = len(grid) - len(states)
         loss = x.new_zeros(())
         for i, (xt, slope) in self._teacher(grid.detach(), x).items():
             n = i - skipped
             if n < 0 or (n == 0 and skipped == 0):  # before the first row nothing is learned
                 continue
-            target = xt if slope is None else xt + (grid[i] - grid[i].detach()).to(x.dtype) * slope
+            target = xt if slope is None else xt + shift[i] * slope
             if i == len(grid) - 1:
                 loss = loss + self._last(states[n], target)
                 continue

@@ -19,6 +19,7 @@ from ...engine.sampler import Sampler
 from ...policies.dlms import step_coefficients
 from ...solvers import SOLVERS, make_solver
 from ...support.parallel import World
+from ...support.transfer import host_numbers, to_host
 from ...tables.table import SolverTable
 from ..training.noise import unit_noise
 from ..training.start_times import start_times
@@ -96,7 +97,7 @@ class Gits:
         sigma = float(self.denoiser.process.sigma(self.grid[0]))
         for low in range(start, stop, self.settings.batch):
             high = min(low + self.settings.batch, stop)
-            yield sigma * unit_noise(self.seed, range(low, high), self.shape)
+            yield sigma * unit_noise(self.seed, range(low, high), self.shape, self.denoiser.device)
 
     def _trajectories(self, noise: Tensor) -> Trajectories:
         end, states, outputs = rollout(self.denoiser, self.teacher, noise, **self.cond)
@@ -110,13 +111,14 @@ class Gits:
     @torch.no_grad()
     def cost(self) -> Tensor:
         """float64 ``[points, points]`` mean cost of jumping from i to j; infinite for j <= i."""
-        total = torch.zeros(self.settings.points, self.settings.points, dtype=torch.float64)
+        points = self.settings.points
+        total = torch.zeros(points, points, dtype=torch.float64, device=self.denoiser.device)
         self._ends = []
         for noise in self._batches():
             trajectories = self._trajectories(noise)
             self._ends.append(trajectories.end)
             total += self._batch_cost(trajectories)
-        cost = self.world.sum_(total) / self.samples
+        cost = to_host(self.world.sum_(total)) / self.samples
         below = torch.ones_like(cost, dtype=torch.bool).tril()
         return cost.masked_fill(below, torch.inf)
 
@@ -125,7 +127,7 @@ class Gits:
         process, states = self.denoiser.process, t.states
         alpha = process.alpha(self.grid)
         chord = Chord(states[0], states[-1])
-        cost = torch.zeros(len(states), len(states), dtype=torch.float64)
+        cost = states.new_zeros(len(states), len(states), dtype=torch.float64)
         for i, m in enumerate(t.jumps):
             later = self.grid[i + 1 :]
             a, c = step_coefficients(process, self.teacher.prediction, self.grid[i], later)
@@ -145,14 +147,14 @@ class Gits:
     @torch.no_grad()
     def end_errors(self, tables: list[SolverTable]) -> list[float]:
         """RMSE between each student's end and the teacher's, on the trajectories of ``cost``."""
-        total = torch.zeros(len(tables), dtype=torch.float64)
+        total = torch.zeros(len(tables), dtype=torch.float64, device=self.denoiser.device)
         for noise, end in zip(self._batches(), self._ends, strict=True):
             for k, table in enumerate(tables):
                 found = Sampler(self.denoiser, table)(noise, **self.cond)
                 assert isinstance(found, Tensor)
                 total[k] += (found - end).double().square().sum()
         count = self.samples * torch.Size(self.shape).numel()
-        return [float(v) for v in (self.world.sum_(total) / count).sqrt()]
+        return host_numbers((self.world.sum_(total) / count).sqrt().unbind())
 
 
 class Chord:

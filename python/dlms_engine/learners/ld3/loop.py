@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...support.parallel import World
+from ...support.transfer import host_numbers
 from ..training.monitor import Monitor, Silent
 from ..training.noise import unit_noise
 from .objective import TYPICAL_LOSS, Graded, Ld3
@@ -49,7 +51,8 @@ class Ld3Loop:
         self.settings = s = learner.settings
         self.world = world or World()
         self.radius = s.ball(math.prod(shape))
-        noise = unit_noise(seed, range(s.train + s.validation), shape)
+        device = learner.denoiser.device
+        noise = unit_noise(seed, range(s.train + s.validation), shape, device)
         self.pairs = {
             "train": Pairs(noise[: s.train], s.batch, self.world),
             "valid": Pairs(noise[s.train :], s.batch, self.world),
@@ -252,10 +255,10 @@ class Ld3Loop:
                 module.offsets.sub_(self.state.lr_times * module.offsets.grad)
         return True
 
-    def _move(self, part: str, k: int, graded: Graded) -> bool:
-        """Projected SGD on the noises; only where the loss falls is it kept. Was any?"""
+    def _move(self, part: str, k: int, graded: Graded) -> Tensor:
+        """Projected SGD on the noises; only where the loss falls is it kept. How many were?"""
         if self.radius == 0:
-            return False
+            return graded.losses.new_zeros(())
         pairs = self.pairs[part]
         own = pairs.own(k)
         noise = pairs.noise[own]
@@ -264,14 +267,14 @@ class Ld3Loop:
         better = self.learner.measure(proposed, pairs.target[own]) < graded.losses
         keep = better.reshape(-1, *[1] * (noise.ndim - 1))
         pairs.noise[own] = torch.where(keep, proposed, noise)
-        return bool(better.any())
+        return better.sum().to(graded.losses.dtype)
 
     def _move_validation(self, k: int) -> None:
         graded = self._grade("valid", k)
-        moved = torch.zeros(1)
+        moved = self.pairs["valid"].noise.new_zeros(())
         if graded is not None:
             moved += self._move("valid", k, graded)
-        self.state.moved |= float(self.world.sum_(moved)) > 0
+        self.state.moved |= host_numbers([self.world.sum_(moved)])[0] > 0
 
     # -- validation and patience -------------------------------------------------------------------
 

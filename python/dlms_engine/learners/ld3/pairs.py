@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...support.parallel import World
+from ...support.transfer import host_numbers
 
 
 class Pairs:
@@ -57,14 +58,15 @@ class Pairs:
         self, loss: Callable[[Tensor, Tensor], Tensor], batches: int | None = None
     ) -> float:
         """Mean loss over all ranks, of the first ``batches`` mini-batches (None: all)."""
-        total = torch.zeros(2, dtype=torch.float64)
+        total = self.noise.new_zeros(2, dtype=torch.float64)
         for k in range(self.count if batches is None else batches):
             own = self.own(k)
             if own.stop > own.start:
                 losses = loss(self.noise[own], self.target[own])
-                total += torch.tensor([float(losses.double().sum()), len(losses)])
+                total[0] += losses.double().sum()
+                total[1] += len(losses)
         self._world.sum_(total)
-        return float(total[0] / total[1])
+        return host_numbers([total[0] / total[1]])[0]
 
     def gathered(self) -> Tensor:
         """``noise``, every row from the rank that owns it; all ranks must call it."""

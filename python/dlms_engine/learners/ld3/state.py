@@ -135,7 +135,7 @@ class Ld3Store:
         tensors, state = load_checkpoint(self.path, self._fingerprint)
         self.state = Ld3State(**state)
         for part, pairs in self.pairs.items():
-            pairs.noise = tensors[f"noise/{part}"]
+            pairs.noise = tensors[f"noise/{part}"].to(pairs.centres.device)
         self.load(_part(tensors, "raw/"))
         self.best = _part(tensors, "best/")
         self._load_moments(_part(tensors, "rmsprop/"))

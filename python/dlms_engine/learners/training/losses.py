@@ -38,7 +38,7 @@ def last_step_distance(
                 "last_step='features' needs feature_network=, a module from images to [B, F]; "
                 "last_step='bottleneck' uses the denoiser itself"
             )
-        return _distance(_frozen(feature_network))
+        return _distance(_frozen(feature_network.to(denoiser.device)))
     if kind == "bottleneck":
         if denoiser.features is None:
             raise ValueError(
@@ -102,7 +102,8 @@ def log_mean(mean: Tensor, count: int, world: World) -> Tensor:
     """
     if world.size == 1:
         return mean.log()
-    sums = torch.stack([mean.detach().double() * count, torch.tensor(float(count)).double()])
+    wide = mean.detach().double()
+    sums = torch.stack([wide * count, torch.full_like(wide, count)])
     total, number = world.sum_(sums).unbind()
     whole = (total / number).to(mean.dtype)
     share = mean / whole

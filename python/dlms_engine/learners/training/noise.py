@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 
-def unit_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
+def unit_noise(
+    seed: int,
+    indices: range,
+    shape: tuple[int, ...],
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """``[len(indices), *shape]`` float32 noise, each sample from its own generator.
+
+    Drawn on the CPU, so that every device trains on the same numbers, and moved once.
 
     Depends on (seed, index) alone, so any split over batches, ranks or restarts agrees. The CPU's
     generator takes 32 bits of a seed; training has the upper half of them to itself, away from the
@@ -20,7 +27,8 @@ def unit_noise(seed: int, indices: range, shape: tuple[int, ...]) -> Tensor:
     for index in indices:
         generator.manual_seed((1 << 31) | (_mix(seed, index) >> 33))
         draws.append(torch.randn(*shape, generator=generator))
-    return torch.stack(draws) if draws else torch.empty(0, *shape)
+    noise = torch.stack(draws) if draws else torch.empty(0, *shape)
+    return noise.to(device)
 
 
 def tell_first_sample(denoiser: Any, number: int) -> None:

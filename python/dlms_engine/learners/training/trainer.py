@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...denoiser import Denoiser
 from ...support.parallel import World
+from ...support.transfer import host_numbers
 from .checkpoint import load_checkpoint, save_checkpoint
 from .ema import EmaSets
 from .monitor import Monitor, Silent
@@ -25,11 +27,15 @@ __all__ = ["Learner", "Progress", "Trainer", "TrainerSettings"]
 
 log = logging.getLogger("dlms_engine")
 
+Numbers = dict[str, Tensor]
+"""Name -> a scalar on any device, without graph."""
+
 
 class Learner(Protocol):
     """An objective over solver parameters."""
 
     progress: float  # share of the updates that are done, set before each iteration
+    denoiser: Denoiser  # start noise is drawn for its device
 
     @property
     def module(self) -> nn.Module:
@@ -38,10 +44,10 @@ class Learner(Protocol):
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]: ...
 
-    def iteration(self, noise: Tensor) -> Iterator[dict[str, float]]:
+    def iteration(self, noise: Tensor) -> Iterator[Numbers]:
         """Accumulates gradients for one batch of start noise ``[B, ...]`` (unit variance).
 
-        Yields logged numbers each time the optimiser is to step.
+        Yields numbers to log, left on the device, each time the optimiser is to step.
         """
         ...
 
@@ -155,8 +161,7 @@ class Trainer:
         logged: dict[str, float] = {}
         self.optimiser.zero_grad(set_to_none=True)
         for numbers in self.learner.iteration(noise):
-            logged = numbers
-            self._step()
+            logged = self._step(numbers)
             self.optimiser.zero_grad(set_to_none=True)
         logged = self._mean(logged)
         self._ema.update(self.learner.module, self.settings.batch)
@@ -181,7 +186,8 @@ class Trainer:
         whole = self.world.sum_(own * (stop - start) / self.settings.batch)
         return dict(zip(numbers, whole.tolist(), strict=True))
 
-    def _step(self) -> None:
+    def _step(self, numbers: Numbers) -> dict[str, float]:
+        """One step of the optimiser; ``numbers`` and the norm are read together, once."""
         start, stop = self.world.slice(self.settings.batch)
         parameters = [p for p in self.learner.module.parameters() if p.grad is not None]
         for parameter in parameters:
@@ -189,7 +195,9 @@ class Trainer:
             share = (stop - start) / self.settings.batch
             self.world.sum_(parameter.grad.mul_(share))
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip)
-        if not bool(torch.isfinite(norm)):
+        size, *values = host_numbers([norm, *numbers.values()])
+        logged = dict(zip(numbers, values, strict=True))
+        if not math.isfinite(size):
             self.state.skipped += 1
             log.warning("update %d: gradient is not finite, skipped", self.state.update)
             if self.state.skipped > 20 + self.settings.updates // 10:
@@ -197,8 +205,9 @@ class Trainer:
                     f"{self.state.skipped} updates had gradients that are not finite: lower lr "
                     f"(now {self.settings.lr}) or the time range"
                 )
-            return
+            return logged
         self.optimiser.step()
+        return logged
 
     def _rate(self, update: int) -> float:
         rate = 1.0
@@ -213,8 +222,9 @@ class Trainer:
         batch = self.settings.batch
         start, stop = self.world.slice(batch)
         first = self.state.update * batch
-        tell_first_sample(getattr(self.learner, "denoiser", None), first + start)
-        return unit_noise(self.settings.seed, range(first + start, first + stop), self.shape)
+        tell_first_sample(self.learner.denoiser, first + start)
+        indices = range(first + start, first + stop)
+        return unit_noise(self.settings.seed, indices, self.shape, self.learner.denoiser.device)
 
     # -- validation and parameter sets -----------------------------------------------------------
 
@@ -272,7 +282,9 @@ class Trainer:
         for name, parameter in self.learner.module.named_parameters():
             held = _part(tensors, f"adam/{name}/")
             if held:
-                self.optimiser.state[parameter] = held
+                step = held.pop("step")  # Adam counts on the host
+                moved = {key: value.to(parameter.device) for key, value in held.items()}
+                self.optimiser.state[parameter] = {"step": step, **moved}
             else:
                 self.optimiser.state.pop(parameter, None)
 
@@ -289,7 +301,8 @@ class Trainer:
             return
         tensors, state = load_checkpoint(self._path, self._fingerprint)
         self.state = Progress(**state)
-        self._best = _part(tensors, "best/")
+        device = next(self.learner.module.parameters()).device
+        self._best = {k: v.to(device) for k, v in _part(tensors, "best/").items()}
         self._load(tensors)
         self._before = (self.state.update, self._tensors())
 

@@ -12,6 +12,7 @@ from ... import solvers
 from ...denoiser import Denoiser
 from ...engine.sampler import Sampler, seeded_noise
 from ...processes import grids
+from ...support.transfer import host_numbers
 from .losses import FeatureDistance
 from .noise import tell_first_sample
 
@@ -58,7 +59,7 @@ class Validation:
             process = self._denoiser.process
             sigma = float(process.sigma(torch.tensor(process.t_max, dtype=torch.float64)))
             seeds = range(FIRST_SEED, FIRST_SEED + self._samples)
-            noise = seeded_noise(seeds, self._shape, sigma)
+            noise = seeded_noise(seeds, self._shape, sigma, device=self._denoiser.device)
             solve = partial(exact_solution, self._denoiser, noise, self._steps, **self._cond)
             kept = getattr(self._denoiser, "kept_solution", None)  # a denoiser with a folder
             tell_first_sample(self._denoiser, 0)
@@ -72,9 +73,10 @@ class Validation:
         tell_first_sample(self._denoiser, 0)
         found = sampler(noise, **cond)
         assert isinstance(found, Tensor)
-        numbers = {"rmse": float((found - exact).square().mean().sqrt())}
+        figures = {"rmse": (found - exact).square().mean().sqrt()}
         if self._distance is not None:
-            numbers["features"] = float(self._distance(found, exact).mean())
+            figures["features"] = self._distance(found, exact).mean()
+        numbers = dict(zip(figures, host_numbers(list(figures.values())), strict=True))
         product = numbers["rmse"] * numbers.get("features", 0.0) ** 0.5
         numbers["score"] = product if self._score == "product" else numbers[self._score]
         return numbers
