@@ -15,7 +15,6 @@ import sys
 import torch
 
 from dlms_engine.lab import benchmark_model
-from dlms_engine.models.embedded import C_NOISE_SCALE
 
 LEVELS = (80.0, 20.0, 5.0, 2.0, 1.0, 0.5, 0.2, 0.05, 0.002)
 
@@ -27,18 +26,16 @@ def errors(name: str, device: str, count: int = 64) -> dict[str, float]:
         dtype: benchmark_model.load_unet(name, device, benchmark_model.DTYPES[dtype])
         for dtype in benchmark_model.DTYPES
     }
-    size = unets["float32"].config.sample_size
+    size = unets["float32"].size
     generator = torch.Generator().manual_seed(0)
     # Unit variance at every level, as preconditioning gives it.
     x = torch.randn(count, 3, size, size, generator=generator).to(device)
     found = dict.fromkeys(("float16", "bfloat16"), 0.0)
     for sigma in LEVELS:
-        time = torch.full((count,), C_NOISE_SCALE * math.log(sigma) / 4, device=device)
-        wide = unets["float32"](x, time, return_dict=False)[0]
+        time = torch.full((count,), math.log(sigma) / 4, device=device)
+        wide = unets["float32"](x, time)
         for dtype in found:
-            half = unets[dtype](x.to(benchmark_model.DTYPES[dtype]), time, return_dict=False)[
-                0
-            ].float()
+            half = unets[dtype](x.to(benchmark_model.DTYPES[dtype]), time).float()
             off = float((half - wide).square().mean().sqrt())
             found[dtype] = max(found[dtype], off if math.isfinite(off) else math.inf)
     return found

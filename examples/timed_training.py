@@ -294,6 +294,7 @@ def deliver(
         "learning_rate": float(state.lr),
         "hardware": hardware(device),
         "torch": torch.__version__,
+        "commit": os.environ.get("DLMS_COMMIT") or None,
     }
     if args.deliver is None:
         return summary

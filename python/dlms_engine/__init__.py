@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import evaluation, learners, ops, processes, solvers
+    from . import evaluation, learners, models, ops, processes, solvers
     from .denoiser import Denoiser
     from .engine.export import export_sampler
     from .engine.sampler import Sampler, seeded_noise
@@ -50,6 +50,7 @@ _MODULES = {
     "evaluation": "evaluation",
     "grids": "processes.grids",
     "learners": "learners",
+    "models": "models",
     "ops": "ops",
     "plots": "lab.plots",
     "processes": "processes",
@@ -70,6 +71,7 @@ __all__ = [
     "grids",
     "learners",
     "load_solver",
+    "models",
     "ops",
     "plots",
     "processes",

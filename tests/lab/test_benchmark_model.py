@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import signal
 import subprocess
@@ -24,11 +25,15 @@ from dlms_engine.denoiser import Denoiser
 from dlms_engine.lab import benchmark_model
 from dlms_engine.processes import EDM
 
-pytest.importorskip("diffusers")
 pytest.importorskip("tqdm")
 
 ROOT = Path(__file__).resolve().parents[2]
 NAME = "cifar10-32"
+TINY: dict[str, Any] = {
+    "network": {"size": 32, "channels": [8, 8, 16], "layers": 1, "attention": [2], "head": 8,
+                "groups": 4, "patch": 1},
+    "batch": 8, "warmup": 8, "lr": 0.01,
+}  # fmt: skip
 
 
 def archive(path: Path) -> Path:
@@ -49,29 +54,29 @@ def archive(path: Path) -> Path:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder for ``DLMS_MODELS``, written by the examples themselves."""
     root = tmp_path_factory.mktemp("made")
-    data = archive(root / "images.tar")
+    data, out = archive(root / "images.tar"), root / "delivered"
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
-        import export_embedded
-        import train_embedded
+        import export_models
+        import prepare_images
+        import timed_training
         import train_features
 
-        common = f"--preset {NAME} --data {data} --device cpu --no-compile"
-        train_embedded.train(
-            train_embedded.arguments(
-                f"{common} --include /train/ --out {root}/run --images 24 --batch 8 "
-                "--channels 8,8,16 --groups 4 --layers 1 --warmup 8 --cooldown 8 --lr 0.05".split()
-            )
-        )
+        prepare_images.prepare(NAME, data, root)
+        common = ["--device", "cpu", "--no-compile", "--deliver", str(out)]
+        ticks = iter(range(10**6))
+        words = ["--model", NAME, "--images", str(root / f"{NAME}.npz"), "--samples", "0"]
+        words += ["--out", str(root / "run"), "--seconds", "61", "--change", json.dumps(TINY)]
+        args = timed_training.arguments([*common, *words])
+        timed_training.train(args, lambda: float(next(ticks)))
+        line = f"--preset {NAME} --data {root}/{NAME}.npz --out {root}/features --widths 4,6,8"
         facts = train_features.train(
-            train_features.arguments(
-                f"{common} --out {root}/features --widths 4,6,8 --batch 8 --epochs 10".split()
-            )
+            train_features.arguments([*common, *f"{line} --batch 8 --epochs 10".split()])
         )
         assert facts["test_accuracy"] == 1.0  # bright or dark is easily told
-        folders = f"--run {root}/run --features {root}/features --assets {root}/models/{NAME}"
-        export_embedded.export(export_embedded.arguments(f"--preset {NAME} {folders}".split()))
+        assert (facts["training_images"], facts["test_images"]) == (24, 8)
+        export_models.export(out, NAME, root, draw=2)
     for number, handler in before.items():  # train() installs its own
         signal.signal(number, handler)
     yield root
@@ -79,49 +84,60 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture
 def exported(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("DLMS_MODELS", str(made / "models"))
+    monkeypatch.setenv("DLMS_MODELS", str(made / "benchmarks" / "models"))
     monkeypatch.setenv("DLMS_MODEL_DEVICE", "cpu")
     return made
 
 
 def test_files_say_what_they_are(exported: Path) -> None:
     folder = benchmark_model.folder(NAME)
-    assert {path.name for path in folder.iterdir()} == {*benchmark_model.FILES, "samples.png"}
-    held = json.loads((folder / "provenance.json").read_text())
-    assert held["model"]["images_seen"] == 24
-    assert held["model"]["augmentation"] == 0.12
-    assert held["features"]["reference_images"] == 24
-    assert held["hardware"] and set(held["sha256"]) == {*benchmark_model.FILES[:4]}
-    weights = load_file(folder / benchmark_model.FILES[1])
+    files = {*benchmark_model.FILES, "samples.png", "MODEL_CARD.md"}
+    assert {path.name for path in folder.iterdir()} == files
+    record = json.loads((folder / "provenance.json").read_text())
+    assert record["model"]["images_seen"] == 8 * record["model"]["steps"] > 0
+    assert record["data"]["name"] == "CIFAR-10" and record["data"]["licence"]
+    assert record["features"]["reference_images"] == 24
+    assert record["hardware"] and set(record["sha256"]) == {*benchmark_model.FILES[:4]}
+    weights = load_file(folder / "network.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    assert not any("augment" in name for name in weights)
-    trained = load_file(exported / "run" / "checkpoint.safetensors")
-    assert "ema.augment.weight" in trained
+    trained = load_file(exported / "run" / "state.safetensors")
+    assert f"ema.{next(iter(weights))}" in trained
     for name, tensor in weights.items():
         assert torch.equal(tensor, trained[f"ema.{name}"].bfloat16())
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert "CIFAR-10" in card and f"{record['model']['images_seen']:,} images" in card
 
 
 def test_denoiser_is_the_trained_one(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A denoiser's answer turned back into the raw output has the training's loss."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    import edm_network
+    import timed_training
 
     model = benchmark_model.load(NAME)
-    x = torch.randn(3, *model.shape, generator=torch.Generator().manual_seed(0)) * 2
-    unet = benchmark_model.load_unet(NAME)
+    recipe = timed_training.TIMED[NAME]
+    clean, noise = torch.randn(2, 3, *model.shape, generator=torch.Generator().manual_seed(0))
+    sigma, data = 1.5, recipe["sigma_data"]
+    normal = torch.full((3,), (math.log(sigma) - recipe["level_mean"]) / recipe["level_std"])
     with pytest.MonkeyPatch.context() as patch:  # the trainer's own words, in float32
-        patch.setattr(edm_network.torch, "autocast", lambda *_: torch.no_grad())
-        expected = edm_network.denoise(unet, x, torch.full((3,), 1.5))
-    torch.testing.assert_close(model.denoiser(x, 1.5), expected, atol=2e-5, rtol=2e-5)
+        patch.setattr(timed_training.torch, "autocast", lambda *_: torch.no_grad())
+        unet = benchmark_model.load_unet(NAME)
+        expected = timed_training.make_loss(recipe)(unet, clean, noise, normal, None)
+
+    def loss(denoiser: Denoiser) -> float:
+        weight = (sigma**2 + data**2) / (sigma * data) ** 2
+        answer = denoiser(clean + sigma * noise, sigma)
+        return float(weight * (answer - clean).square().mean())
+
+    assert loss(model.denoiser) == pytest.approx(float(expected), rel=1e-5)
     assert model.denoiser.last_features.shape == (3, 64)
     assert float(model.denoiser.last_features.std()) > 0
-    with pytest.MonkeyPatch.context() as patch:  # the planted fault: another scale of the time
-        patch.setattr(benchmark_model, "C_NOISE_SCALE", 10.0)
-        assert float((benchmark_model.load(NAME).denoiser(x, 1.5) - expected).abs().max()) > 1e-4
+    model.denoiser.sigma_data = 0.6  # the planted fault
+    assert loss(model.denoiser) != pytest.approx(float(expected), rel=1e-3)
 
 
 def test_reference_belongs_to_the_features(exported: Path) -> None:
     model = benchmark_model.load(NAME)
-    with np.load(exported / "features" / "train.npz") as stored:
+    with np.load(exported / f"{NAME}.npz") as stored:
         pixels = torch.from_numpy(stored["images"]).permute(0, 3, 1, 2).float() / 127.5 - 1
     features = model.features(pixels).double()
     assert model.reference.images == 24
@@ -225,11 +241,11 @@ def test_without_the_files_the_message_names_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DLMS_MODELS", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"scripts/gpu_record\.sh train finish classifier"):
+    with pytest.raises(FileNotFoundError, match=r"scripts/gpu_record\.sh train export"):
         load_model(NAME)
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="missing: diffusion_pytorch_model"):
+    with pytest.raises(FileNotFoundError, match="missing: network.safetensors"):
         benchmark_model.folder(NAME)
     done = dlms("sample", "--model", NAME)
     assert done.returncode != 0
@@ -238,7 +254,7 @@ def test_without_the_files_the_message_names_the_command(
 
 
 def test_what_cannot_be_is_refused(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="expected 'embedded', 'cifar10-32' or module:function"):
+    with pytest.raises(ValueError, match="'emoji', .*'cifar10-32' or module:function"):
         load_model("cifar10-64")
     with pytest.raises(ValueError, match="expected one of cifar10-32"):
         benchmark_model.folder("cifar10-64")
@@ -256,35 +272,43 @@ def test_a_feature_file_of_another_network_is_refused(
     folder = tmp_path / NAME
     folder.mkdir()
     for name in benchmark_model.FILES:
-        (folder / name).write_bytes((exported / "models" / NAME / name).read_bytes())
+        (folder / name).write_bytes((exported / "benchmarks" / "models" / NAME / name).read_bytes())
     monkeypatch.setenv("DLMS_MODELS", str(tmp_path))
     weights = load_file(folder / "features.safetensors")
     save_file(weights, folder / "features.safetensors")
     with pytest.raises(ValueError, match="does not say its widths"):
-        benchmark_model.load_features(NAME)
+        benchmark_model.load(NAME)
     del weights["scale"]
     save_file(weights, folder / "features.safetensors", metadata={"widths": "4,6,8"})
     with pytest.raises(ValueError, match=r"missing \['scale'\]"):
-        benchmark_model.load_features(NAME)
+        benchmark_model.load(NAME)
 
 
 def test_recipe_has_the_promised_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    from edm_network import build_network
-    from recipes import CLASSIFIER, TRAINING
+    from recipes import CLASSIFIER, TIMED
     from train_features import build_features
 
-    unet: Any = build_network(TRAINING[NAME])
-    held = []
-    unet.mid_block.register_forward_hook(lambda _m, _i, output: held.append(output.shape))
-    with torch.no_grad():
-        unet(torch.zeros(1, 3, 32, 32), torch.zeros(1))
-    assert held[0][2:] == (8, 8)
+    from dlms_engine.models.unet import UNet
+
+    for name, bounds in (
+        (NAME, (8e6, 20e6)),
+        ("emoji", (1e6, 2.5e6)),
+        ("emoji-flow", (1e6, 2.5e6)),
+    ):
+        unet = UNet(**TIMED[name]["network"], classes=11 if TIMED[name]["dropout"] else 0)
+        kept: list[torch.Size] = []
+        unet.mid_block.register_forward_hook(
+            lambda _m, _i, output, kept=kept: kept.append(output.shape)
+        )
+        with torch.no_grad():
+            unet(torch.zeros(1, 3, 32, 32), torch.zeros(1))
+        assert kept[0][2:] == ((8, 8) if name == NAME else (4, 4))
+        assert bounds[0] <= sum(p.numel() for p in unet.parameters()) <= bounds[1]
+    network = UNet(**TIMED[NAME]["network"])
     features = build_features(CLASSIFIER[NAME]["widths"])
-    counts = [sum(p.numel() for p in n.parameters()) for n in (unet, features)]
-    assert 8e6 <= counts[0] <= 20e6
-    matrix = 8 * features.num_features**2
-    assert 2 * sum(counts) + matrix < 39e6  # with the pictures, at most 40 MB
+    together = sum(p.numel() for n in (network, features) for p in n.parameters())
+    assert 2 * together + 8 * features.num_features**2 < 39e6  # with the pictures, at most 40 MB
 
 
 def test_models_are_no_part_of_the_package() -> None:

@@ -26,8 +26,8 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object 
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="'embedded', 'cifar10-32' (see docs/benchmark_model.md), or module:function in the "
-        "current folder or installed; the function returns (denoiser, sample shape)."
+        help="'embedded', 'emoji', 'emoji-flow', 'cifar10-32' (see docs/benchmark_model.md), or "
+        "module:function in the current folder or installed; the function returns (denoiser, sample shape)."
     ),
 ]
 SolverOption = Annotated[Path | None, typer.Option(help="Solver file written by dlms distill.")]
@@ -59,23 +59,27 @@ class Model:
 
 
 def load_model(spec: str) -> Model:
-    """The embedded model, a benchmark model, or what ``module:function`` returns.
+    """A model of the package, a benchmark model, or what ``module:function`` returns.
 
     Raises:
         ValueError: no such function, or it returns something else.
         FileNotFoundError: the benchmark model has not been made.
     """
+    from .. import models
+
     if spec == "embedded":
         return _embedded()
+    if spec in models.NAMES:
+        return Model(*models.load(spec)[:4])
     module_name, _, function_name = spec.partition(":")
     if not function_name:
         from ..lab import benchmark_model
 
         if spec in benchmark_model.NAMES:
             return Model(*benchmark_model.load(spec))
+        names = ("embedded", *models.NAMES, *benchmark_model.NAMES)
         raise ValueError(
-            f"model is {spec!r}, expected 'embedded', {', '.join(map(repr, benchmark_model.NAMES))} or "
-            "module:function"
+            f"model is {spec!r}, expected {', '.join(map(repr, names))} or module:function"
         )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

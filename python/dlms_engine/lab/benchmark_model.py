@@ -23,15 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from ..denoiser import Denoiser
-from ..models.embedded import C_NOISE_SCALE, SIGMA_DATA, SIGMA_MAX, SIGMA_MIN, ReferenceStatistics
+from ..models.embedded import ReferenceStatistics
 from ..models.features import ResidualFeatures
-from ..processes import EDM
+from ..models.pretrained import read_config, read_features, read_network, read_reference
+from ..models.unet import UNet
+from ..processes import from_config
 
 NAMES = ("cifar10-32",)
 """Models there are recipes for."""
 FILES = (
     "config.json",
-    "diffusion_pytorch_model.safetensors",
+    "network.safetensors",
     "features.safetensors",
     "reference.safetensors",
     "provenance.json",
@@ -65,7 +67,7 @@ class BenchmarkNetwork(nn.Module):
     ``[B, C, 8, 8]`` where the caller is, for a denoiser's tap.
 
     Args:
-        unet: a diffusers ``UNet2DModel``.
+        unet: a network with a ``mid_block``, called with c_noise.
         precise: the same in float32, asked where gradients run back; float16 would lose the small
             ones. None: ``unet`` itself.
         compile: use torch.compile for batches of at least ``COMPILED_FROM`` without gradients; it
@@ -95,7 +97,7 @@ class BenchmarkNetwork(nn.Module):
         self._middle = output
 
     def _both(self, x: Tensor, c_noise: Tensor, unet: nn.Module) -> tuple[Tensor, Tensor]:
-        output = unet(x, C_NOISE_SCALE * c_noise, return_dict=False)[0]
+        output = unet(x, c_noise)
         middle, self._middle = self._middle, None
         assert middle is not None
         return output, middle
@@ -149,7 +151,7 @@ def folder(name: str) -> Path:
         raise FileNotFoundError(
             f"the model {name} is not in {path} (missing: {', '.join(missing)}). Set DLMS_MODELS to "
             f"the folder that holds {name}/, or make it in a checkout, on a GPU: "
-            "DATA=cifar10.tar scripts/gpu_record.sh train finish classifier export"
+            "DATA=cifar10.tar scripts/gpu_record.sh train export"
         )
     return path
 
@@ -160,78 +162,26 @@ def load(name: str) -> BenchmarkModel:
     Raises:
         ValueError: no such model, or an environment variable holds no word it may hold.
         FileNotFoundError: its files are absent.
-        ImportError: diffusers is not installed.
     """
-    device, dtype = _device(), _dtype()
+    device, dtype, path = _device(), _dtype(), folder(name)
+    config = read_config(path)
     unet = load_unet(name, device, dtype)
     precise = None if dtype == torch.float32 else load_unet(name, device)
     compiled = os.environ.get("DLMS_MODEL_COMPILE", "0") not in ("", "0")
     network = BenchmarkNetwork(unet, precise=precise, compile=compiled).eval()
-    process = EDM(SIGMA_MIN, SIGMA_MAX)
-    denoiser = Denoiser(network, process, "edm", sigma_data=SIGMA_DATA, features="bottleneck")
-    size = int(cast(Any, unet).config.sample_size)
+    process, sigma_data = from_config(config["process"]), float(config["sigma_data"])
+    denoiser = Denoiser(network, process, "edm", sigma_data=sigma_data, features="bottleneck")
+    shape = (3, unet.size, unet.size)
     return BenchmarkModel(
-        denoiser, (3, size, size), Visiting(load_features(name, device)), load_reference(name)
+        denoiser, shape, Visiting(read_features(path, device)), read_reference(path)
     )
 
 
 def load_unet(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> nn.Module:
-    """The diffusers ``UNet2DModel``, channels-last, frozen; its timestep is 100 * c_noise.
-
-    Raises:
-        ImportError: diffusers is not installed.
-    """
-    try:
-        from diffusers import UNet2DModel
-    except ImportError as error:
-        raise ImportError(
-            f"the model {name} is a diffusers UNet2DModel: pip install 'dlms_engine[diffusers]'"
-        ) from error
-    from_pretrained: Any = UNet2DModel.from_pretrained  # untyped in diffusers
-    unet: nn.Module = from_pretrained(
-        folder(name), low_cpu_mem_usage=False, use_safetensors=True, local_files_only=True
-    )
-    # Not diffusers' own to(), which warns of every change of dtype.
-    nn.Module.to(unet, device=device, dtype=dtype)
-    nn.Module.to(unet, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return unet.eval().requires_grad_(False)
-
-
-def load_features(name: str, device: torch.device | str = "cpu") -> ResidualFeatures:
-    """The classifier's features, float32, frozen.
-
-    Raises:
-        ValueError: the file does not hold such a network.
-    """
-    import safetensors
-    from safetensors.torch import load_file
-
-    path = folder(name) / "features.safetensors"
-    with safetensors.safe_open(str(path), framework="pt") as opened:
-        widths = (opened.metadata() or {}).get("widths", "")
-    if not widths:
-        raise ValueError(
-            f"{path} does not say its widths: export it with examples/export_embedded.py"
-        )
-    network = ResidualFeatures(tuple(int(width) for width in widths.split(",")))
-    missing, unexpected = network.load_state_dict(load_file(path), strict=False)
-    # BatchNorm's step counters are not stored: they play no part in eval mode.
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    if missing or unexpected:
-        raise ValueError(f"{path}: missing {missing}, unexpected {unexpected}")
-    network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network.eval().requires_grad_(False)
-    return network
-
-
-def load_reference(name: str) -> ReferenceStatistics:
-    """Feature statistics of the training images, float64 on the CPU."""
-    from safetensors.torch import load_file
-
-    stored = load_file(folder(name) / "reference.safetensors")
-    return ReferenceStatistics(int(stored["count"]), stored["mean"], stored["covariance"])
+) -> UNet:
+    """The U-Net alone, channels-last, frozen; its time argument is c_noise."""
+    return read_network(folder(name), device, dtype)
 
 
 def _device() -> torch.device:

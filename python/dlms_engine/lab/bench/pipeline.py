@@ -44,12 +44,13 @@ def make_network(model: str, device: str, dtype: torch.dtype) -> tuple[nn.Module
     """
     from dlms_engine.lab import benchmark_model
 
+    network: nn.Module
+    shape: tuple[int, ...]
     if model == "embedded":
         network, shape = embedded.embedded_network(device, dtype), embedded.IMAGE_SHAPE
     elif model in benchmark_model.NAMES:
-        unet: Any = benchmark_model.load_unet(model, device, dtype)
-        size = int(unet.config.sample_size)
-        network, shape = embedded.EmbeddedNetwork(unet).eval(), (3, size, size)
+        unet = benchmark_model.load_unet(model, device, dtype)
+        network, shape = unet, (3, unet.size, unet.size)
     else:
         names = ", ".join(("embedded", *benchmark_model.NAMES))
         raise ValueError(f"model is {model!r}, expected one of {names}")
@@ -59,7 +60,7 @@ def make_network(model: str, device: str, dtype: torch.dtype) -> tuple[nn.Module
 
 def make_denoiser(network: nn.Module, policy: Any) -> Denoiser:
     """For the policy: a table needs no bottleneck, and so no hook in the network."""
-    tap = None if isinstance(policy, SolverTable) else embedded.BOTTLENECK
+    tap = None if isinstance(policy, SolverTable) else "mid_block"
     process = EDM(embedded.SIGMA_MIN, embedded.SIGMA_MAX)
     return Denoiser(network, process, sigma_data=embedded.SIGMA_DATA, features=tap)
 
