@@ -27,7 +27,7 @@ ModelOption = Annotated[
     str,
     typer.Option(
         help="'embedded', 'emoji', 'emoji-flow', 'cifar10-32' (see docs/benchmark_model.md), or "
-        "module:function in the current folder or installed; the function returns (denoiser, sample shape)."
+        "module:function in the current folder or installed; it returns (denoiser, sample shape)."
     ),
 ]
 SolverOption = Annotated[Path | None, typer.Option(help="Solver file written by dlms distill.")]
