@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "python/graph_bindings.h"
 #include "sampling_loop.h"
 
 namespace py = pybind11;
@@ -9,7 +10,7 @@ using dlms::HistoryRing;
 using dlms::SamplingLoop;
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "History ring and sampling loop on the CPU.";
+  m.doc() = "History ring and sampling loop on the CPU; captured runs on a GPU.";
   m.def(
       "cpu_isa", [] { return dlms::kernels().name; },
       "Instruction set of the CPU kernels in use: 'baseline', 'avx2' or 'avx512'.");
@@ -51,4 +52,6 @@ PYBIND11_MODULE(_C, m) {
           "network_input", &SamplingLoop::network_input, "The live network input, [B, ...].")
       .def_property_readonly(
           "ring", &SamplingLoop::ring, py::return_value_policy::reference_internal);
+
+  dlms::bind_graphs(m);
 }

@@ -92,6 +92,26 @@ bool TensorView::has_shape(const int64_t* expected, int n) const {
   return true;
 }
 
+bool raw_tensor(py::handle object, RawTensor* out) {
+  const Torch& t = torch();
+  DLTensor raw;
+  if (!PyObject_TypeCheck(object.ptr(), t.tensor_type)) return false;
+  if (t.api->dltensor_from_py_object_no_sync(object.ptr(), &raw) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  out->data = static_cast<char*>(raw.data) + raw.byte_offset;
+  out->dtype = raw.dtype.code | raw.dtype.bits << 8 | static_cast<uint32_t>(raw.dtype.lanes) << 16;
+  out->device = {static_cast<int>(raw.device.device_type), raw.device.device_id};
+  out->ndim = raw.ndim;
+  out->shape = raw.shape;
+  out->contiguous = is_contiguous(raw);
+  size_t elements = 1;
+  for (int d = 0; d < raw.ndim; ++d) elements *= static_cast<size_t>(raw.shape[d]);
+  out->bytes = (elements * raw.dtype.bits * raw.dtype.lanes + 7) / 8;
+  return true;
+}
+
 TensorView view_of(py::handle object, const char* name) {
   const Torch& t = torch();
   if (!PyObject_TypeCheck(object.ptr(), t.tensor_type)) {

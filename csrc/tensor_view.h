@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "fused_row.h"
@@ -26,6 +27,21 @@ struct TensorView {
 
   bool has_shape(const int64_t* expected, int n) const;
 };
+
+// Where and what the memory of a tensor is, any dtype and device.
+struct RawTensor {
+  void* data = nullptr;
+  uint32_t dtype = 0;              // DLPack's code, bits and lanes
+  std::pair<int, int> device;      // DLPack's type, and index
+  int ndim = 0;
+  const int64_t* shape = nullptr;  // valid while the tensor lives
+  size_t bytes = 0;
+  bool contiguous = false;
+};
+
+// False, without an error set, for what is not a tensor with memory of its own (a subclass that
+// wraps others).
+bool raw_tensor(pybind11::handle object, RawTensor* out);
 
 // TypeError unless `object` is a torch.Tensor; BufferError for one that cannot be read as memory.
 // `name` is what messages call it.
