@@ -31,10 +31,10 @@ struct TensorView {
 // Where and what the memory of a tensor is, any dtype and device.
 struct RawTensor {
   void* data = nullptr;
-  uint32_t dtype = 0;              // DLPack's code, bits and lanes
-  std::pair<int, int> device;      // DLPack's type, and index
+  uint32_t dtype = 0;         // DLPack's code, bits and lanes
+  std::pair<int, int> device; // DLPack's type, and index
   int ndim = 0;
-  const int64_t* shape = nullptr;  // valid while the tensor lives
+  const int64_t* shape = nullptr; // valid while the tensor lives
   size_t bytes = 0;
   bool contiguous = false;
 };

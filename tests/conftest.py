@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
     # Before anything imports Triton, which looks once: its kernels then run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# After the settings above: it imports the package. Captured runs on a machine without a GPU.
+from standin_driver import captured, driver, standin_library  # noqa: E402, F401
+
 
 @pytest.fixture(autouse=True)
 def _needs_cuda(request: pytest.FixtureRequest) -> None:

@@ -25,12 +25,12 @@ using GraphNode = CUgraphNode_st*;
 using Stream = CUstream_st*;
 using DevicePtr = unsigned long long;
 
-constexpr int kMemoryDevice = 2;                  // CU_MEMORYTYPE_DEVICE
+constexpr int kMemoryDevice = 2;                    // CU_MEMORYTYPE_DEVICE
 constexpr unsigned long long kAutoFreeOnLaunch = 1; // as torch instantiates its own graphs
-constexpr int kNodeConditional = 13;              // CU_GRAPH_NODE_TYPE_CONDITIONAL
-constexpr int kConditionWhile = 1;                // CU_GRAPH_COND_TYPE_WHILE
-constexpr unsigned kConditionAssignDefault = 1;   // CU_GRAPH_COND_ASSIGN_DEFAULT
-constexpr unsigned kStreamNonBlocking = 1;        // CU_STREAM_NON_BLOCKING
+constexpr int kNodeConditional = 13;                // CU_GRAPH_NODE_TYPE_CONDITIONAL
+constexpr int kConditionWhile = 1;                  // CU_GRAPH_COND_TYPE_WHILE
+constexpr unsigned kConditionAssignDefault = 1;     // CU_GRAPH_COND_ASSIGN_DEFAULT
+constexpr unsigned kStreamNonBlocking = 1;          // CU_STREAM_NON_BLOCKING
 
 // CUDA_MEMCPY3D_v2. A plain copy is Height = Depth = 1.
 struct Copy {
@@ -92,53 +92,48 @@ class DriverError : public std::runtime_error {
 
 // (member, symbol in the library, parameters). The suffixes are part of the interface.
 #define DLMS_DRIVER_REQUIRED(entry)                                                                \
-  entry(init, "cuInit", (unsigned flags))                                                          \
-  entry(error_string, "cuGetErrorString", (int status, const char** text))                         \
-  entry(device_get, "cuDeviceGet", (int* device, int ordinal))                                     \
-  entry(primary_retain, "cuDevicePrimaryCtxRetain", (Context * context, int device))               \
-  entry(primary_release, "cuDevicePrimaryCtxRelease_v2", (int device))                             \
-  entry(context_push, "cuCtxPushCurrent_v2", (Context context))                                    \
-  entry(context_pop, "cuCtxPopCurrent_v2", (Context * context))                                    \
-  entry(stream_create, "cuStreamCreate", (Stream * stream, unsigned flags))                        \
-  entry(stream_synchronize, "cuStreamSynchronize", (Stream stream))                                \
-  entry(stream_destroy, "cuStreamDestroy_v2", (Stream stream))                                     \
-  entry(memory_allocate, "cuMemAlloc_v2", (DevicePtr * memory, size_t bytes))                      \
-  entry(memory_free, "cuMemFree_v2", (DevicePtr memory))                                           \
-  entry(graph_create, "cuGraphCreate", (Graph * graph, unsigned flags))                            \
-  entry(graph_clone, "cuGraphClone", (Graph * clone, Graph graph))                                 \
-  entry(graph_destroy, "cuGraphDestroy", (Graph graph))                                            \
-  entry(graph_roots, "cuGraphGetRootNodes", (Graph graph, GraphNode * nodes, size_t * count))      \
-  entry(graph_nodes, "cuGraphGetNodes", (Graph graph, GraphNode * nodes, size_t * count))          \
-  entry(node_dependents, "cuGraphNodeGetDependentNodes",                                           \
-      (GraphNode node, GraphNode * dependents, size_t * count))                                    \
-  entry(add_dependencies, "cuGraphAddDependencies",                                                \
-      (Graph graph, const GraphNode* from, const GraphNode* to, size_t count))                     \
-  entry(add_copy, "cuGraphAddMemcpyNode",                                                          \
-      (GraphNode * node, Graph graph, const GraphNode* after, size_t count, const Copy* copy,      \
-          Context context))                                                                        \
-  entry(add_memset, "cuGraphAddMemsetNode",                                                        \
-      (GraphNode * node, Graph graph, const GraphNode* after, size_t count,                        \
-          const MemsetNode* memset, Context context))                                              \
-  entry(add_kernel, "cuGraphAddKernelNode_v2",                                                     \
-      (GraphNode * node, Graph graph, const GraphNode* after, size_t count,                        \
-          const KernelNode* kernel))                                                               \
-  entry(add_child, "cuGraphAddChildGraphNode",                                                     \
-      (GraphNode * node, Graph graph, const GraphNode* after, size_t count, Graph child))          \
-  entry(set_copy, "cuGraphExecMemcpyNodeSetParams",                                                \
-      (GraphExec exec, GraphNode node, const Copy* copy, Context context))                         \
-  entry(instantiate, "cuGraphInstantiateWithFlags",                                                \
-      (GraphExec * exec, Graph graph, unsigned long long flags))                                   \
-  entry(upload, "cuGraphUpload", (GraphExec exec, Stream stream))                                  \
-  entry(launch, "cuGraphLaunch", (GraphExec exec, Stream stream))                                  \
-  entry(exec_destroy, "cuGraphExecDestroy", (GraphExec exec))
+  entry(init, "cuInit", (unsigned flags)) entry(                                                   \
+      error_string, "cuGetErrorString", (int status, const char** text)) entry(device_get,         \
+      "cuDeviceGet", (int* device, int ordinal)) entry(primary_retain, "cuDevicePrimaryCtxRetain", \
+      (Context * context, int device)) entry(primary_release, "cuDevicePrimaryCtxRelease_v2",      \
+      (int device)) entry(context_push, "cuCtxPushCurrent_v2",                                     \
+      (Context context)) entry(context_pop, "cuCtxPopCurrent_v2", (Context * context))             \
+      entry(stream_create, "cuStreamCreate", (Stream * stream, unsigned flags)) entry(             \
+          stream_synchronize, "cuStreamSynchronize", (Stream stream)) entry(stream_destroy,        \
+          "cuStreamDestroy_v2", (Stream stream)) entry(memory_allocate, "cuMemAlloc_v2",           \
+          (DevicePtr * memory, size_t bytes)) entry(memory_free, "cuMemFree_v2",                   \
+          (DevicePtr memory)) entry(graph_create, "cuGraphCreate",                                 \
+          (Graph * graph, unsigned flags)) entry(graph_clone, "cuGraphClone",                      \
+          (Graph * clone, Graph graph)) entry(graph_destroy, "cuGraphDestroy",                     \
+          (Graph graph)) entry(graph_roots, "cuGraphGetRootNodes",                                 \
+          (Graph graph, GraphNode * nodes, size_t* count)) entry(graph_nodes, "cuGraphGetNodes",   \
+          (Graph graph, GraphNode * nodes, size_t* count)) entry(node_dependents,                  \
+          "cuGraphNodeGetDependentNodes", (GraphNode node, GraphNode * dependents, size_t* count)) \
+          entry(add_dependencies, "cuGraphAddDependencies",                                        \
+              (Graph graph, const GraphNode* from, const GraphNode* to,                            \
+                  size_t count)) entry(add_copy, "cuGraphAddMemcpyNode",                           \
+              (GraphNode * node, Graph graph, const GraphNode* after, size_t count,                \
+                  const Copy* copy, Context context)) entry(add_memset, "cuGraphAddMemsetNode",    \
+              (GraphNode * node, Graph graph, const GraphNode* after, size_t count,                \
+                  const MemsetNode* memset, Context context)) entry(add_kernel,                    \
+              "cuGraphAddKernelNode_v2",                                                           \
+              (GraphNode * node, Graph graph, const GraphNode* after, size_t count,                \
+                  const KernelNode* kernel)) entry(add_child, "cuGraphAddChildGraphNode",          \
+              (GraphNode * node, Graph graph, const GraphNode* after, size_t count, Graph child))  \
+              entry(set_copy, "cuGraphExecMemcpyNodeSetParams",                                    \
+                  (GraphExec exec, GraphNode node, const Copy* copy, Context context))             \
+                  entry(instantiate, "cuGraphInstantiateWithFlags",                                \
+                      (GraphExec * exec, Graph graph, unsigned long long flags))                   \
+                      entry(upload, "cuGraphUpload", (GraphExec exec, Stream stream))              \
+                          entry(launch, "cuGraphLaunch", (GraphExec exec, Stream stream))          \
+                              entry(exec_destroy, "cuGraphExecDestroy", (GraphExec exec))
 
 // Drivers before CUDA 12.4 lack these: null.
-#define DLMS_DRIVER_OPTIONAL(entry)                                                                \
-  entry(conditional_handle, "cuGraphConditionalHandleCreate",                                      \
-      (unsigned long long* handle, Graph graph, Context context, unsigned initial,                 \
-          unsigned flags))                                                                         \
-  entry(add_node, "cuGraphAddNode",                                                                \
-      (GraphNode * node, Graph graph, const GraphNode* after, size_t count,                        \
+#define DLMS_DRIVER_OPTIONAL(entry)                                                \
+  entry(conditional_handle, "cuGraphConditionalHandleCreate",                      \
+      (unsigned long long* handle, Graph graph, Context context, unsigned initial, \
+          unsigned flags)) entry(add_node, "cuGraphAddNode",                       \
+      (GraphNode * node, Graph graph, const GraphNode* after, size_t count,        \
           ConditionalNode* parameters))
 
 struct Driver {

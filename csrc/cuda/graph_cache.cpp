@@ -38,7 +38,8 @@ GraphCache::Answer GraphCache::claim(const GraphKey& key) {
   if (const Failure* failure = failed(key)) return {Claim::kFailed, nullptr, failure->reason};
   // Claims are by the coarse key: threads that meet a fresh network make its first run once.
   const std::string coarse = key.bytes.substr(0, key.coarse);
-  if (making_.try_emplace(coarse, Making{key.owner, false}).second) return {Claim::kMine, nullptr, ""};
+  if (making_.try_emplace(coarse, Making{key.owner, false}).second)
+    return {Claim::kMine, nullptr, ""};
   changed_.wait(lock, [&] { return making_.count(coarse) == 0; });
   return {Claim::kAgain, nullptr, ""};
 }

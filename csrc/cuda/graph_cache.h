@@ -15,8 +15,8 @@
 
 namespace dlms::cuda {
 
-// Everything that a captured run depends on, written out as bytes; equal bytes, equal run. The first
-// `coarse` bytes leave out what the network's modules hold.
+// Everything that a captured run depends on, written out as bytes; equal bytes, equal run. The
+// first `coarse` bytes leave out what the network's modules hold.
 struct GraphKey {
   std::string bytes;
   size_t coarse = 0;
@@ -51,8 +51,8 @@ class GraphCache {
   // for the first run of a network may have changed what the key is made of. The lock is not held
   // while a value is made.
   Answer claim(const GraphKey& key);
-  // Ends the claim on `claimed` with a value under `key`. The oldest go while the bounds are passed;
-  // the newest stays, whatever its size.
+  // Ends the claim on `claimed` with a value under `key`. The oldest go while the bounds are
+  // passed; the newest stays, whatever its size.
   void put(const GraphKey& claimed, const GraphKey& key, Value value, uint64_t bytes);
   // Ends a claim and remembers why there is no value: for this key, or if `coarse` for every state
   // of the network's modules.
@@ -64,7 +64,7 @@ class GraphCache {
 
   bool contains(const GraphKey& key) const;
   std::string failure(const GraphKey& key) const; // empty: none
-  void invalidate(uint64_t owner); // 0: every network. Failures are forgotten too.
+  void invalidate(uint64_t owner);                // 0: every network. Failures are forgotten too.
   Stats stats() const;
   uint64_t max_bytes() const { return max_bytes_.load(); }
   size_t max_entries() const { return max_entries_.load(); }

@@ -68,22 +68,22 @@ void GraphRun::add_copies() {
   const std::vector<GraphNode> all = nodes_of(driver_, graph_, driver_.graph_nodes);
   if (all.empty())
     throw DriverError(
-        "the capture recorded nothing: its work ran on another stream or device than the capture's");
+        "the capture recorded nothing: its work ran on another stream or device than the "
+        "capture's");
   const std::vector<GraphNode> roots = nodes_of(driver_, graph_, driver_.graph_roots);
   const std::vector<GraphNode> leaves = leaves_of(driver_, all);
   for (const Span& span : inputs_) {
     const Copy copy = copy_of(span.data, span.data, span.bytes);
     GraphNode node = nullptr;
-    driver_.check(driver_.add_copy(&node, graph_, nullptr, 0, &copy, context_.get()),
-        "cuGraphAddMemcpyNode");
+    driver_.check(
+        driver_.add_copy(&node, graph_, nullptr, 0, &copy, context_.get()), "cuGraphAddMemcpyNode");
     for (const GraphNode root : roots)
-      driver_.check(
-          driver_.add_dependencies(graph_, &node, &root, 1), "cuGraphAddDependencies");
+      driver_.check(driver_.add_dependencies(graph_, &node, &root, 1), "cuGraphAddDependencies");
     copies_.push_back(node);
   }
   const Copy copy = copy_of(output_.data, output_.data, output_.bytes);
-  driver_.check(driver_.add_copy(&result_, graph_, leaves.data(), leaves.size(), &copy,
-                    context_.get()),
+  driver_.check(
+      driver_.add_copy(&result_, graph_, leaves.data(), leaves.size(), &copy, context_.get()),
       "cuGraphAddMemcpyNode");
   bound_ = inputs_;
   bound_output_ = output_;
@@ -99,8 +99,8 @@ GraphRun::~GraphRun() {
 void GraphRun::bind(GraphNode node, Span& bound, const void* from, void* to, size_t bytes) {
   const Copy copy = copy_of(from, to, bytes);
   // Runs that are already enqueued keep the addresses that they were enqueued with.
-  driver_.check(driver_.set_copy(exec_, node, &copy, context_.get()),
-      "cuGraphExecMemcpyNodeSetParams");
+  driver_.check(
+      driver_.set_copy(exec_, node, &copy, context_.get()), "cuGraphExecMemcpyNodeSetParams");
   bound.bytes = bytes;
 }
 
@@ -142,12 +142,11 @@ void build_loop(const Driver& driver, Context context, Graph graph, Graph first,
   MemsetNode zero;
   zero.dst = address(counter);
   GraphNode before = nullptr;
-  driver.check(driver.add_memset(&before, graph, nullptr, 0, &zero, context),
-      "cuGraphAddMemsetNode");
+  driver.check(
+      driver.add_memset(&before, graph, nullptr, 0, &zero, context), "cuGraphAddMemsetNode");
   if (first != nullptr) {
     GraphNode node = nullptr;
-    driver.check(
-        driver.add_child(&node, graph, &before, 1, first), "cuGraphAddChildGraphNode");
+    driver.check(driver.add_child(&node, graph, &before, 1, first), "cuGraphAddChildGraphNode");
     before = node;
   }
   ConditionalNode loop;

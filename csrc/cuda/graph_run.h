@@ -70,7 +70,7 @@ class GraphRun {
 // counter, count: int32 in device memory, count >= 1. `first` runs once, before the loop; it may be
 // null. The graph is the caller's to destroy.
 // DriverError: the driver has no conditional nodes (before CUDA 12.4).
-Graph loop_graph(Graph first, Graph body, Function advance, int* counter, const int* count,
-    int device);
+Graph loop_graph(
+    Graph first, Graph body, Function advance, int* counter, const int* count, int device);
 
 } // namespace dlms::cuda

@@ -50,8 +50,8 @@ class TensorRun {
     output_layout_ = {out.dtype, out.device};
     const Span span{out.data, out.bytes};
     const py::gil_scoped_release release;
-    run_ = std::make_unique<GraphRun>(
-        handle_of<cuda::Graph>(graph), std::move(spans), span, device);
+    run_ =
+        std::make_unique<GraphRun>(handle_of<cuda::Graph>(graph), std::move(spans), span, device);
   }
 
   // inputs: contiguous tensors of the buffers' dtypes and devices, at most as large; output: one
@@ -84,8 +84,8 @@ class TensorRun {
     uint32_t dtype;
     std::pair<int, int> device;
   };
-  static void check(py::handle tensor, const RawTensor& raw, const Layout& layout,
-      const std::string& what) {
+  static void check(
+      py::handle tensor, const RawTensor& raw, const Layout& layout, const std::string& what) {
     if (raw.dtype != layout.dtype || raw.device != layout.device)
       throw py::value_error(what + " is " + describe(tensor) +
                             ": not of the dtype and device that the run was captured with");
@@ -162,13 +162,15 @@ void bind_runs(py::module_& m) {
           "graph: cudaGraph_t, copied; inputs, output: the tensors that it reads and writes.")
       .def("launch", &TensorRun::launch, py::arg("inputs"), py::arg("output"), py::arg("stream"),
           "Enqueue one run on a stream (cudaStream_t): one call of the driver, no wait.")
-      .def("upload",
+      .def(
+          "upload",
           [](TensorRun& run, uintptr_t stream) {
             const py::gil_scoped_release release;
             run.run().upload(handle_of<cuda::Stream>(stream));
           },
           py::arg("stream"))
-      .def_property_readonly("nodes", [](TensorRun& run) { return run.run().nodes(); },
+      .def_property_readonly(
+          "nodes", [](TensorRun& run) { return run.run().nodes(); },
           "Nodes of the graph, copies included.")
       .def_property_readonly("launches", [](TensorRun& run) { return run.run().launches(); });
 }

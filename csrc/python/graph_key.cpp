@@ -11,7 +11,9 @@ namespace py = pybind11;
 namespace dlms {
 namespace {
 
-constexpr int kDepth = 6;          // nested containers and objects of an attribute
+constexpr int kCuda = 2;             // kDLCUDA
+constexpr int kDepth = 6;            // nested containers of an attribute
+constexpr int kObjectDepth = 2;      // how deep in them objects are looked into
 constexpr Py_ssize_t kLongest = 512; // entries of a container that are looked at
 
 enum Tag : char {
@@ -33,7 +35,16 @@ enum Tag : char {
 };
 
 // What kind of object a type makes; types are looked at once.
-enum class Kind { kPlainObject, kOpaque, kModule, kTensor, kFunction, kMethod, kByText };
+enum class Kind {
+  kPlainObject,
+  kOpaque,
+  kByAddress,
+  kModule,
+  kTensor,
+  kFunction,
+  kMethod,
+  kByText
+};
 
 struct Types {
   PyTypeObject* module;
@@ -66,14 +77,17 @@ Kind look_at(PyTypeObject* type) {
   if (PyType_IsSubtype(type, known.module)) return Kind::kModule;
   if (type == &PyFunction_Type) return Kind::kFunction;
   if (type == &PyMethod_Type) return Kind::kMethod;
-  const py::object module = py::getattr(py::handle(reinterpret_cast<PyObject*>(type)),
-      "__module__", py::str(""));
+  const py::object module =
+      py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__module__", py::str(""));
   const std::string from = py::isinstance<py::str>(module) ? std::string(py::str(module)) : "";
   const std::string name = type->tp_name;
-  if (from == "torch" && name == "torch.device") return Kind::kByText;
+  if (name == "torch.device") return Kind::kByText;
+  if (name == "torch.dtype" || name == "torch.layout" || name == "torch.memory_format" ||
+      from == "builtins" || PyType_IsSubtype(type, &PyType_Type))
+    return Kind::kByAddress; // there is one of each, or it is a function or class
   // torch's own objects (hooks' handles, compiled code, locks) hold no settings of a network, but
   // some change in every call.
-  if (from == "torch" || starts_with(from, "torch.") || from == "builtins" || starts_with(from, "_"))
+  if (from == "torch" || starts_with(from, "torch.") || starts_with(from, "_"))
     return Kind::kOpaque;
   return Kind::kPlainObject;
 }
@@ -205,7 +219,7 @@ void Writer::mapping(PyObject* object, int depth) {
   }
 }
 
-// Returns where it lies; the run's own device for a subclass that wraps other tensors.
+// Returns where it lies.
 std::pair<int, int> Writer::tensor(PyObject* item) {
   RawTensor raw;
   if (raw_tensor(item, &raw)) {
@@ -219,7 +233,10 @@ std::pair<int, int> Writer::tensor(PyObject* item) {
   tensor_attributes_ = true;
   object(item, Kind::kPlainObject, 1);
   tensor_attributes_ = before;
-  return device_;
+  const std::string place = py::str(py::handle(item).attr("device"));
+  const std::string own =
+      device_.first == kCuda ? "cuda:" + std::to_string(device_.second) : std::string("cpu");
+  return place == own ? device_ : std::make_pair(-1, -1);
 }
 
 void Writer::input(PyObject* name, PyObject* item) {
@@ -255,7 +272,7 @@ void Writer::function(PyObject* object, int depth) {
 void Writer::object(PyObject* object, Kind kind, int depth) {
   tag(kObject);
   pointer(Py_TYPE(object));
-  if (kind == Kind::kOpaque || depth >= kDepth || !seen_.insert(object)) return;
+  if (kind == Kind::kOpaque || depth > kObjectDepth || !seen_.insert(object)) return;
   const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
   if (!dict) return PyErr_Clear(); // an object without attributes of its own
   if (PyDict_Check(dict.ptr())) mapping(dict.ptr(), depth);
@@ -293,6 +310,7 @@ void Writer::value(PyObject* item, int depth) {
       tag(kFunction);
       pointer(PyMethod_GET_FUNCTION(item));
       return value(PyMethod_GET_SELF(item), depth + 1);
+    case Kind::kByAddress: tag(kObject); return pointer(item);
     case Kind::kByText: return text(py::str(py::handle(item)).ptr());
     default: return object(item, kind, depth);
   }
@@ -344,10 +362,9 @@ class Attributes {
     add("_buffers", Attribute::kBuffers);
     add("_modules", Attribute::kModules);
     // Saving and loading, and backward: a run without gradients does neither.
-    for (const char* name :
-        {"_non_persistent_buffers_set", "_backward_pre_hooks", "_backward_hooks",
-            "_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks",
-            "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"})
+    for (const char* name : {"_non_persistent_buffers_set", "_backward_pre_hooks",
+             "_backward_hooks", "_is_full_backward_hook", "_state_dict_hooks",
+             "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"})
       add(name, Attribute::kIgnored);
   }
   Attribute of(PyObject* name) const {

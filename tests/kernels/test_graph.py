@@ -130,43 +130,19 @@ def test_the_error_behind_the_error_is_the_reason():
         assert ".item()" in cuda_graph.explain(exc)
 
 
-class FakeCapture(cuda_graph.CapturedRun):
-    """Stands in for a capture on a machine without a GPU."""
-
-    made = 0
-    broken = False
-
-    def __init__(self, body, inputs, warmup=3):
-        if FakeCapture.broken:
-            raise GraphCaptureError("the run cannot be captured: host read")
-        FakeCapture.made += 1
-        self._body = body
-        self.nbytes = 1
-
-    def __call__(self, inputs):
-        return self._body({name: t.clone() for name, t in inputs.items()})
-
-
-@pytest.fixture
-def fake_gpu(monkeypatch):
-    monkeypatch.setattr(cuda_graph, "obstacle", lambda device: None)
-    monkeypatch.setattr(cuda_graph, "CapturedRun", FakeCapture)
-    FakeCapture.made, FakeCapture.broken = 0, False
-
-
-def test_new_tables_and_inputs_reuse_the_capture(fake_gpu):
+def test_new_tables_and_inputs_reuse_the_capture(captured):
     loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, backend="eager")
     for seed in range(3):
         x, rows, levels = torch.randn(SHAPE), make_rows(seed), torch.rand(ROWS)
         got = loop.run(x, rows, inputs={"levels": levels})
         assert torch.equal(got, expected(x, rows, levels, 1.0))
-    assert FakeCapture.made == 1
+    assert captured.made == 1
     loop.run(x, make_rows(0, 3), inputs={"levels": levels})
-    assert FakeCapture.made == 2
+    assert captured.made == 2
 
 
-def test_auto_falls_back_and_tries_once(fake_gpu, caplog):
-    FakeCapture.broken = True
+def test_auto_falls_back_and_tries_once(captured, caplog):
+    captured.broken = "host read"
     x, rows, levels = torch.randn(SHAPE), make_rows(0), torch.rand(ROWS)
     loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, backend="eager")
     for _ in range(3):
@@ -178,6 +154,7 @@ def test_auto_falls_back_and_tries_once(fake_gpu, caplog):
     loop.mode = "always"
     with pytest.raises(GraphCaptureError, match="host read; pass mode='auto'"):
         loop.run(x, rows, inputs={"levels": levels})
+    assert loop.cache.stats()["failures"] == 1
 
 
 def cuda_run(loop: GraphedLoop, seed: int) -> tuple[Tensor, Tensor]:

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import BackendUnavailable
-
-if TYPE_CHECKING:
-    from types import ModuleType
+from .native import native as _native
+from .native import problem as _problem
 
 Network = Callable[[int, Tensor], Any]
 """(n, network_input) -> F or (F_unconditional, F_conditional), contiguous, in its own dtype."""
-
-
-def _load() -> tuple[ModuleType | None, str]:
-    try:
-        from .. import _C
-    except ImportError as exc:  # absent, or built for another Python or torch
-        return None, str(exc)
-    return _C, ""
-
-
-_native, _problem = _load()
 
 
 def available() -> bool:

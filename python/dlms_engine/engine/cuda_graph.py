@@ -1,9 +1,11 @@
 """A whole sampling run as one CUDA graph: network, guidance and fused rows of every evaluation.
 
-`CapturedRun` captures any function of named tensors; `GraphedLoop` is the sampling loop on top,
-with a cache of captures and, in mode "auto", the plain loop where a capture cannot be had. New
-tables, noise and conditioning of the same shapes are copied into the captured buffers: no new
-capture.
+`run_captured` captures any function of named tensors and replays it; `GraphedLoop` is the sampling loop
+on top, with a cache of captures and, in mode "auto", the plain loop where a capture cannot be had. New
+tables, noise and conditioning of the same shapes are copied in by the graph itself: no new capture.
+
+Recording is in `cuda_graph_capture.py`; what a graph depends on and which are kept in
+`cuda_graph_cache.py`; the run itself, one call of the driver, in C++ (``csrc/cuda/graph_run.h``).
 Importing this module needs no GPU.
 """
 
@@ -11,72 +13,56 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from .cuda_graph_cache import GraphCache, graph_key
+from . import cuda_graph_capture as capture
+from .cuda_graph_cache import GraphCache, graph_key, ignore_tensor_attributes, token
+from .cuda_graph_capture import Body, GraphCaptureError, Inputs, explain
+from .cuda_graph_fallback import TorchRun
+from .native import native, problem
+
+__all__ = [
+    "CapturedRun",
+    "GraphCaptureError",
+    "GraphedLoop",
+    "StaleGraphError",
+    "explain",
+    "obstacle",
+    "run_captured",
+]
 
 log = logging.getLogger("dlms_engine")
 
-Inputs = Mapping[str, Tensor]
-Body = Callable[[Inputs], Tensor]
 StepNetwork = Callable[[int, Tensor, Inputs], "Tensor | tuple[Tensor, Tensor]"]
 RowFunction = Callable[[int, Inputs], Tensor]
 Mode = Literal["auto", "always", "never"]
 
-_capturing = threading.Lock()  # torch captures on one stream that all captures share
-WARMUP = 3  # runs before a capture: lazy initialisation, autotuning and torch.compile happen there
+_shown: set[Any] = set()  # reasons that have been logged
+_shown_lock = threading.Lock()
 
 
-class GraphCaptureError(RuntimeError):
-    """The run cannot be captured as a CUDA graph; the message says why and what to do."""
+class StaleGraphError(RuntimeError):
+    """A captured run no longer gives what running the network gives."""
 
 
-_REASONS = (
-    (
-        ("unsafe", "not permitted when stream is capturing", "capture unsupported", "is capturing"),
-        "it makes the host wait for the GPU or touches another stream: look for .item(), .cpu(), "
-        ".tolist(), nonzero, a Python `if` on a tensor's value, or a print of one",
-    ),
-    (
-        ("copy between cpu and cuda", "pin_memory", "pinned"),
-        "it copies from CPU memory: make such tensors once, on the GPU, before the run",
-    ),
-    (
-        ("generator", "philox", "offset increment"),
-        "it draws random numbers from a generator that the capture does not know: register it, or "
-        "make the network deterministic (eval mode)",
-    ),
-    (("out of memory",), "the captured run does not fit the GPU's memory: lower the batch size"),
-)
-
-
-def explain(exc: BaseException) -> str:
-    """In words, why a capture failed with `exc`.
-
-    The error that ends a capture often hides the one that broke it, so that one is read too.
-    """
-    chain = [exc]
-    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
-        chain.append(earlier)
-    text = "\n".join(str(e) for e in chain).lower()
-    for fragments, reason in _REASONS:
-        if any(fragment in text for fragment in fragments):
-            return reason
-    first = (str(chain[-1]).strip() or "no message").splitlines()[0]
-    return f"it failed with {type(chain[-1]).__name__}: {first}"
+def _show_once(subject: Any, text: str) -> None:
+    with _shown_lock:
+        fresh = (subject, text) not in _shown
+        _shown.add((subject, text))
+    if fresh:
+        log.warning("sampling without a CUDA graph: %s", text)
 
 
 def obstacle(device: torch.device) -> str | None:
     """Why nothing can be captured on `device` at this moment, or None."""
     if device.type != "cuda":
         return f"CUDA graphs need tensors on an NVIDIA GPU, these are on {device}"
-    if not torch.cuda.is_available():
-        return "torch sees no CUDA device"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing; it may capture on its own (mode='reduce-overhead')"
     if torch.cuda.is_current_stream_capturing():
@@ -85,57 +71,212 @@ def obstacle(device: torch.device) -> str | None:
 
 
 class CapturedRun:
-    """`body` captured on copies of `inputs`; call it with new values of the same shapes.
+    """`body` captured on buffers like `inputs`; call it with new values of the same shapes.
 
-    Safe to call from several threads and streams: the lock orders the host, an event the GPU, so
-    that no call overwrites the buffers of one still running.
+    Safe to call from several threads and streams: CUDA orders the runs of one graph.
+
+    Args:
+        body: a function of named tensors, which it may overwrite.
+        inputs: on one CUDA device, the state first.
+        network: named in messages where it cannot be captured.
+        rekey: returns the key of the run at this moment; it must not change from run to run.
+
+    Raises:
+        GraphCaptureError: it cannot be captured.
     """
 
-    def __init__(self, body: Body, inputs: Inputs, warmup: int = WARMUP) -> None:
-        self._lock = threading.Lock()
-        self._device = next(iter(inputs.values())).device
-        with torch.cuda.device(self._device), torch.no_grad():
-            reserved = torch.cuda.memory_reserved(self._device)
-            self._inputs = {name: t.detach().clone() for name, t in inputs.items()}
-            self._warm_up(body, inputs, warmup)
-            self._graph = torch.cuda.CUDAGraph()
-            self._done = torch.cuda.Event()
+    def __init__(
+        self,
+        body: Body,
+        inputs: Inputs,
+        network: Any = None,
+        rekey: Callable[[], Any] = lambda: None,
+    ) -> None:
+        self.device = next(iter(inputs.values())).device
+        _same_device(inputs)
+        keys: list[Any] = []
+        with capture.CAPTURING, capture.capture_state(self.device):
             try:
-                # thread_local: other threads may go on using the GPU meanwhile.
-                with (
-                    _capturing,
-                    torch.cuda.graph(self._graph, capture_error_mode="thread_local"),
-                ):
-                    self._output = body(self._inputs)
-            except Exception as exc:
-                torch.cuda.synchronize(self._device)
+                self.plain_seconds = capture.warm_up(
+                    body, inputs, network, self.device, lambda: keys.append(rekey())
+                )
+            except GraphCaptureError:
+                raise
+            except torch.OutOfMemoryError as exc:
                 raise GraphCaptureError(f"the run cannot be captured: {explain(exc)}") from exc
-            grown = torch.cuda.memory_reserved(self._device) - reserved
-        held = sum(t.nbytes for t in (*self._inputs.values(), self._output))
-        self.nbytes = max(grown, held)
+            self.settled = keys[0] == keys[-1]
+            if not self.settled and not ignore_tensor_attributes(network):
+                raise UnsettledNetworkError(
+                    "the network changes its own attributes in every run, which a graph would not"
+                )
+            recorded = capture.record(body, inputs, self.device)
+        self.nbytes = recorded.nbytes
+        self._recorded = recorded  # owns the memory that the graph refers to
+        self._index = capture.device_index(self.device)
+        buffers = tuple(recorded.inputs.values())
+        self._run = _make_run(recorded.graph, buffers, recorded.output, self._index)
+        self.graph_seconds = 0.0
 
-    def _warm_up(self, body: Body, inputs: Inputs, warmup: int) -> None:
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
-            for _ in range(warmup):
-                self._fill(inputs)  # the body may overwrite its inputs
-                body(self._inputs)
-        torch.cuda.current_stream(self._device).wait_stream(side)
-
-    def _fill(self, inputs: Inputs) -> None:
-        for name, buffer in self._inputs.items():
-            buffer.copy_(inputs[name], non_blocking=True)
+    @property
+    def nodes(self) -> int | None:
+        """Nodes of the graph, copies included; None without the compiled part."""
+        return getattr(self._run, "nodes", None)
 
     def __call__(self, inputs: Inputs) -> Tensor:
-        """The output for `inputs`, a new tensor. Shapes, dtypes and names as at the capture."""
-        with self._lock, torch.cuda.device(self._device), torch.no_grad():
-            torch.cuda.current_stream(self._device).wait_event(self._done)
-            self._fill(inputs)
-            self._graph.replay()
-            output = self._output.clone()
-            self._done.record(torch.cuda.current_stream(self._device))
-            return output
+        """The output for `inputs`, a new tensor. Shapes, dtypes, devices and names as captured."""
+        output = torch.empty_like(self._recorded.output)
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        values = tuple(t if t.is_contiguous() else t.contiguous() for t in inputs.values())
+        self._run.launch(values, output, stream)
+        return output
+
+    def first(self, inputs: Inputs) -> Tensor:
+        """As a call, timed: `graph_seconds` is what it took, the GPU's work included."""
+        with torch.cuda.device(self.device):
+            self._run.upload(torch._C._cuda_getCurrentRawStream(self._index))
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            output = self(inputs)
+            torch.cuda.synchronize()
+            self.graph_seconds = time.perf_counter() - start
+        return output
+
+
+class UnsettledNetworkError(GraphCaptureError):
+    """The network's own attributes differ from run to run."""
+
+
+def _make_run(graph: Any, buffers: tuple[Tensor, ...], output: Tensor, index: int) -> Any:
+    if native is None:
+        _show_once("native", f"without the compiled part ({problem}) graphs run through torch")
+        return TorchRun(graph, buffers, output)
+    try:
+        return native.GraphRun(graph.raw_cuda_graph(), buffers, output, index)
+    except native.DriverError as exc:
+        raise GraphCaptureError(f"the run cannot be captured: {exc}") from exc
+
+
+def _same_device(inputs: Inputs) -> None:
+    device = next(iter(inputs.values())).device
+    for name, value in inputs.items():
+        if value.device != device:
+            raise GraphCaptureError(
+                f"input {name!r} is on {value.device}, the state on {device}: a graph would not see "
+                "new values; move it there"
+            )
+
+
+def run_captured(
+    cache: GraphCache,
+    network: Any,
+    options: tuple[Any, ...],
+    body: Body,
+    inputs: dict[str, Tensor],
+    modules: tuple[Any, ...] = (),
+) -> Tensor:
+    """``body(inputs)``, replayed as a graph where it can be captured; the plain call elsewhere.
+
+    ``body`` may overwrite its inputs; the caller's are left alone. A capture that fails is tried
+    once, told once and remembered.
+
+    Args:
+        network: owner of the graph, see ``graph_key``; ``options`` and ``modules`` too.
+        inputs: named tensors on one device, the state ``"x"`` first.
+    """
+    output, reason = _try_captured(cache, network, options, body, inputs, modules)
+    if output is not None:
+        return output
+    if reason is not None:
+        _show_once(token(network), reason)
+    return _plainly(body, inputs)
+
+
+def _plainly(body: Body, inputs: Inputs) -> Tensor:
+    with torch.no_grad():
+        return body({**inputs, "x": inputs["x"].clone(memory_format=torch.contiguous_format)})
+
+
+def _try_captured(
+    cache: GraphCache,
+    network: Any,
+    options: tuple[Any, ...],
+    body: Body,
+    inputs: dict[str, Tensor],
+    modules: tuple[Any, ...],
+) -> tuple[Tensor | None, str | None]:
+    """(output, None), or (None, why there is none; None if that needs no telling)."""
+    if obstacle(next(iter(inputs.values())).device) is not None:
+        return None, None
+    while True:
+        key, stray = graph_key(network, inputs, options, modules)
+        run = cache.runs.find(key)
+        if run is not None:
+            return _replay(cache, run, body, inputs), None
+        if stray:
+            return None, (
+                f"parameter {stray} is not on the state's device (offloaded?): a graph would read the "
+                "memory that it leaves"
+            )
+        claim, run, reason = cache.runs.claim(key)
+        if claim == "found":
+            return _replay(cache, run, body, inputs), None
+        if claim == "failed":
+            return None, reason
+        if claim == "mine":
+            return _capture(cache, key, network, options, body, inputs, modules)
+
+
+def _capture(
+    cache: GraphCache,
+    key: Any,
+    network: Any,
+    options: tuple[Any, ...],
+    body: Body,
+    inputs: dict[str, Tensor],
+    modules: tuple[Any, ...],
+) -> tuple[Tensor | None, str | None]:
+    """Ends the claim on `key`, with a graph or the reason why there is none."""
+
+    def rekey() -> Any:
+        return graph_key(network, inputs, options, modules)[0]
+
+    try:
+        run = CapturedRun(body, inputs, network, rekey)
+        output = run.first(inputs)
+    except GraphCaptureError as exc:
+        cache.runs.fail(key, str(exc), isinstance(exc, UnsettledNetworkError))
+        return None, str(exc)
+    except BaseException:
+        cache.runs.release(key)
+        raise
+    # The first run of a network may have filled in attributes that are part of the key.
+    settled = rekey()
+    cache.runs.put(key, settled, run, run.nbytes)
+    cache.runs.measured(settled, run.plain_seconds, run.graph_seconds)
+    return output, None
+
+
+def _replay(cache: GraphCache, run: CapturedRun, body: Body, inputs: Inputs) -> Tensor:
+    output = run(inputs)
+    if cache.verify and cache.stats()["replays"] % cache.verify == 0:
+        _verify(output, _plainly(body, inputs))
+    return output
+
+
+def _verify(output: Tensor, expected: Tensor) -> None:
+    """StaleGraphError unless they agree as two runs of one network do.
+
+    A captured run may use other algorithms of the same libraries: 1e-2 of the largest value is the
+    bound, above what TF32 or half precision add up to in a few evaluations.
+    """
+    scale = expected.abs().max().item()
+    error = (output - expected).abs().max().item()
+    if not error <= 1e-2 * scale:
+        raise StaleGraphError(
+            f"a captured run differs from the plain one by {error:.3g} (largest value {scale:.3g}): "
+            "something that the graph has frozen was changed. Call GraphCache.invalidate(network) "
+            "after such a change, or sample without a graph"
+        )
 
 
 class GraphedLoop:
@@ -210,28 +351,24 @@ class GraphedLoop:
             ValueError: a shape does not fit. GraphCaptureError: mode is "always" and it cannot be.
         """
         given = self._gather(x0, rows, first_scale, inputs or {})
-        reason = "mode is 'never'" if self.mode == "never" else obstacle(x0.device)
+        if self.mode == "never":
+            return _plainly(self._body, given)
+        modules = () if self.row_fn is None else (self.row_fn,)
+        if self.mode == "auto":
+            return run_captured(
+                self.cache, self.network, self._options(), self._body, given, modules
+            )
+        reason = obstacle(x0.device)
         if reason is None:
-            key = graph_key(self.network, given, self._options())
-            reason = self.cache.failure(key)
-            if reason is None:
-                try:
-                    captured = self.cache.get(key, lambda: CapturedRun(self._body, given))
-                    assert isinstance(captured, CapturedRun)
-                    return captured(given)
-                except GraphCaptureError as exc:
-                    reason = str(exc)
-                    self.cache.fail(key, reason)
-                    if self.mode == "auto":
-                        log.warning("sampling without a CUDA graph: %s", reason)
-        if self.mode == "always":
-            raise GraphCaptureError(f"{reason}; pass mode='auto' to run without a graph")
-        with torch.no_grad():
-            return self._body({**given, "x": given["x"].clone()})
+            output, reason = _try_captured(
+                self.cache, self.network, self._options(), self._body, given, modules
+            )
+            if output is not None:
+                return output
+        raise GraphCaptureError(f"{reason}; pass mode='auto' to run without a graph")
 
     def _options(self) -> tuple[Any, ...]:
-        rows_from = None if self.row_fn is None else id(self.row_fn)
-        return (self.depth, self.n_rows, self.network_dtype, self.backend, rows_from, *self.options)
+        return (self.depth, self.n_rows, self.network_dtype, self.backend, *self.options)
 
     def _gather(
         self, x0: Tensor, rows: Tensor | None, first_scale: Tensor | float, inputs: Inputs
@@ -244,7 +381,7 @@ class GraphedLoop:
         if reserved:
             raise ValueError(f"inputs may not be called {sorted(reserved)}: the loop uses these")
         scale = torch.as_tensor(first_scale, dtype=self.dtype, device=x0.device)
-        given = {**inputs, "x": x0.to(self.dtype).contiguous(), "first_scale": scale}
+        given = {"x": x0.to(self.dtype).contiguous(), "first_scale": scale, **inputs}
         if rows is not None:
             if rows.ndim not in (2, 3) or rows.shape[0] != self.n_rows:
                 raise ValueError(
@@ -270,25 +407,3 @@ class GraphedLoop:
             f_cond = None if f_cond is None else f_cond.to(self.network_dtype)
             fused_row_(f, f_cond, x, ring, row.to(self.dtype), network_input)
         return x
-
-
-def run_captured(
-    cache: GraphCache, network: Any, options: tuple[Any, ...], body: Body, inputs: Inputs
-) -> Tensor:
-    """``body(inputs)``, replayed as a graph where it can be captured; the plain call elsewhere.
-
-    ``body`` may overwrite its inputs. A capture that fails is tried once, told once and remembered.
-    """
-    device = next(iter(inputs.values())).device
-    if obstacle(device) is None:
-        key = graph_key(network, inputs, options)
-        if cache.failure(key) is None:
-            try:
-                captured = cache.get(key, lambda: CapturedRun(body, inputs))
-                assert isinstance(captured, CapturedRun)
-                return captured(inputs)
-            except GraphCaptureError as exc:
-                cache.fail(key, str(exc))
-                log.warning("sampling without a CUDA graph: %s", exc)
-    with torch.no_grad():
-        return body({**inputs, "x": inputs["x"].clone()})

@@ -8,70 +8,102 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .cuda_graph_fallback import PythonCache, python_key
+from .native import native
 
 DEFAULT_MAX_BYTES = 4 << 30
 DEFAULT_MAX_ENTRIES = 8
-
-
-class Entry(Protocol):
-    """What the cache keeps: it must tell the device memory it holds."""
-
-    @property
-    def nbytes(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class GraphKey:
-    """Two runs with equal keys may replay one graph; values of the inputs are copied, not keyed."""
-
-    network: tuple[int, ...]
-    inputs: tuple[tuple[str, tuple[int, ...], torch.dtype, str], ...]
-    options: tuple[Any, ...]
-
 
 _PLAIN = (bool, int, float, str, bytes, torch.dtype, torch.device, type(None))
 _tokens: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _counter = itertools.count(1)
 _tokens_lock = threading.Lock()
+# Networks that keep a new tensor as an attribute in every call; such tensors are left out of keys.
+_restless: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
-def identity(network: Any) -> tuple[int, ...]:
-    """A key that changes whenever a captured graph of `network` would be wrong.
+def token(subject: Any) -> int:
+    """A number of its own for each live object; an `id` is reused after the object is gone."""
+    number = _tokens.get(subject)
+    if number is None:
+        with _tokens_lock:
+            number = _tokens.get(subject)
+            if number is None:
+                number = _tokens[subject] = next(_counter)
+    return number
 
-    A number of its own for each live object (an `id` is reused after the object is gone), and for a
-    module also where its parameters and buffers lie and whether it trains: `.to()` or new weights
-    move them, and a graph would go on reading the old memory. In-place updates keep the key, as the
-    graph sees them.
-    """
-    with _tokens_lock:
-        token = _tokens.get(network)
-        if token is None:
-            token = _tokens[network] = next(_counter)
-    if not isinstance(network, nn.Module):
-        return (token,)
-    tensors = itertools.chain(network.parameters(), network.buffers())
-    places = tuple((t.data_ptr(), t.dtype) for t in tensors)
-    modes = tuple(module.training for module in network.modules())
-    return (token, hash(places), hash(modes))
+
+def _modes() -> tuple[Any, ...]:
+    """What outside of the network changes the kernels that a run launches."""
+    precision = torch._C._get_fp32_precision_getter
+    return (
+        torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
+        precision("cuda", "matmul"),
+        precision("cuda", "conv"),
+        torch.are_deterministic_algorithms_enabled(),
+        torch._C._get_cudnn_deterministic(),
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+    )
 
 
 def graph_key(
-    network: Any, inputs: Mapping[str, Tensor], options: tuple[Any, ...] = ()
-) -> GraphKey:
-    """The key of a run of `network` on `inputs`; `options` is whatever else the body depends on."""
-    described = tuple(
-        (name, tuple(t.shape), t.dtype, str(t.device)) for name, t in sorted(inputs.items())
+    network: Any,
+    inputs: Mapping[str, Tensor],
+    options: tuple[Any, ...] = (),
+    modules: tuple[Any, ...] = (),
+) -> tuple[Any, str]:
+    """The key of a run: two runs with equal keys may replay one graph.
+
+    Seen are the shapes, dtypes and devices of `inputs` (their values are copied in); `options`;
+    precision and autocast modes; and of `network` and `modules`, with all that they contain, where
+    parameters, buffers and other tensors lie, plain attributes (numbers, texts, containers of them:
+    LoRA scales, active adapters, FreeU), hooks, attention processors and other objects with their
+    plain attributes. In-place updates of tensors keep the key, as the graph sees them.
+
+    Args:
+        network: owner of the graph; ``GraphCache.invalidate(network)`` drops it.
+        inputs: tensors by name, the state first.
+        options: whatever else the run depends on: plain values, tuples of them, dtypes.
+        modules: more objects that the run depends on.
+
+    Returns:
+        The key, and the path of a parameter that is not on the state's device, or "".
+    """
+    make = python_key if native is None else native.graph_key
+    answer: tuple[Any, str] = make(
+        token(network),
+        inputs if isinstance(inputs, dict) else dict(inputs),
+        (options, _modes()),
+        (network, *modules),
+        network not in _restless,
     )
-    cuda_half = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return GraphKey(identity(network), described, (*options, cuda_half))
+    return answer
+
+
+def identity(subject: Any) -> tuple[int, ...]:
+    """A plain value that stands for an object in ``options``."""
+    return (token(subject),)
+
+
+def ignore_tensor_attributes(network: Any) -> bool:
+    """Leaves out of the keys of `network` the tensors that its modules keep as plain attributes.
+
+    False if they are left out already.
+    """
+    if network in _restless:
+        return False
+    _restless.add(network)
+    return True
 
 
 def split_tensors(
@@ -82,12 +114,14 @@ def split_tensors(
     Tensors inside dicts, lists and tuples are found. The rest is keyed by value where it is a
     number, a text or None, and elsewhere as the object that it is.
     """
+    if not tree:
+        return {}, (), lambda given: tree
     leaves, spec = tree_flatten(tree)
     tensors = {f"{prefix}/{i}": v for i, v in enumerate(leaves) if isinstance(v, Tensor)}
     rest = tuple(
         "tensor"
         if isinstance(v, Tensor)
-        else (type(v), v)
+        else (str(type(v)), v)
         if isinstance(v, _PLAIN)
         else identity(v)
         for v in leaves
@@ -100,82 +134,98 @@ def split_tensors(
 
 
 class GraphCache:
-    """Least recently used graphs go first when the bounds are passed. Safe to share among threads.
+    """Captured runs by key, in C++; the least recently used go first when a bound is passed.
 
-    A key that failed is remembered with its reason, so that it is not tried again on every run.
+    Safe to share among threads, which may look up and run graphs while another captures. The newest
+    graph stays, whatever its size. A key that failed is remembered with its reason.
+
+    Args:
+        max_bytes: device memory that the kept graphs may hold together.
+        max_entries: graphs kept.
+        verify: every ``verify``-th run of a graph is also run plainly and compared; 0 is never. For
+            finding out whether something that the key does not see has changed: a difference raises
+            ``StaleGraphError``.
     """
 
     def __init__(
-        self, max_bytes: int = DEFAULT_MAX_BYTES, max_entries: int = DEFAULT_MAX_ENTRIES
+        self,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        max_entries: int = DEFAULT_MAX_ENTRIES,
+        verify: int = 0,
     ) -> None:
-        if max_bytes < 0 or max_entries < 1:
+        if max_bytes < 0 or max_entries < 1 or verify < 0:
             raise ValueError(
-                f"max_bytes is {max_bytes} and max_entries {max_entries}, expected >= 0 and >= 1"
+                f"max_bytes is {max_bytes}, max_entries {max_entries} and verify {verify}, expected "
+                ">= 0, >= 1 and >= 0"
             )
-        self.max_bytes = max_bytes
-        self.max_entries = max_entries
-        self._entries: OrderedDict[GraphKey, Entry] = OrderedDict()
-        self._failures: OrderedDict[GraphKey, str] = OrderedDict()
-        self._lock = threading.RLock()
+        self.runs: Any = (PythonCache if native is None else native.GraphCache)(
+            max_bytes, max_entries
+        )
+        self.verify = verify
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return int(self.stats()["entries"])
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._entries
+    def __contains__(self, key: Any) -> bool:
+        return bool(self.runs.contains(key))
 
     @property
     def nbytes(self) -> int:
-        """Device memory that the kept graphs hold."""
-        with self._lock:
-            return sum(entry.nbytes for entry in self._entries.values())
+        """Device memory that the kept graphs hold, as the allocator counts it."""
+        return int(self.stats()["bytes"])
 
-    def get(self, key: GraphKey, make: Callable[[], Entry]) -> Entry:
-        """The entry of `key`, made by `make()` if it is not there.
+    @property
+    def max_bytes(self) -> int:
+        return int(self.runs.max_bytes)
 
-        Captures are made one at a time: while one runs, other threads that need another wait. An
-        entry larger than `max_bytes` on its own is returned but not kept.
+    @max_bytes.setter
+    def max_bytes(self, value: int) -> None:
+        self.runs.set_bounds(value, self.max_entries)
+
+    @property
+    def max_entries(self) -> int:
+        return int(self.runs.max_entries)
+
+    @max_entries.setter
+    def max_entries(self, value: int) -> None:
+        self.runs.set_bounds(self.max_bytes, value)
+
+    def stats(self) -> dict[str, Any]:
+        """``captures``, ``replays``, ``evictions``, ``failures`` so far; ``entries`` and ``bytes`` now.
+
+        ``gain``: time of the plain loop over that of the graph, measured once at each capture and
+        summed over the graphs that are kept; None before the first.
         """
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None:
-                entry = make()
-                self._entries[key] = entry
-            self._entries.move_to_end(key)
-            self._evict()
-            return entry
+        return dict(self.runs.stats())
 
-    def _evict(self) -> None:
-        def too_much() -> bool:
-            return len(self._entries) > self.max_entries or self.nbytes > self.max_bytes
-
-        while self._entries and too_much():
-            self._entries.popitem(last=False)
-
-    def fail(self, key: GraphKey, reason: str) -> None:
-        """Remember that `key` cannot be captured."""
-        with self._lock:
-            self._failures[key] = reason
-            while len(self._failures) > 8 * self.max_entries:
-                self._failures.popitem(last=False)
-
-    def failure(self, key: GraphKey) -> str | None:
+    def failure(self, key: Any) -> str | None:
         """Why `key` could not be captured, or None."""
-        with self._lock:
-            return self._failures.get(key)
+        return self.runs.failure(key) or None
+
+    def invalidate(self, network: Any = None) -> None:
+        """Drops the graphs of `network` (None: of every network) and what is known of failures.
+
+        To be called after a change that the key cannot see (``graph_key`` lists what it sees): a
+        Python global, an object inside an object inside a module, code that was replaced in place.
+        """
+        number = 0 if network is None else _tokens.get(network)
+        if number is not None:
+            self.runs.invalidate(number)
 
     def clear(self) -> None:
         """Drop every graph and every failure."""
-        with self._lock:
-            self._entries.clear()
-            self._failures.clear()
+        self.runs.invalidate(0)
 
     # A graph belongs to this process and to these buffers: a copy starts empty.
     def __getstate__(self) -> dict[str, int]:
-        return {"max_bytes": self.max_bytes, "max_entries": self.max_entries}
+        return {
+            "max_bytes": self.max_bytes,
+            "max_entries": self.max_entries,
+            "verify": self.verify,
+        }
 
     def __setstate__(self, state: dict[str, int]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
-        return GraphCache(self.max_bytes, self.max_entries)
+        return GraphCache(self.max_bytes, self.max_entries, self.verify)

@@ -16,7 +16,7 @@ from ..tables.policy import Policy, PolicyRun, TableRun
 from ..tables.table import SolverTable
 from . import cpu_loop
 from .cuda_graph import run_captured
-from .cuda_graph_cache import GraphCache, identity, split_tensors
+from .cuda_graph_cache import GraphCache, split_tensors
 from .dlms_steps import policy_steps
 from .steps import AfterRow, EnginePool, Plan, Steps, TableSteps, guidance, plan_table, run_plain
 
@@ -180,8 +180,6 @@ class Sampler(Versioned, nn.Module):
         if isinstance(self.policy, SolverTable):
             inputs |= {f"plan/{k}": v for k, v in self._plan(x.device)._asdict().items()}
             options = (*options, self.policy.depth)
-        else:
-            options = (*options, *self._learned_key())
         # Read where they lie, and copied there before the run if they lie elsewhere.
         branch = self.denoiser.unconditional if self.denoiser.guidance_scale is not None else {}
         values = {k: cond[k] for k in branch if isinstance(cond.get(k), Tensor)}
@@ -195,12 +193,8 @@ class Sampler(Versioned, nn.Module):
             steps = self._steps(given["x"], rebuild(given), plan)
             return run_plain(steps, given["x"], network_dtype, backend, None)
 
-        return run_captured(GRAPHS, self.denoiser, options, body, inputs)
-
-    def _learned_key(self) -> tuple[Any, ...]:
-        """What a captured run of a policy depends on: the policy, and where its networks lie."""
-        held = [v for v in vars(self.policy).values() if isinstance(v, nn.Module)]
-        return (identity(self.policy), *map(identity, held))
+        learned = () if isinstance(self.policy, SolverTable) else (self.policy,)
+        return run_captured(GRAPHS, self.denoiser, options, body, inputs, learned)
 
     # -- runs that change the prediction (thresholding) -----------------------------------------
 

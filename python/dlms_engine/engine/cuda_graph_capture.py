@@ -1,0 +1,321 @@
+"""Recording a run as a CUDA graph: warm-up, what cannot be recorded, and the capture itself.
+
+A capture that fails can leave torch's allocator and random generators in the capturing state, so what
+cannot be captured is looked for before, in the last warm-up run, and named there.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .native import native
+
+Inputs = Mapping[str, Tensor]
+Body = Callable[[Inputs], Tensor]
+
+# One capture at a time in a process: torch's allocator and cuBLAS workspaces are shared.
+CAPTURING = threading.Lock()
+_streams: dict[int, torch.cuda.Stream] = {}
+
+
+class GraphCaptureError(RuntimeError):
+    """The run cannot be captured as a CUDA graph; the message says why and what to do."""
+
+
+HOST_READ = (
+    "it makes the host wait for the GPU: look for .item(), .cpu(), .tolist(), nonzero, a Python `if` "
+    "on a tensor's value, or a print of one"
+)
+HOST_COPY = "it copies from CPU memory: make such tensors once, on the GPU, before the run"
+RANDOM = "it draws random numbers, which a graph would repeat: make the network deterministic (eval mode)"
+
+_REASONS = (
+    (
+        ("unsafe", "not permitted when stream is capturing", "capture unsupported", "is capturing"),
+        HOST_READ,
+    ),
+    (("copy between cpu and cuda", "pin_memory", "pinned"), HOST_COPY),
+    (("generator", "philox", "offset increment"), RANDOM),
+    (
+        ("out of memory",),
+        "the captured run does not fit the GPU's memory: lower the batch size",
+    ),
+)
+
+
+def explain(exc: BaseException) -> str:
+    """In words, why a capture failed with `exc`.
+
+    The error that ends a capture often hides the one that broke it, so that one is read too.
+    """
+    chain = [exc]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(earlier)
+    text = "\n".join(str(e) for e in chain).lower()
+    for fragments, reason in _REASONS:
+        if any(fragment in text for fragment in fragments):
+            return reason
+    first = (str(chain[-1]).strip() or "no message").splitlines()[0]
+    return f"it failed with {type(chain[-1]).__name__}: {first}"
+
+
+# -- what cannot be captured ---------------------------------------------------------------------
+
+
+def _calling_module(network: Any) -> str:
+    """The innermost module of `network` on this thread's call stack, for messages."""
+    names = {}
+    if isinstance(network, nn.Module):
+        names = {id(module): name for name, module in network.named_modules()}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            return f"{names[id(owner)] or 'the network'} ({type(owner).__name__})"
+        frame = frame.f_back
+    return "the network"
+
+
+class CaptureCheck(TorchDispatchMode):
+    """Raises ``GraphCaptureError``, naming operation and module, where a capture would go wrong.
+
+    Found are reads of a value by the host, copies between the host and ``device``, and random numbers.
+    Operations that involve the host alone are left alone.
+    """
+
+    def __init__(self, device: torch.device, network: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+        self._network = network
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        on_device = any(t.device == self._device for t in given)
+        if on_device and _reads_values(func, given, kwargs):
+            raise self._error(func, HOST_READ)
+        before = self._generator_state(func)
+        out = func(*args, **kwargs)
+        if before is not None and before != self._generator_state(func):
+            raise self._error(func, RANDOM)
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if self._crosses(func, given, made):
+            to_host = any(t.device.type == "cpu" for t in made)
+            raise self._error(func, HOST_READ if to_host else HOST_COPY)
+        return out
+
+    def _error(self, func: Any, reason: str) -> GraphCaptureError:
+        where = _calling_module(self._network)
+        return GraphCaptureError(f"{func} in {where} cannot be captured: {reason}")
+
+    def _generator_state(self, func: Any) -> Any:
+        if torch.Tag.nondeterministic_seeded not in func.tags:
+            return None
+        return generator_states(self._device)
+
+    def _crosses(self, func: Any, given: list[Tensor], made: list[Tensor]) -> bool:
+        """Whether data goes between host and device.
+
+        A CPU scalar in arithmetic is an argument of the kernel, as a Python number is: no copy.
+        """
+        kinds = {t.device.type for t in (*given, *made)}
+        if self._device.type not in kinds or "cpu" not in kinds or self._device.type == "cpu":
+            return False
+        scalars = all(t.ndim == 0 for t in (*given, *made) if t.device.type == "cpu")
+        return not scalars or "copy" in str(func)
+
+
+def _reads_values(func: Any, given: list[Tensor], kwargs: Mapping[str, Any]) -> bool:
+    name = func.name()
+    if name.startswith(
+        "aten::index"
+    ):  # by numbers it reads nothing, by a mask the shape depends on it
+        scalar = name.startswith("aten::index_put") and given[-1].numel() == 1  # a masked fill
+        return not scalar and any(t.dtype in (torch.bool, torch.uint8) for t in given[1:])
+    if torch.Tag.data_dependent_output in func.tags:
+        return True
+    return torch.Tag.dynamic_output_shape in func.tags and kwargs.get("output_size") is None
+
+
+def generator_states(device: torch.device) -> tuple[Any, ...]:
+    """Where torch's default random generators stand: the CPU's, and the device's."""
+    return torch.get_rng_state().numpy().tobytes(), device_offset(device)
+
+
+def device_offset(device: torch.device) -> int:
+    """How far the device's default random generator has come."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.default_generators[device_index(device)].get_offset())
+
+
+# -- the capture ---------------------------------------------------------------------------------
+
+
+class Recorded(NamedTuple):
+    """What a capture leaves."""
+
+    graph: Any  # torch.cuda.CUDAGraph: owns the pool that the recorded work lives in
+    inputs: dict[str, Tensor]  # what the work reads, in that pool
+    output: Tensor  # what it writes
+    nbytes: int  # device memory of the pool
+
+
+@contextmanager
+def capture_state(device: torch.device) -> Iterator[None]:
+    """How warm-up and capture run, whatever the caller's modes are.
+
+    No autocast cache: weights cast outside would be missing from the graph, and those cast inside
+    would be handed, uncomputed, to whoever looks them up next. No inference mode: what is made here
+    is written to by later runs that may be outside it.
+    """
+    cached = torch.is_autocast_cache_enabled()
+    torch.clear_autocast_cache()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(device):
+            yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        torch.clear_autocast_cache()
+
+
+def capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream that captures on `device` are recorded on; nothing else runs there.
+
+    torch's own streams go round, so that another thread may come to hold the same one.
+    """
+    index = device_index(device)
+    stream = _streams.get(index)
+    if stream is None:
+        if native is None:
+            stream = torch.cuda.Stream(index)
+        else:
+            stream = torch.cuda.ExternalStream(native.cuda_stream(index), device=index)
+        _streams[index] = stream
+    return stream
+
+
+def device_index(device: torch.device) -> int:
+    """The number of a CUDA device; of the current one where it has none."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def warm_up(
+    body: Body, inputs: Inputs, network: Any, device: torch.device, settle: Callable[[], None]
+) -> float:
+    """Three runs on copies of `inputs`; returns the seconds that the second took.
+
+    The first initialises libraries, compiles and tunes; the second is timed; the third is watched for
+    what cannot be captured. ``settle`` is called before and after the third.
+    """
+    stream = capture_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        body(_copies(inputs))
+        stream.synchronize()
+        start = time.perf_counter()
+        body(_copies(inputs))
+        stream.synchronize()
+        seconds = time.perf_counter() - start
+        settle()
+        before = device_offset(device)
+        with CaptureCheck(device, network):
+            body(_copies(inputs))
+        if device_offset(device) != before:  # by compiled code, whose operations are not seen
+            raise GraphCaptureError(f"the run cannot be captured: {RANDOM}")
+        settle()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return seconds
+
+
+def _copies(inputs: Inputs) -> dict[str, Tensor]:
+    return {
+        name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in inputs.items()
+    }
+
+
+def record(body: Body, inputs: Inputs, device: torch.device) -> Recorded:
+    """`body` on new buffers like `inputs`, captured; nothing runs.
+
+    Raises:
+        GraphCaptureError: it cannot be captured. The process is as before.
+    """
+    index = device_index(device)
+    stream = capture_stream(device)
+    torch.cuda.synchronize(device)
+    gc.collect()  # or a graph or event may be destroyed during the capture, which breaks it
+    torch.cuda.empty_cache()
+    # A workspace of this graph alone: two graphs that share one spoil each other's results when
+    # they run at the same time.
+    torch._C._cuda_clearCublasWorkspaces()
+    graph = torch.cuda.CUDAGraph(keep_graph=True)
+    pool = torch.cuda.graph_pool_handle()
+    with torch.cuda.stream(stream):
+        # thread_local: other threads may go on using the GPU meanwhile.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            buffers = {
+                name: torch.empty_like(t, memory_format=torch.contiguous_format)
+                for name, t in inputs.items()
+            }
+            output = body(dict(buffers)).contiguous()
+        except BaseException as exc:
+            _abandon(graph, pool, index, stream)
+            if not isinstance(exc, Exception):
+                raise
+            raise GraphCaptureError(f"the run cannot be captured: {explain(exc)}") from exc
+        try:
+            graph.capture_end()
+        except RuntimeError as exc:
+            _free(pool, index)
+            _reset_generators(stream)
+            raise GraphCaptureError(f"the run cannot be captured: {explain(exc)}") from exc
+    torch._C._cuda_clearCublasWorkspaces()
+    return Recorded(graph, buffers, output, pool_bytes(pool))
+
+
+def pool_bytes(pool: Any) -> int:
+    """Device memory reserved by an allocator pool."""
+    segments = torch.cuda.memory_snapshot(pool, include_traces=False)
+    return sum(int(segment["total_size"]) for segment in segments)
+
+
+def _abandon(graph: Any, pool: Any, index: int, stream: torch.cuda.Stream) -> None:
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        _free(pool, index)
+        _reset_generators(stream)
+
+
+def _free(pool: Any, index: int) -> None:
+    """Ends the allocation to the pool of a failed capture: torch 2.11 leaves it open."""
+    try:
+        torch._C._cuda_endAllocateToPool(index, pool)
+    except RuntimeError:
+        return  # a torch that closes it itself
+    torch._C._cuda_releasePool(index, pool)
+
+
+def _reset_generators(stream: torch.cuda.Stream) -> None:
+    """A capture that ends well takes the random generators out of the capturing state."""
+    torch.cuda.synchronize(stream.device)
+    graph = torch.cuda.CUDAGraph()
+    graph.capture_begin(capture_error_mode="thread_local")
+    torch.zeros(1, device=stream.device)
+    graph.capture_end()

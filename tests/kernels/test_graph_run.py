@@ -1,0 +1,136 @@
+"""GraphRun in C++: copies in, one launch, copy out; on a stand-in of the driver."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from standin_driver import Standin
+
+from dlms_engine.engine.native import native
+
+
+def make(driver: Standin):
+    """(run, buffers, output): output = 2 * a + b."""
+    a, b, out = torch.zeros(3), torch.zeros(3), torch.zeros(3)
+    half = torch.zeros(3)
+    graph = driver.graph(lambda: half.copy_(2 * a), lambda: out.copy_(half + b))
+    return native.GraphRun(graph, (a, b), out, 0), (a, b), out
+
+
+def test_inputs_go_in_and_the_result_comes_out(driver):
+    run, _, buffer = make(driver)
+    for n in range(3):
+        a, b, out = torch.full((3,), float(n)), torch.arange(3.0), torch.empty(3)
+        run.launch((a, b), out, 0)
+        assert torch.equal(out, 2 * a + b) and torch.equal(buffer, out)
+    assert run.nodes == 5 and run.launches == 3
+
+
+def test_one_launch_a_run_and_only_what_changed_is_bound_again(driver):
+    run, _, _ = make(driver)
+    a, b, out = torch.ones(3), torch.ones(3), torch.empty(3)
+
+    def count(name: str) -> int:
+        before = driver.calls(name)
+        run.launch((a, b), out, 0)
+        return driver.calls(name) - before
+
+    assert count("cuGraphExecMemcpyNodeSetParams") == 3
+    assert count("cuGraphExecMemcpyNodeSetParams") == 0
+    assert count("cuGraphLaunch") == 1
+    b = torch.full((3,), 5.0)
+    assert count("cuGraphExecMemcpyNodeSetParams") == 1
+    assert torch.equal(out, torch.full((3,), 7.0)) and driver.depth() == 0
+
+
+def test_destroyed_with_its_owner(driver):
+    before = driver.alive()
+    run, _, _ = make(driver)
+    assert driver.alive() == before + 3  # the capture, its copy, what was instantiated
+    del run
+    assert driver.alive() == before + 1
+
+
+def test_the_buffers_live_as_long_as_the_run(driver):
+    run, buffers, _ = make(driver)
+    addresses = [t.data_ptr() for t in buffers]
+    del buffers
+    assert not {torch.zeros(3).data_ptr() for _ in range(64)} & set(addresses)
+    run.launch((torch.ones(3), torch.ones(3)), torch.empty(3), 0)
+
+
+def test_an_empty_capture_is_refused(driver):
+    """Bug: a capture on another device than its stream's records nothing; its replay returned the
+    first result forever."""
+    with pytest.raises(native.DriverError, match="recorded nothing"):
+        native.GraphRun(driver.graph(), (torch.zeros(3),), torch.zeros(3), 0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "match"),
+    [
+        ((torch.zeros(3),), torch.zeros(3), "has 2 inputs, not 1"),
+        ((torch.zeros(4), torch.zeros(3)), torch.zeros(3), "input 0 has 16 bytes"),
+        ((torch.zeros(3).double(), torch.zeros(3)), torch.zeros(3), "input 0 is torch.float64"),
+        ((torch.zeros(3, 2)[:, 0], torch.zeros(3)), torch.zeros(3), "not contiguous"),
+        ((torch.zeros(3), torch.zeros(3)), torch.zeros(2), "the run writes 12 bytes"),
+        ((torch.zeros(3), torch.zeros(3)), torch.zeros(3).int(), "the output is torch.int32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(driver, inputs, output, match):
+    run, _, _ = make(driver)
+    with pytest.raises(ValueError, match=match):
+        run.launch(inputs, output, 0)
+    with pytest.raises(TypeError, match="expected a plain torch.Tensor"):
+        run.launch((1, 2), output, 0)
+
+
+@pytest.mark.parametrize("name", ["cuGraphLaunch", "cuGraphExecMemcpyNodeSetParams"])
+def test_a_refusal_of_the_driver_is_an_error_and_the_run_goes_on(driver, name):
+    run, _, _ = make(driver)
+    a, b, out = torch.ones(3), torch.ones(3), torch.zeros(3)
+    driver.fail(name, 1)
+    with pytest.raises(native.DriverError, match=r"invalid argument \(1\)"):
+        run.launch((a, b), out, 0)
+    driver.fail(name, 0)
+    run.launch((a, b), out, 0)
+    assert torch.equal(out, torch.full((3,), 3.0)) and driver.depth() == 0
+
+
+def test_a_failed_instantiation_leaves_nothing(driver):
+    before = driver.alive()
+    driver.fail("cuGraphInstantiateWithFlags", 2)
+    with pytest.raises(native.DriverError, match="out of memory"):
+        make(driver)
+    assert driver.alive() == before + 1  # the capture is its maker's
+
+
+def test_threads_share_a_run(driver):
+    """Binding and launching are one step: each thread gets the result of its own inputs."""
+    run, _, _ = make(driver)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for n in range(200):
+            a, out = torch.full((3,), float(number)), torch.empty(3)
+            run.launch((a, torch.full((3,), float(n))), out, 0)
+            if not torch.equal(out, torch.full((3,), 2.0 * number + n)):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and run.launches == 800
+
+
+def test_without_a_driver_the_reason_is_told():
+    native.use_cuda_driver("")
+    if not native.cuda_driver_problem():
+        pytest.skip("this machine has a driver")
+    assert "libcuda" in native.cuda_driver_problem()
+    with pytest.raises(native.DriverError, match="no CUDA driver"):
+        native.GraphRun(1, (torch.zeros(3),), torch.zeros(3), 0)
