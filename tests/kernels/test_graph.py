@@ -157,6 +157,25 @@ def test_auto_falls_back_and_tries_once(captured, caplog):
     assert loop.cache.stats()["failures"] == 1
 
 
+@pytest.mark.parametrize("name", ["cuGraphInstantiateWithFlags", "cuGraphLaunch"])
+def test_what_the_driver_refuses_runs_plainly(captured, caplog, name):
+    captured.driver.fail(name, 2)
+    x, rows, levels = torch.randn(SHAPE), make_rows(0), torch.rand(ROWS)
+    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, backend="eager")
+    for _ in range(2):
+        got = loop.run(x, rows, inputs={"levels": levels})
+        assert torch.equal(got, expected(x, rows, levels, 1.0))
+    assert "out of memory" in caplog.text and loop.cache.stats()["failures"] == 1
+
+
+def test_an_input_without_elements_runs_plainly(captured):
+    x, rows = torch.randn(SHAPE), make_rows(0)
+    inputs = {"levels": torch.rand(ROWS), "nothing": torch.zeros(0)}
+    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, backend="eager")
+    got = loop.run(x, rows, inputs=inputs)
+    assert torch.equal(got, expected(x, rows, inputs["levels"], 1.0)) and len(loop.cache) == 0
+
+
 def cuda_run(loop: GraphedLoop, seed: int) -> tuple[Tensor, Tensor]:
     """(graph, plain loop) on fresh inputs."""
     g = torch.Generator().manual_seed(seed)

@@ -43,6 +43,7 @@ StepNetwork = Callable[[int, Tensor, Inputs], "Tensor | tuple[Tensor, Tensor]"]
 RowFunction = Callable[[int, Inputs], Tensor]
 Mode = Literal["auto", "always", "never"]
 
+_DRIVER_ERRORS: tuple[type[Exception], ...] = () if native is None else (native.DriverError,)
 _shown: set[Any] = set()  # reasons that have been logged
 _shown_lock = threading.Lock()
 
@@ -133,11 +134,14 @@ class CapturedRun:
     def first(self, inputs: Inputs) -> Tensor:
         """As a call, timed: `graph_seconds` is what it took, the GPU's work included."""
         with torch.cuda.device(self.device):
-            self._run.upload(torch._C._cuda_getCurrentRawStream(self._index))
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            output = self(inputs)
-            torch.cuda.synchronize()
+            try:
+                self._run.upload(torch._C._cuda_getCurrentRawStream(self._index))
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                output = self(inputs)
+                torch.cuda.synchronize()
+            except _DRIVER_ERRORS as exc:
+                raise GraphCaptureError(f"the captured run does not start: {exc}") from exc
             self.graph_seconds = time.perf_counter() - start
         return output
 
@@ -152,7 +156,7 @@ def _make_run(graph: Any, buffers: tuple[Tensor, ...], output: Tensor, index: in
         return TorchRun(graph, buffers, output)
     try:
         return native.GraphRun(graph.raw_cuda_graph(), buffers, output, index)
-    except native.DriverError as exc:
+    except (native.DriverError, ValueError) as exc:  # ValueError: an input without elements
         raise GraphCaptureError(f"the run cannot be captured: {exc}") from exc
 
 
