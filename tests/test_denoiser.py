@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from analytic import GaussianMixture
 from torch import Tensor, nn
 
 from dlms_engine import processes
-from dlms_engine.denoiser import PREDICTIONS, Denoiser, find_module
+from dlms_engine.denoiser import PREDICTIONS, Denoiser, find_module, quantile
 
 PROCESSES = {
     "edm": processes.EDM(),
@@ -147,6 +148,14 @@ def test_features_before_the_first_call_say_what_to_do():
 def test_unknown_prediction_is_refused():
     with pytest.raises(ValueError, match="'epsilon'"):
         Denoiser(lambda x, t: x, processes.EDM(), "epsilon")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("q", [0.001, 0.3, 0.5, 0.9, 0.995, 1.0])
+@pytest.mark.parametrize("n", [1, 2, 7, 192, 1000])
+def test_a_quantile_is_that_of_numpy(q, n):
+    values = torch.randn(5, n, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    want = torch.from_numpy(np.quantile(values.numpy(), q, axis=1))
+    torch.testing.assert_close(quantile(values, q), want, rtol=1e-13, atol=1e-14)
 
 
 def test_thresholding_clips_to_the_quantile():

@@ -211,12 +211,14 @@ class Denoiser(Versioned, nn.Module):
         """
         wide = torch.float64 if network_input.dtype == torch.float64 else torch.float32
         batch = network_input.shape[0]
-        noise = c_noise.to(device=network_input.device, dtype=wide).expand(batch)
+        level = c_noise.to(device=network_input.device, dtype=wide)
+        noise = level.expand(batch)
         if self.guidance_scale is None:
             return unwrap(self.network(network_input, noise, **cond))
         doubled = {key: self._double(key, value, batch) for key, value in cond.items()}
         both = torch.cat([network_input, network_input])
-        out = unwrap(self.network(both, torch.cat([noise, noise]), **doubled))
+        twice = torch.cat([level, level]) if level.ndim else level.expand(2 * batch)
+        out = unwrap(self.network(both, twice, **doubled))
         return out[:batch], out[batch:]  # chunk(2) would tie an exported graph to this batch
 
     def _double(self, key: str, value: Any, batch: int) -> Any:
@@ -272,7 +274,7 @@ class Denoiser(Versioned, nn.Module):
         alpha, sigma = per_sample(self.process.alpha(t), x), per_sample(self.process.sigma(t), x)
         data = value if prediction == "data" else (x - sigma * value) / alpha
         assert self.dynamic_thresholding is not None
-        bound = torch.quantile(data.flatten(1).abs(), self.dynamic_thresholding, dim=1).clamp(min=1)
+        bound = quantile(data.flatten(1).abs(), self.dynamic_thresholding).clamp(min=1)
         bound = per_sample(bound, x)
         data = data.clamp(-bound, bound) / bound
         return data if prediction == "data" else (x - alpha * data) / sigma
@@ -286,6 +288,18 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """Casts a scalar or ``[B]`` coefficient to ``like``'s dtype, broadcastable over ``[B, ...]``."""
     value = value.to(device=like.device, dtype=like.dtype)
     return value if value.ndim == 0 else value.reshape(-1, *([1] * (like.ndim - 1)))
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """The q-quantile of each row of ``[B, n]``, linear between neighbours: ``[B]``.
+
+    ``torch.quantile`` takes at most 2^24 numbers, and torch 2.11 cannot export it with a dynamic batch.
+    """
+    ordered = values.sort(dim=1).values
+    last = values.shape[1] - 1
+    position = q * last
+    low = min(int(position), last)
+    return torch.lerp(ordered[:, low], ordered[:, min(low + 1, last)], position - low)
 
 
 def unwrap(output: Any) -> Tensor:

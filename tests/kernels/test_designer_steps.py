@@ -131,6 +131,38 @@ def test_opcheck(device):
         designer.designer_row(features[:, :5], *given[1:])
 
 
+def test_a_compiled_sampler_calls_the_kernel_and_an_exported_one_does_not(device):
+    """Bug: torch 2.11 says in torch.compile that it exports, so the kernel was never taken there."""
+    torch._dynamo.reset()
+    held = sampler(device, "triton", make_policy(), torch.float32)
+    noise = seeded_noise(range(2), (3, 8, 8), 80.0, device=device)
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, example):
+        called.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(held, fullgraph=True, backend=backend)(noise)
+    rows = [name for name in called if "dlms_triton.designer_row" in name]
+    assert len(rows) == held.nfe, called
+    program = torch.export.export(Exportable(held), (noise,))
+    assert "designer_row" not in str(program.graph)
+
+
+class Exportable(nn.Module):
+    """Steps of a sampler, as a module that torch.export takes."""
+
+    def __init__(self, held) -> None:
+        super().__init__()
+        self.network, self.designer = held.denoiser, held.policy.designer
+        self.held = [held]
+
+    def forward(self, noise):
+        steps = self.held[0]._steps(noise, {})
+        steps.evaluate(0, noise)
+        return steps.row(0)
+
+
 def test_inside_torch_compile(device):
     """One graph; Inductor only where the kernels are Triton's own."""
     torch._dynamo.reset()

@@ -103,7 +103,7 @@ def takes(policy: Any) -> bool:
     Not under autograd, not while exporting (a package holds plain torch operations), and not for
     subclasses that say something else.
     """
-    if type(policy) is not DesignerPolicy or torch.compiler.is_exporting():
+    if type(policy) is not DesignerPolicy or exporting():
         return False
     designer = policy.designer
     held = list(designer.parameters())
@@ -117,6 +117,15 @@ def takes(policy: Any) -> bool:
         and all(p.dtype == dtype for p in held)
         and designer.grid.dtype == torch.float64
     )
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` is tracing.
+
+    Not ``torch.compiler.is_exporting()``: inside ``torch.compile``, Dynamo of torch 2.11 replaces that
+    call by True. The flag behind it is right in both versions, strict or not.
+    """
+    return bool(torch.compiler._is_exporting_flag)
 
 
 def row_config(denoiser: Denoiser, policy: DesignerPolicy) -> RowConfig:

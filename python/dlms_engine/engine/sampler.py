@@ -18,7 +18,17 @@ from . import cpu_loop
 from .cuda_graph import run_captured
 from .cuda_graph_cache import GraphCache, split_tensors
 from .dlms_steps import policy_steps
-from .steps import AfterRow, EnginePool, Plan, Steps, TableSteps, guidance, plan_table, run_plain
+from .steps import (
+    AfterRow,
+    EnginePool,
+    Plan,
+    Steps,
+    TableSteps,
+    guidance,
+    level_dtype,
+    plan_table,
+    run_plain,
+)
 
 
 class Step(NamedTuple):
@@ -73,7 +83,7 @@ class Sampler(Versioned, nn.Module):
         self.backend = backend
         ops.select(backend)
         self._engines = EnginePool()
-        self._plans: dict[torch.device, Plan] = {}
+        self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
         if isinstance(policy, SolverTable):
             self._plan(torch.device("cpu"))
 
@@ -154,10 +164,11 @@ class Sampler(Versioned, nn.Module):
     # -- steps --------------------------------------------------------------------------------
 
     def _plan(self, device: torch.device) -> Plan:
-        plan = self._plans.get(device)
+        key = (device, level_dtype(self.denoiser, self.dtype))
+        plan = self._plans.get(key)
         if plan is None:
             assert isinstance(self.policy, SolverTable)
-            plan = self._plans[device] = plan_table(self.denoiser, self.policy, self.dtype, device)
+            plan = self._plans[key] = plan_table(self.denoiser, self.policy, self.dtype, device)
         return plan
 
     def _steps(self, x: Tensor, cond: dict[str, Any], plan: Plan | None = None) -> Steps:

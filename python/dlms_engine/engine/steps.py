@@ -29,8 +29,8 @@ class Plan(NamedTuple):
     """A static table made ready for one device and one denoiser."""
 
     rows: Tensor  # [nfe, R] or [nfe, B, R], state dtype
-    c_noise: Tensor  # [nfe] or [nfe, B], float64
-    c_in: Tensor  # [] or [B], float64: scale of the first network input, initial_scale included
+    c_noise: Tensor  # [nfe] or [nfe, B], float32; float64 for a float64 network
+    c_in: Tensor  # [] or [B], state dtype: scale of the first network input, initial_scale included
 
 
 def plan_table(
@@ -46,10 +46,18 @@ def plan_table(
     rows = layout.pack_rows(
         c_skip, pre.c_out, a, c_in_next, guidance(denoiser), table.b.detach(), dtype=dtype
     )
-    c_noise = pre.c_noise
+    # In the dtype in which the network gets them: a cast in the run is a kernel an evaluation.
+    c_noise = pre.c_noise.to(level_dtype(denoiser, dtype))
     if rows.ndim == 3:  # batched tables: [B, nfe, R] -> one block a row
         rows, c_noise = rows.transpose(0, 1).contiguous(), c_noise.transpose(0, 1).contiguous()
-    return Plan(rows.to(device), c_noise.to(device), (pre.c_in[..., 0] * scale).to(device))
+    c_in = (pre.c_in[..., 0] * scale).to(dtype)
+    return Plan(rows.to(device), c_noise.to(device), c_in.to(device))
+
+
+def level_dtype(denoiser: Denoiser, dtype: torch.dtype) -> torch.dtype:
+    """In what ``Denoiser.network_output`` hands over noise levels, for a state of ``dtype``."""
+    wide = (denoiser.network_dtype or dtype) == torch.float64
+    return torch.float64 if wide else torch.float32
 
 
 def guidance(denoiser: Denoiser) -> float:
@@ -147,7 +155,10 @@ def first_input(x: Tensor, c_in: Tensor, dtype: torch.dtype) -> Tensor:
     """c_in * x in the network's dtype; the scale is rounded to the state's dtype first."""
     scale = c_in.to(device=x.device, dtype=x.dtype)
     scale = scale.reshape(-1, *([1] * (x.ndim - 1))) if scale.ndim else scale
-    return (scale * x).to(dtype)
+    if dtype == x.dtype or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return (scale * x).to(dtype)
+    # The product is rounded once more as it is stored: one kernel in place of two.
+    return torch.mul(scale, x, out=torch.empty_like(x, dtype=dtype))
 
 
 def run_plain(
