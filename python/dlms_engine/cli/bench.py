@@ -15,6 +15,7 @@ class What(str, Enum):
     loop = "loop"
     device = "device"
     pipeline = "pipeline"
+    distill = "distill"
 
 
 def bench(context: typer.Context, what: What) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 
-WHAT = ("step", "loop", "device", "pipeline")
+WHAT = ("step", "loop", "device", "pipeline", "distill")
 
 
 def main(arguments: list[str]) -> int:

@@ -1,0 +1,205 @@
+"""``dlms bench distill``: updates per second of every learner where the network lives.
+
+    python -m dlms_engine.lab.bench distill --device cuda --output distill.json --seconds 8
+
+Two models: the embedded one, and a 32x32 U-Net of the benchmark model's size with random weights,
+which takes as long as a trained one. DLMS, AMED, LD3 and the free table are timed from one finished
+update to the next, validation left out; D-ODE's fit and GITS's search are one piece each and are timed
+whole. A learner that fails leaves its error in the report, and the others go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dlms_engine import ops
+from dlms_engine.denoiser import Denoiser
+from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
+from dlms_engine.lab.bench.timing import conditions, finish, json_options, save
+from dlms_engine.learners import METHODS, RunOptions
+from dlms_engine.processes import EDM
+
+NFE = 5
+MODELS = ("embedded", "unet-32")
+SHORT: dict[str, Any] = {"validation_samples": 8, "validation_steps": 8}
+TRAINED: dict[str, Any] = {"trajectories": 1 << 20, "validate_every": 0, **SHORT}
+"""More updates than there is time for; validation only where a run begins."""
+
+
+class Case(NamedTuple):
+    """What is timed."""
+
+    label: str
+    method: str
+    settings: dict[str, Any]
+    trained: bool = True  # update by update; else the whole call
+
+
+def cases(batch: int) -> tuple[Case, ...]:
+    """Every learner; DLMS in both of its phases."""
+    shared = {**TRAINED, "batch": batch}
+    return (
+        Case("dlms", "dlms", {**shared, "last_step": "bottleneck"}),
+        Case("dlms, endpoint phase", "dlms", {**shared, "endpoint_share": 1.0}),
+        Case("amed", "amed", shared),
+        Case("free_table", "free_table", shared),
+        Case("ld3", "ld3", {"batch": 2, "train": 64, "validation": 4, "rounds": 1 << 20}),
+        Case("dode", "dode", {"batch": batch}, False),
+        Case("gits", "gits", {"batch": batch, "points": 21}, False),
+    )
+
+
+class Enough(Exception):
+    """The time for one learner is up."""
+
+
+@dataclass
+class Clock:
+    """A monitor that notes when each update was finished, and stops the run."""
+
+    device: torch.device
+    seconds: float
+    times: list[float] = field(default_factory=list)
+
+    def log(self, step: int, numbers: dict[str, Any]) -> None:
+        """Called by a learner after update ``step``; 0 is the validation before the first."""
+        if step == 0:
+            return
+        wait(self.device)
+        self.times.append(time.perf_counter())
+        if len(self.times) > WARM + 2 and self.times[-1] - self.times[0] > self.seconds:
+            raise Enough
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+WARM = 2
+"""Updates that are not counted: kernels are chosen and memory is taken in them."""
+
+
+def wait(device: torch.device) -> None:
+    """Until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def load(name: str, device: torch.device) -> tuple[Denoiser, tuple[int, ...]]:
+    """The model on ``device`` and the shape of a sample."""
+    if name == "embedded":
+        from dlms_engine.models.embedded import IMAGE_SHAPE, load_embedded
+
+        return load_embedded(device), IMAGE_SHAPE
+    from dlms_engine.models.unet import UNet
+
+    torch.manual_seed(0)
+    network = UNet(32, (64, 128, 256), 2, (1,))
+    for layer in network.modules():  # what starts as 0 would leave the rest without effect
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.02)
+    network = network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.eval().requires_grad_(False)
+    return Denoiser(network, EDM(), "edm", features="mid_block"), (3, 32, 32)
+
+
+def time_case(
+    denoiser: Denoiser, shape: tuple[int, ...], case: Case, seconds: float
+) -> dict[str, Any]:
+    """Updates (or whole calls) per second, by the median."""
+    run = importlib.import_module(METHODS[case.method]).run
+    clock = Clock(denoiser.device, seconds)
+
+    def options() -> RunOptions:
+        settings = dict(case.settings)
+        count = settings.pop("trajectories", None) if case.trained else settings["batch"]
+        silent: dict[str, Any] = {"output": None, "resume": False, "progress": False, "seed": 0}
+        extra = {"monitor": clock} if case.trained else {}
+        return RunOptions(nfe=NFE, trajectories=count, settings=settings, **silent, **extra)
+
+    if case.trained:
+        try:
+            run(denoiser, shape, options())
+        except Enough:
+            pass
+        stamps = clock.times[WARM:]
+    else:
+        stamps = [time.perf_counter()]
+        while len(stamps) < WARM + 2 or stamps[-1] - stamps[0] < seconds:
+            run(denoiser, shape, options())
+            wait(denoiser.device)
+            stamps.append(time.perf_counter())
+        stamps = stamps[1:]
+    p20, p50, p80 = quantiles([b - a for a, b in zip(stamps, stamps[1:], strict=False)])
+    return {
+        "updates_per_s": 1 / p50,
+        "unit": "update" if case.trained else f"whole {case.method}",
+        "p20_ms": 1e3 * p20,
+        "p50_ms": 1e3 * p50,
+        "p80_ms": 1e3 * p80,
+        "updates": len(stamps) - 1,
+    }
+
+
+def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row a model and learner."""
+    device = torch.device(args.device)
+    for name in args.models:
+        denoiser, shape = load(name, device)
+        for case in cases(args.batch):
+            if args.methods and case.method not in args.methods:
+                continue
+            row: dict[str, Any] = {"method": case.label, "model": name, "device": args.device}
+            row["batch"] = case.settings["batch"]
+            try:
+                yield row | time_case(denoiser, shape, case, args.seconds)
+            except Exception as error:
+                yield row | {"error": f"{type(error).__name__}: {error}"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line. Status 2 if the device is not there, 1 if a learner failed."""
+    parser = argparse.ArgumentParser(prog="dlms bench distill", description=__doc__)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each learner and model")
+    parser.add_argument("--batch", type=int, default=32, help="trajectories an update (LD3: 2)")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=[])
+    json_options(parser)
+    args = parser.parse_args(argv)
+    cuda = torch.device(args.device).type == "cuda"
+    if cuda and no_gpu(parser.prog):
+        return 2
+    report: dict[str, Any] = {
+        "benchmark": "distill",
+        "machine": machine() if cuda else conditions(),
+        "backends": ops.available(args.device),
+        "nfe": NFE,
+        "seconds": args.seconds,
+        "rows": [],
+    }
+    for row in rows(args):
+        report["rows"].append(row)
+        save(report, args)  # a run that is cut short has given what it measured
+        if not args.json:
+            show(row)
+    finish(report, args)
+    return int(any("error" in row for row in report["rows"]))
+
+
+def show(row: dict[str, Any]) -> None:
+    """One line of the table."""
+    said = row.get("error") or f"{row['updates_per_s']:8.2f} a second ({row['unit']})"
+    print(f"{row['model']:10} {row['method']:22} batch {row['batch']:3}: {said}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
