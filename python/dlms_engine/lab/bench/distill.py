@@ -11,7 +11,9 @@ whole. A learner that fails leaves its error in the report, and the others go on
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -126,10 +128,8 @@ def time_case(
         return RunOptions(nfe=NFE, trajectories=count, settings=settings, **silent, **extra)
 
     if case.trained:
-        try:
+        with contextlib.suppress(Enough):
             run(denoiser, shape, options())
-        except Enough:
-            pass
         stamps = clock.times[WARM:]
     else:
         stamps = [time.perf_counter()]
@@ -138,7 +138,7 @@ def time_case(
             wait(denoiser.device)
             stamps.append(time.perf_counter())
         stamps = stamps[1:]
-    p20, p50, p80 = quantiles([b - a for a, b in zip(stamps, stamps[1:], strict=False)])
+    p20, p50, p80 = quantiles([b - a for a, b in itertools.pairwise(stamps)])
     return {
         "updates_per_s": 1 / p50,
         "unit": "update" if case.trained else f"whole {case.method}",
