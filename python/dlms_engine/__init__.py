@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from .learners import distill
     from .models import embedded
     from .ops import BackendUnavailable
+    from .policies.distilled import load_solver, save
     from .processes import grids
-    from .tables.file import load_solver, save
     from .tables.table import SolverTable
 
 # public name -> the module it lives in
@@ -40,8 +40,8 @@ _HOME = {
     "accelerate": "integrations.diffusers",
     "distill": "learners",
     "export_sampler": "engine.export",
-    "load_solver": "tables.file",
-    "save": "tables.file",
+    "load_solver": "policies.distilled",
+    "save": "policies.distilled",
     "seeded_noise": "engine.sampler",
 }
 # public name -> the module it is

@@ -16,8 +16,8 @@ from dlms_engine import grids, processes, solvers
 from dlms_engine.cli import common, main
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.lab.record.record import RecordSettings
+from dlms_engine.policies.distilled import load_solver, save_solver
 from dlms_engine.solvers import registry
-from dlms_engine.tables.file import load_solver, save_solver
 
 TINY = ("--model", "cli_model:tiny")
 QUICK = (

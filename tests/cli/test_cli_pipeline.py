@@ -19,7 +19,7 @@ from dlms_engine.integrations.diffusers import DLMSScheduler  # noqa: E402
 from dlms_engine.integrations.pipelines import prompt_calls as calls  # noqa: E402
 from dlms_engine.integrations.pipelines.distill import load_pipeline, pipeline_denoiser  # noqa: E402
 from dlms_engine.learners.dlms.objective import Dlms  # noqa: E402
-from dlms_engine.tables.file import load_solver  # noqa: E402
+from dlms_engine.policies.distilled import load_solver  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 PROMPTS = ["a cat", "dog", "the sea at night", "rain", "a b c"]

@@ -186,7 +186,7 @@ def test_nodes_give_sampler_and_sigmas(comfy: None, kind: str) -> None:
 
 def test_nodes_read_solver_files(comfy: None, tmp_path: Any) -> None:
     from dlms_engine.integrations.comfyui.nodes import DLMSSampler, DLMSSigmas
-    from dlms_engine.tables.file import save_solver
+    from dlms_engine.policies.distilled import save_solver
 
     process = processes.EDM(0.0292, 14.6146)
     table = solvers.dpm_solver_pp(process, grids.polynomial(process, 5), order=2)

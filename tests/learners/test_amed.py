@@ -35,9 +35,9 @@ from dlms_engine.learners.training.trainer import Trainer, TrainerSettings
 from dlms_engine.policies.amed import AmedPolicy
 from dlms_engine.policies.amed_formulas import AmedBase, Walk
 from dlms_engine.policies.amed_predictor import AmedPredictor, Choice
+from dlms_engine.policies.distilled import load_solver, save_solver
 from dlms_engine.policies.dlms import parameter_count
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
-from dlms_engine.tables.file import load_solver, save_solver
 
 TOLERANCE = 1e-10
 TRAINING = f"train_ipndm__both__poly7__N4__M2__{SUFFIX[-4:]}"

@@ -16,8 +16,7 @@ from dlms_engine.learners import distill
 from dlms_engine.learners.dlms.objective import Dlms
 from dlms_engine.learners.dlms.settings import DlmsSettings
 from dlms_engine.learners.training.noise import unit_noise
-from dlms_engine.policies.distilled import DistilledSolver
-from dlms_engine.tables.file import load_solver
+from dlms_engine.policies.distilled import DistilledSolver, load_solver
 
 NOISE = 80.0 * unit_noise(0, range(4), (16,)).double()
 OFFSETS = torch.tensor([1.0, 1.1, 0.93, 1.05, 1.0], dtype=torch.float64)

@@ -21,8 +21,8 @@ from dlms_engine.learners.dlms.settings import DlmsSettings
 from dlms_engine.learners.dlms.teacher import Teacher, TeacherSettings
 from dlms_engine.learners.training.ema import EmaSets
 from dlms_engine.learners.training.noise import unit_noise
+from dlms_engine.policies.distilled import load_solver
 from dlms_engine.policies.dlms import parameter_count, step_coefficients
-from dlms_engine.tables.file import load_solver
 
 
 def learner(**changes) -> Dlms:

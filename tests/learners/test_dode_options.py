@@ -160,7 +160,7 @@ def test_few_steps(nfe: int) -> None:
 
 def test_flow_and_file(tmp_path: Path) -> None:
     """A flow from pure noise; the solver file gives the same samples."""
-    from dlms_engine.tables.file import load_solver
+    from dlms_engine.policies.distilled import load_solver
 
     process = RectifiedFlow()
     network, denoiser = problem(process)

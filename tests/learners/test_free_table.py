@@ -219,7 +219,7 @@ def test_starts_from_another_learner(tmp_path: Path) -> None:
 
 
 def test_solver_file(tmp_path: Path) -> None:
-    from dlms_engine.tables.file import load_solver
+    from dlms_engine.policies.distilled import load_solver
 
     network, denoiser = problem()
     path = tmp_path / "free.safetensors"

@@ -19,9 +19,9 @@ from dlms_engine.learners.gits.objective import Chord, Gits, shortest_path
 from dlms_engine.learners.gits.settings import GitsSettings
 from dlms_engine.learners.presets import PRESETS, preset
 from dlms_engine.learners.settings import split_settings
+from dlms_engine.policies.distilled import load_solver
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
 from dlms_engine.support.parallel import World
-from dlms_engine.tables.file import load_solver
 from dlms_engine.tables.table import SolverTable
 
 SHAPE = (16,)

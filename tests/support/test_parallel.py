@@ -18,8 +18,8 @@ from dlms_engine.learners.dlms.settings import DlmsSettings
 from dlms_engine.learners.training.losses import log_mean
 from dlms_engine.learners.training.noise import unit_noise
 from dlms_engine.learners.training.trainer import Trainer, TrainerSettings
+from dlms_engine.policies.distilled import load_solver
 from dlms_engine.support.parallel import World
-from dlms_engine.tables.file import load_solver
 
 SCRIPT = Path(__file__).parent / "parallel_run.py"
 RUNS = ("dlms", "dlms-endpoint", "amed", "free_table", "ld3", "ld3-best", "dode", "gits")

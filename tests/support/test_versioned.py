@@ -16,9 +16,8 @@ import torch
 from dlms_engine import grids, processes, solvers
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler
-from dlms_engine.policies.distilled import DistilledSolver
+from dlms_engine.policies.distilled import DistilledSolver, load_solver, save_solver
 from dlms_engine.support import versioned
-from dlms_engine.tables.file import load_solver, save_solver
 from dlms_engine.tables.format import SolverFileError
 
 

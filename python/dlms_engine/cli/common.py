@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ..models.embedded import ReferenceStatistics
     from ..processes import Process
     from ..tables.policy import Policy
-    from ..tables.table import SolverTable
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 ModelOption = Annotated[
@@ -164,7 +163,7 @@ def choose_solver(
     order: int | None = None,
     afs: str = "off",
     options: Mapping[str, Any] | None = None,
-) -> tuple[str, SolverTable | Policy]:
+) -> tuple[str, Policy]:
     """(label, policy) of a solver file or of a handcrafted solver; iPNDM when neither is named.
 
     Raises:
@@ -182,10 +181,11 @@ def choose_solver(
             process, method or "ipndm", nfe, grid=grid, order=order, afs=afs, **(options or {})
         )
         return label_of(table, grid), table
-    from ..tables.file import load_solver
+    from ..policies.distilled import load_solver
+    from ..tables.policy import policy_of
 
     held = load_solver(solver)
-    policy = getattr(held, "policy", held)
+    policy = policy_of(held)
     return f"{getattr(held, 'method', 'table')}-{policy.nfe}", policy
 
 

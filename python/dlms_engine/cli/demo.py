@@ -79,7 +79,7 @@ def _distilled(model: Model, folder: Path, trajectories: int, *, progress: bool)
     from .. import learners
     from ..lab import plots
     from ..learners import presets
-    from ..tables.file import load_solver
+    from ..policies.distilled import load_solver
 
     path = _path(folder, trajectories)
     if path.exists():

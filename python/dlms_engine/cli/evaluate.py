@@ -201,10 +201,11 @@ def _record(
 
 def _learned(path: Path) -> Entry:
     from ..lab.record.measure import Entry
-    from ..tables.file import load_solver
+    from ..policies.distilled import load_solver
+    from ..tables.policy import policy_of
 
     held = load_solver(path)
-    policy = getattr(held, "policy", held)
+    policy = policy_of(held)
     method = str(getattr(held, "method", "table"))
     facts = {"method": method, "file": path.name}
     return Entry(f"{method} ({path.stem})", policy, learned=True, facts=facts)

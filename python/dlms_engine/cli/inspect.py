@@ -16,53 +16,29 @@ def inspect(
     as_json: JsonOption = False,
 ) -> None:
     """Print a solver file: what it is, its numbers and its checksum."""
-    from ..tables.file import load_solver
-    from ..tables.table import SolverTable
+    from ..policies.distilled import load_solver
+    from ..tables.policy import policy_of
 
     held = load_solver(file)
-    policy = getattr(held, "policy", held)  # a plain table or policy, or a DistilledSolver
+    policy = policy_of(held)
+    described = policy.describe()
+    kind, name = described.pop("kind"), described.pop("name")
+    options = described.pop("options", {})
     facts: dict[str, Any] = {
         "file": file,
         "bytes": file.stat().st_size,
         "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "method": getattr(held, "method", getattr(policy, "name", "?")),
-        "kind": getattr(held, "kind", "table"),
+        "method": getattr(held, "method", name),
+        "kind": kind,
         "nfe": policy.nfe,
         "depth": policy.depth,
         "prediction": policy.prediction,
         "process": policy.process.config(),
-        "settings": getattr(policy, "options", {}) if held is policy else held.settings,
+        "settings": options if held is policy else held.settings,
         "best": getattr(held, "best", {}),
     }
-    table = _table(policy) if isinstance(policy, SolverTable) else _designer(policy)
-    facts |= table
-    emit(facts, as_json, [] if as_json else _lines(facts, table))
-
-
-def _table(policy: Any) -> dict[str, Any]:
-    return {
-        "grid": policy.grid.tolist(),
-        "initial_scale": policy.initial_scale.tolist(),
-        "rows": [
-            {"time": time, "a": a, "b": b}
-            for time, a, b in zip(
-                policy.times.tolist(), policy.a.tolist(), policy.b.tolist(), strict=True
-            )
-        ],
-    }
-
-
-def _designer(policy: Any) -> dict[str, Any]:
-    """A designer's rows depend on the sample: its size and where it starts from are shown."""
-    designer = getattr(policy, "designer", None)
-    if designer is None:
-        return {}
-    count = sum(parameter.numel() for parameter in designer.parameters())
-    return {
-        "parameters": count,
-        "initial_grid": designer.grid.tolist(),
-        "initial_weights": designer.init_weights.tolist(),
-    }
+    facts |= described
+    emit(facts, as_json, [] if as_json else _lines(facts, described))
 
 
 def _lines(facts: dict[str, Any], table: dict[str, Any]) -> list[str]:

@@ -101,9 +101,11 @@ def takes(policy: Any) -> bool:
     """Whether the kernel computes what ``policy`` would.
 
     Not under autograd, not while exporting (a package holds plain torch operations), and not for
-    subclasses that say something else.
+    policies that decide otherwise (subclasses, ``policies.static_table.deciding``).
     """
     if type(policy) is not DesignerPolicy or exporting():
+        return False
+    if "decide" in vars(policy):
         return False
     designer = policy.designer
     held = list(designer.parameters())

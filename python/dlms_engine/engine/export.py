@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .._version import __version__
 from ..ops import layout, reference
-from ..tables.table import SolverTable
+from ..policies.run import run_predictions
 from .sampler import Sampler
 from .steps import Plan, first_input
 
@@ -103,10 +103,11 @@ class SamplerModule(nn.Module):
         self.sampler = sampler
         self.fixed = dict(fixed or {})
         self._read: list[list[bool]] | None = None
-        if isinstance(sampler.policy, SolverTable):
+        table = sampler.policy.static_table()
+        if table is not None:
             for name, value in sampler._plan(device)._asdict().items():
                 self.register_buffer(name, value)
-            weights = self.rows[..., layout.B :].reshape(sampler.nfe, -1, sampler.policy.depth)
+            weights = self.rows[..., layout.B :].reshape(sampler.nfe, -1, table.depth)
             self._read = (weights != 0).any(1).tolist()
         else:
             sampler.policy.start(1, device)  # moves the policy's networks there, once
@@ -120,7 +121,7 @@ class SamplerModule(nn.Module):
         sampler, given = self.sampler, {**self.fixed, **(cond or {})}
         x = noise.to(sampler.dtype)
         if sampler.denoiser.dynamic_thresholding is not None:
-            return sampler._run_predictions(x, None, given)
+            return run_predictions(sampler.denoiser, sampler.policy, x, given)
         plan = None if self._read is None else Plan(self.rows, self.c_noise, self.c_in)
         steps = sampler._steps(x, given, plan)
         network_input = first_input(x, steps.c_in, sampler._network_dtype(x))
@@ -148,7 +149,8 @@ def trace_sampler(
 ) -> ExportedProgram:
     """The sampler as an ``ExportedProgram`` of aten operations; see ``export_sampler``."""
     tensors, fixed = split_cond(cond)
-    batched = isinstance(sampler.policy, SolverTable) and bool(sampler.policy.batch_shape)
+    table = sampler.policy.static_table()
+    batched = table is not None and bool(table.batch_shape)
     _check(noise, dynamic_batch, max_batch, batched)
     module = SamplerModule(sampler, noise.device, fixed)
     try:
@@ -223,7 +225,7 @@ def describe(
     policy = sampler.policy
     return {
         "version": __version__,
-        "solver": getattr(policy, "name", getattr(policy, "kind", type(policy).__name__)),
+        "solver": policy.describe()["name"],
         "nfe": sampler.nfe,
         "process": policy.process.config(),
         "sigma_start": float(policy.process.sigma(sampler._start_time())),

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import ops
-from ..denoiser import Denoiser, per_sample
+from ..denoiser import Denoiser
+from ..policies.run import run_predictions
 from ..support.versioned import Versioned
-from ..tables.policy import Policy, PolicyRun, TableRun
+from ..tables.policy import Policy, Solved, policy_of
 from ..tables.table import SolverTable
 from . import cpu_loop
 from .cuda_graph import run_captured
@@ -63,7 +64,7 @@ class Sampler(Versioned, nn.Module):
     def __init__(
         self,
         denoiser: Denoiser,
-        policy: SolverTable | Policy,
+        policy: Policy | Solved,
         *,
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
@@ -71,7 +72,7 @@ class Sampler(Versioned, nn.Module):
         super().__init__()
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.float64 (state)")
-        policy = getattr(policy, "policy", policy)
+        policy = policy_of(policy)
         if policy.process.config() != denoiser.process.config():
             raise ValueError(
                 f"the solver was made for {policy.process.config()}, the denoiser runs "
@@ -84,8 +85,12 @@ class Sampler(Versioned, nn.Module):
         ops.select(backend)
         self._engines = EnginePool()
         self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
-        if isinstance(policy, SolverTable):
+        if self._table is not None:
             self._plan(torch.device("cpu"))
+
+    @property
+    def _table(self) -> SolverTable | None:
+        return self.policy.static_table()
 
     @property
     def nfe(self) -> int:
@@ -99,7 +104,7 @@ class Sampler(Versioned, nn.Module):
         return self(seeded_noise(seeds, shape, sigma, device=place, dtype=self.dtype), **options)
 
     def _start_time(self) -> Tensor:
-        return torch.as_tensor(self.policy.t_start, dtype=torch.float64).reshape(-1)[0]
+        return self.policy.grid.reshape(-1)[0]
 
     @torch.no_grad()
     def forward(
@@ -145,7 +150,7 @@ class Sampler(Versioned, nn.Module):
 
     def _run(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
         if self.denoiser.dynamic_thresholding is not None:
-            return self._run_predictions(x, after, cond)
+            return run_predictions(self.denoiser, self.policy, x, cond, after)
         backend = ops.select(self.backend, x.device)
         network_dtype = self._network_dtype(x)
         if torch.compiler.is_compiling():
@@ -167,13 +172,13 @@ class Sampler(Versioned, nn.Module):
         key = (device, level_dtype(self.denoiser, self.dtype))
         plan = self._plans.get(key)
         if plan is None:
-            assert isinstance(self.policy, SolverTable)
-            plan = self._plans[key] = plan_table(self.denoiser, self.policy, self.dtype, device)
+            assert self._table is not None
+            plan = self._plans[key] = plan_table(self.denoiser, self._table, self.dtype, device)
         return plan
 
     def _steps(self, x: Tensor, cond: dict[str, Any], plan: Plan | None = None) -> Steps:
-        if isinstance(self.policy, SolverTable):
-            return TableSteps(self.denoiser, plan or self._plan(x.device), self.policy.depth, cond)
+        if self._table is not None:
+            return TableSteps(self.denoiser, plan or self._plan(x.device), self._table.depth, cond)
         backend = ops.select(self.backend, x.device).name
         return policy_steps(self.denoiser, self.policy, x, self.dtype, cond, backend)
 
@@ -188,7 +193,7 @@ class Sampler(Versioned, nn.Module):
         given_cond, fixed, rebuild = split_tensors(cond)
         inputs = {"x": x, **given_cond}
         options: tuple[Any, ...] = (backend.name, self.dtype, guidance(self.denoiser), fixed)
-        if isinstance(self.policy, SolverTable):
+        if self._table is not None:
             inputs |= {f"plan/{k}": v for k, v in self._plan(x.device)._asdict().items()}
             options = (*options, self.policy.depth)
         # Read where they lie, and copied there before the run if they lie elsewhere.
@@ -206,30 +211,6 @@ class Sampler(Versioned, nn.Module):
 
         learned = () if isinstance(self.policy, SolverTable) else (self.policy,)
         return run_captured(GRAPHS, self.denoiser, options, body, inputs, learned)
-
-    # -- runs that change the prediction (thresholding) -----------------------------------------
-
-    def _run_predictions(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
-        """Slow path: the prediction is formed, altered and only then handed to the row."""
-        run: PolicyRun
-        if isinstance(self.policy, SolverTable):
-            run = TableRun(self.policy, x.device)
-        else:
-            run = self.policy.start(len(x), x.device)
-        history: list[Tensor] = []
-        time = run.time
-        x = per_sample(run.initial_scale, x) * x
-        for n in range(self.nfe):
-            history.insert(0, self.denoiser.predict(x, time, self.policy.prediction, **cond))
-            features = self.denoiser.last_features if self.denoiser.features else None
-            a, b, next_time = run.row(n, features)
-            x = per_sample(a, x) * x
-            for k, m in enumerate(history[: b.shape[-1]]):
-                x = x + per_sample(b[..., k], x) * m
-            time = time if next_time is None else next_time
-            if after is not None:
-                after(n, x)
-        return x
 
 
 def seeded_noise(

@@ -25,11 +25,12 @@ except ImportError as exc:
         "dlms_engine.integrations.diffusers needs diffusers: pip install 'dlms-engine[diffusers]'"
     ) from exc
 
+from ..tables.policy import policy_of
 from .pipelines.acceleration import Acceleration
 from .pipelines.networks import network_of
 from .scheduler.base import EngineScheduler
 from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
-from .scheduler.runner import Runner, load_source, needs_features
+from .scheduler.runner import Runner, load_source
 
 __all__ = ["DLMSScheduler", "SchedulerMixin", "accelerate"]
 
@@ -288,6 +289,6 @@ def accelerate(pipe: Any, solver: Any = "dpm_solver_pp", **settings: Any) -> Acc
         ValueError: the pipeline has neither a ``unet`` nor a ``transformer``.
     """
     scheduler = DLMSScheduler.from_config(pipe.scheduler.config, solver=solver, **settings)
-    if not isinstance(scheduler.solver, str) and needs_features(scheduler.solver):
+    if not isinstance(scheduler.solver, str) and policy_of(scheduler.solver).needs_features:
         scheduler.watch(network_of(pipe))
     return Acceleration(pipe, scheduler)

@@ -20,12 +20,11 @@ from tqdm.auto import tqdm
 
 from ..denoiser import Denoiser
 from ..processes import EDM, Process, RectifiedFlow
-from ..tables.policy import Policy
-from ..tables.table import SolverTable
+from ..tables.policy import Policy, policy_of
 from .scheduler import tables
 from .scheduler.noise import NoiseModel
 from .scheduler.plan import Rows, late_start, make_plan, policy_rows, table_rows
-from .scheduler.runner import load_source, needs_features
+from .scheduler.runner import load_source
 from .scheduler.state import State
 from .scheduler.times import spread
 
@@ -137,7 +136,7 @@ def solver_sigmas(solver: Any) -> Tensor:
     source = load_source(solver)
     if isinstance(source, str):
         raise ValueError(f"solver {source!r} has no sigmas of its own: use a schedule")
-    policy: Any = getattr(source, "policy", source)
+    policy = policy_of(source)
     process: Process = policy.process
     levels = _rows_of(policy).levels
     return levels if isinstance(process, RectifiedFlow) else process.sigma_over_alpha(levels)
@@ -187,10 +186,11 @@ def _named(
     return table_rows(tables.named_table(name, process, levels, options))
 
 
-def _rows_of(policy: SolverTable | Policy) -> Rows:
-    if isinstance(policy, SolverTable):
-        return table_rows(policy)
-    if needs_features(policy):
+def _rows_of(policy: Policy) -> Rows:
+    table = policy.static_table()
+    if table is not None:
+        return table_rows(table)
+    if policy.needs_features:
         raise ValueError(
             "this solver computes its rows from the network's bottleneck, which a sampler function "
             "does not see: use its static table, solver.table(denoiser, noise)"
@@ -200,7 +200,7 @@ def _rows_of(policy: SolverTable | Policy) -> Rows:
 
 def _learned(source: Any, flow: bool, levels: Tensor) -> tuple[Rows, int]:
     """The solver's rows in this model's state space, and the row to begin with."""
-    policy: Any = getattr(source, "policy", source)
+    policy = policy_of(source)
     process: Process = policy.process
     if flow != isinstance(process, RectifiedFlow):
         raise ValueError(f"the solver was made for {process!r}, the model is flow={flow}")

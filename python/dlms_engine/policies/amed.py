@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
 from ..processes import Process, RectifiedFlow, from_config
-from ..tables.policy import Row
-from ..tables.table import SolverTable
-from ..tables.trace import START, Form
+from ..tables.file import register_policy
+from ..tables.run import Row
+from ..tables.trace import START, Form, OnlineTrace
 from .amed_formulas import AmedBase, Walk, asked_range, check_levels
 from .amed_predictor import AmedPredictor, Choice
 
@@ -29,7 +28,7 @@ class AmedPolicy:
         ValueError: the grid's ends have no geometric mean (see ``check_levels``).
     """
 
-    kind = "amed"
+    kind: ClassVar[str] = "amed"
 
     def __init__(
         self, predictor: AmedPredictor, base: AmedBase, process: Process, grid: Tensor
@@ -63,8 +62,8 @@ class AmedPolicy:
         return min(reads, self.nfe)
 
     @property
-    def t_start(self) -> float:
-        return float(self.grid[0])
+    def needs_features(self) -> bool:
+        return self.predictor.bottleneck
 
     def walk(self, device: torch.device | None = None) -> Walk[Form]:
         """The formulas on traced forms, with their own history."""
@@ -78,14 +77,18 @@ class AmedPolicy:
 
         return Walk(self.base, self.process, grid, scale, self._asked)
 
-    def choose(self, features: Tensor | None, i: int, levels: tuple[Tensor, Tensor]) -> Choice:
-        """The predictor's word on step ``i``; a subclass may record or replace it."""
-        choice: Choice = self.predictor(features, *levels)
+    def decide(self, features: Tensor | None, n: int, at: tuple[Tensor, ...]) -> Choice:
+        """The predictor's choice for step ``n`` (0-based) between the levels ``at`` ``[B]``."""
+        choice: Choice = self.predictor(features, *at)
         return choice
 
     def start(self, batch: int, device: torch.device) -> AmedRun:
         if self.predictor.fc_r.weight.device != device:
             self.predictor.to(device)
+        return self.run(batch, device)
+
+    def run(self, batch: int, device: torch.device) -> AmedRun:
+        """As ``start``, without moving the predictor."""
         return AmedRun(self, batch, device)
 
     # -- files and export -----------------------------------------------------------------------
@@ -127,72 +130,31 @@ class AmedPolicy:
             raise ValueError(f"not the state of an AMED solver: {error}") from error
         return cls(predictor, base, process, grid)
 
-    @torch.no_grad()
-    def static_table(self, denoiser: Denoiser, noise: Tensor, **cond: Any) -> SolverTable:
-        """The mean choices over ``noise`` ``[B, ...]`` (state at the start) as a plain table."""
-        choices = self.mean_choices(denoiser, noise, **cond)
-        fixed = _Fixed(self, choices)
-        run = fixed.start(1, torch.device("cpu"))
-        times, a, b = [run.time], [], []
-        for n in range(self.nfe):
-            row = run.row(n, None)
-            a.append(row.a)
-            b.append(row.b[0])
-            if row.next_time is not None:
-                times.append(row.next_time)
-        grid = self.grid.cpu()
-        options = {**asdict(self.base), "method": "amed-static"}
-        return SolverTable(
-            process=self.process,
-            a=torch.cat(a),
-            b=torch.stack(b),
-            times=torch.cat(times),
-            t_start=grid[0],
-            t_end=grid[-1],
-            initial_scale=run.initial_scale.reshape(-1)[0],
-            prediction=self.prediction,
-            name=f"amed-static-{self.nfe}",
-            options=options,
-            grid=grid,
-        )
+    # -- as a table and for people --------------------------------------------------------------
 
-    @torch.no_grad()
-    def mean_choices(self, denoiser: Denoiser, noise: Tensor, **cond: Any) -> list[Choice]:
-        """Choices of every step, averaged over ``noise``: each entry ``[1]``, on the CPU."""
-        from ..engine.sampler import Sampler
+    def static_table(self) -> None:
+        """None: the predictor is called while sampling."""
 
-        recorder = _Recorder(self)
-        Sampler(denoiser, recorder)(noise, **cond)
-        return [
-            Choice(*(v.mean().reshape(1).cpu() for v in recorder.choices[i]))
-            for i in range(self.steps)
-        ]
+    def mean(self, decision: Choice) -> Choice:
+        """The mean of each number; ``[1]``, on the CPU."""
+        return Choice(*(part.mean().reshape(1).cpu() for part in decision))
 
+    def static_grid(self, decisions: dict[int, Choice]) -> Tensor:
+        """The times between steps, which the predictor leaves alone."""
+        return self.grid.cpu()
 
-class _Recorder(AmedPolicy):
-    """Remembers the choices."""
+    def static_options(self) -> dict[str, Any]:
+        return {**asdict(self.base), "method": "amed-static"}
 
-    def __init__(self, policy: AmedPolicy) -> None:
-        super().__init__(policy.predictor, policy.base, policy.process, policy.grid)
-        self.choices: dict[int, Choice] = {}
-
-    def choose(self, features: Tensor | None, i: int, levels: tuple[Tensor, Tensor]) -> Choice:
-        self.choices[i] = super().choose(features, i, levels)
-        return self.choices[i]
-
-
-class _Fixed(AmedPolicy):
-    """Makes the same choices whatever it is asked."""
-
-    def __init__(self, policy: AmedPolicy, choices: list[Choice]) -> None:
-        super().__init__(policy.predictor, policy.base, policy.process, policy.grid)
-        self._choices = choices
-
-    def choose(self, features: Tensor | None, i: int, levels: tuple[Tensor, Tensor]) -> Choice:
-        return self._choices[i]
-
-    def start(self, batch: int, device: torch.device) -> AmedRun:
-        return AmedRun(self, batch, device)
+    def describe(self) -> dict[str, Any]:
+        """Base and size: the rows depend on the sample."""
+        return {
+            "kind": self.kind,
+            "name": "amed",
+            "base": asdict(self.base),
+            "parameters": sum(p.numel() for p in self.predictor.parameters()),
+            "grid": self.grid.tolist(),
+        }
 
 
 class AmedRun:
@@ -202,7 +164,7 @@ class AmedRun:
         self._policy = policy
         self._batch = batch
         self._walk = policy.walk(device)
-        self._rows = Rows(batch, policy.depth, device)
+        self._rows = OnlineTrace(batch, policy.depth, device)
         self._step = 0
         self._choice: Choice | None = None  # of the step whose middle is being evaluated
         self._start = x = self._rows.start()
@@ -242,43 +204,7 @@ class AmedRun:
     def _choose(self, features: Tensor | None) -> None:
         walk, i = self._walk, self._step
         levels = (walk.level(i).expand(self._batch), walk.level(i + 1).expand(self._batch))
-        self._choice = self._policy.choose(features, i, levels)
+        self._choice = self._policy.decide(features, i, levels)
 
 
-class Rows:
-    """Turns states written as forms into rows, one at a time and for every sample of a batch.
-
-    As ``Trace``, but online: older states are written through younger ones, without reading any
-    number back from the device.
-    """
-
-    def __init__(self, batch: int, depth: int, device: torch.device) -> None:
-        self._one = torch.ones(batch, dtype=torch.float64, device=device)
-        self._depth = depth
-        self._rows: list[tuple[Tensor, dict[int, Tensor]]] = []
-
-    def start(self) -> Form:
-        """The state the sampler is given."""
-        return Form({START: self._one}, {})
-
-    def begin(self, scale: Tensor) -> None:
-        """The first evaluated state is ``scale`` times the start."""
-        self._rows.append((scale.expand_as(self._one), {}))
-
-    def symbols(self, n: int) -> tuple[Form, Form]:
-        """Evaluated state and ring quantity of evaluation ``n``."""
-        return Form({n: self._one}, {}), Form({}, {n: self._one})
-
-    def reduce(self, form: Form, n: int) -> tuple[Tensor, Tensor]:
-        """(a ``[B]``, b ``[B, depth]``) of ``form`` over state ``n`` and the outputs so far."""
-        for k in range(START, n):
-            if k in form.states:
-                a, row = self._rows[k - START]
-                weight = form.states[k] / a
-                rest = Form({j: v for j, v in form.states.items() if j != k}, form.outputs)
-                form = rest + Form({k + 1: weight}, {j: -weight * b for j, b in row.items()})
-        a = form.states[n]
-        self._rows.append((a, form.outputs))
-        zero = torch.zeros_like(self._one)
-        b = [form.outputs.get(n - k, zero) for k in range(self._depth)]
-        return a, torch.stack(b, dim=-1)
+register_policy(AmedPolicy)

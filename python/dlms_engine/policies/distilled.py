@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,18 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..support.versioned import Versioned
-from ..tables.policy import Policy
+from ..tables.file import (
+    DISTILLED_KEYS,
+    SolverFileError,
+    read_solver,
+    rebuild,
+    record_of,
+    write_record,
+)
+from ..tables.policy import Policy, Solved
 from ..tables.table import SolverTable
-from .amed import AmedPolicy
-from .dlms import DesignerPolicy
+from . import amed, dlms  # noqa: F401  (a file may hold their policies)
+from .static_table import Deciding, average_table
 
 
 @dataclass
@@ -28,7 +38,7 @@ class DistilledSolver(Versioned):
         best: which parameter set was kept and its validation score.
     """
 
-    policy: SolverTable | Policy
+    policy: Policy
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -40,29 +50,74 @@ class DistilledSolver(Versioned):
 
     @property
     def kind(self) -> str:
-        return "table" if isinstance(self.policy, SolverTable) else str(self.policy.kind)  # type: ignore[attr-defined]
+        return str(self.policy.describe()["kind"])
 
     def table(
         self, denoiser: Denoiser | None = None, noise: Tensor | None = None, **cond: Any
     ) -> SolverTable:
-        """The solver as a plain table; a designer's mean rows over ``noise`` ``[B, ...]``."""
-        if isinstance(self.policy, SolverTable):
-            return self.policy
-        if not isinstance(self.policy, (AmedPolicy, DesignerPolicy)):
+        """The solver as a plain table; a per-sample solver's mean decisions over ``noise``.
+
+        Args:
+            noise: ``[B, ...]`` the state at the start.
+
+        Raises:
+            ValueError: a per-sample solver, and no denoiser or noise to average over.
+        """
+        static = self.policy.static_table()
+        if static is not None:
+            return static
+        if not isinstance(self.policy, Deciding):
             raise ValueError(f"{self.method} solvers have no static table")
         if denoiser is None or noise is None:
             raise ValueError(
                 "a per-sample solver becomes a table by averaging: pass the denoiser and some start "
                 "noise, solver.table(denoiser, noise)"
             )
-        if isinstance(self.policy, AmedPolicy):
-            return self.policy.static_table(denoiser, noise, **cond)
-        from ..engine.static_table import static_table
-
-        return static_table(self.policy, denoiser, noise, **cond)
+        return average_table(self.policy, denoiser, noise, **cond)
 
     def save(self, path: str | Path) -> Path:
         """Writes a solver file: safetensors and checked JSON, at most 1 MiB, never code."""
-        from ..tables.file import save_solver
-
         return save_solver(path, self)
+
+
+def save_solver(
+    path: str | os.PathLike[str], solver: Any, *, training: Mapping[str, Any] | None = None
+) -> Path:
+    """Writes ``solver`` to ``path`` atomically (a temporary file in the folder, then a rename).
+
+    Args:
+        solver: a ``SolverTable``, a policy with ``kind`` and ``state()``, a ``SolverRecord``, or a
+            ``DistilledSolver`` around a table or policy (its ``history`` is not kept).
+        training: JSON values documenting how the solver was made (kept, never interpreted).
+
+    Raises:
+        SolverFileError: the solver cannot be described (not JSON, not finite, over 1 MiB, unknown
+            kind or method); nothing is written then.
+    """
+    target = Path(path)
+    distilled, policy = None, solver
+    try:
+        if isinstance(solver, Solved):
+            distilled = {key: getattr(solver, key) for key in sorted(DISTILLED_KEYS)}
+            policy = solver.policy
+        record = record_of(policy, distilled, training)
+        return write_record(target, record)
+    except SolverFileError:
+        raise
+    except (TypeError, ValueError, AttributeError) as exc:
+        raise SolverFileError(f"{target}: {type(solver).__name__} cannot be saved: {exc}") from exc
+
+
+save = save_solver
+
+
+def load_solver(path: str | os.PathLike[str]) -> Any:
+    """The solver in ``path``: what was saved, a table, a policy or a ``DistilledSolver``.
+
+    Raises:
+        SolverFileError: not an intact, known, valid solver file.
+        OSError: the file cannot be read.
+    """
+    record = read_solver(path)
+    policy = rebuild(Path(path), record)
+    return policy if record.distilled is None else DistilledSolver(policy, **record.distilled)

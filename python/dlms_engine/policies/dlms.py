@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..ops.designer_row import kernel_constants
 from ..processes import Process, from_config
 from ..support.versioned import Versioned
-from ..tables.policy import Row
+from ..tables.file import register_policy
+from ..tables.run import Row
 
 TimeCoordinate = Literal["log", "linear"]
 
@@ -178,7 +179,7 @@ def step_coefficients(
 class DesignerPolicy:
     """A designer as a policy for the sampler (DLMS Algorithm 2)."""
 
-    kind = "designer"
+    kind: ClassVar[str] = "designer"
 
     def __init__(self, designer: Designer) -> None:
         self.designer = designer
@@ -198,9 +199,18 @@ class DesignerPolicy:
     def t_start(self) -> float:
         return self._t_start
 
-    def design(self, features: Tensor | None, t: Tensor, n: int) -> Design:
-        """What the designer says of step ``n``; a subclass may record or replace it."""
-        design: Design = self.designer(features, t, n)
+    @property
+    def grid(self) -> Tensor:
+        """The times the designer started from."""
+        return self.designer.grid
+
+    @property
+    def needs_features(self) -> bool:
+        return self.designer.settings.features > 0
+
+    def decide(self, features: Tensor | None, n: int, at: tuple[Tensor, ...]) -> Design:
+        """The design of step ``n`` (1-based) that starts at the time ``at[0]`` ``[B]``."""
+        design: Design = self.designer(features, at[0], n)
         return design
 
     def place(self, device: torch.device) -> None:
@@ -210,7 +220,42 @@ class DesignerPolicy:
 
     def start(self, batch: int, device: torch.device) -> DesignerRun:
         self.place(device)
+        return self.run(batch, device)
+
+    def run(self, batch: int, device: torch.device) -> DesignerRun:
+        """As ``start``, without moving the designer."""
         return DesignerRun(self, batch, device)
+
+    # -- as a table, for people and for files ---------------------------------------------------
+
+    def static_table(self) -> None:
+        """None: a designer computes its rows while sampling."""
+
+    def mean(self, decision: Design) -> Design:
+        """Weights arithmetically, times geometrically; ``[1, ...]``, on the CPU."""
+        weights, time, network_time = (part.cpu() for part in decision)
+        return Design(weights.mean(0, keepdim=True), _geometric(time), _geometric(network_time))
+
+    def static_grid(self, decisions: dict[int, Design]) -> Tensor:
+        """The designed times between the fixed ends."""
+        ends = self.designer.grid.cpu()
+        inner = [decisions[n].time for n in range(1, self.designer.settings.steps)]
+        return torch.cat([ends[:1], *inner, ends[-1:]])
+
+    def static_options(self) -> dict[str, Any]:
+        settings = self.designer.settings
+        return {"method": "dlms-static", "order": settings.order, "afs": settings.afs}
+
+    def describe(self) -> dict[str, Any]:
+        """Its size and where it starts from: the rows depend on the sample."""
+        designer = self.designer
+        return {
+            "kind": self.kind,
+            "name": "dlms",
+            "parameters": sum(p.numel() for p in designer.parameters()),
+            "initial_grid": designer.grid.tolist(),
+            "initial_weights": designer.init_weights.tolist(),
+        }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON settings) for a solver file."""
@@ -242,7 +287,7 @@ class DesignerRun:
         self._eliminate = settings.afs and settings.prediction == "noise"
         self._sigma_start = self._process.sigma(self._t)
         if settings.afs:
-            design = policy.design(None, self._t, 1)
+            design = policy.decide(None, 1, (self._t,))
             sigma = self._process.sigma(design.time)
             self.initial_scale = sigma / self._sigma_start
             self._t, self.time = design.time, design.network_time
@@ -254,7 +299,7 @@ class DesignerRun:
         """Row of evaluation ``n`` (0-based)."""
         settings = self._settings
         step = n + 1 + int(settings.afs)
-        design = self._policy.design(features, self._t, step)
+        design = self._policy.decide(features, step, (self._t,))
         a, c = step_coefficients(self._process, settings.prediction, self._t, design.time)
         weights = design.weights[:, : n + 1]
         b = c[:, None] * weights
@@ -286,6 +331,13 @@ class DesignerRun:
         return a, b
 
 
+def _geometric(t: Tensor) -> Tensor:
+    return t.clamp_min(1e-300).log().mean().exp().reshape(1)
+
+
 def parameter_count(module: nn.Module) -> int:
     """Number of trained parameters."""
     return sum(math.prod(p.shape) for p in module.parameters() if p.requires_grad)
+
+
+register_policy(DesignerPolicy)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..processes import Process, RectifiedFlow, VPDiscrete
 from ..processes.grids import GRIDS, logsnr, polynomial, shifted, time_uniform
+from ..tables.file import register_method
 from ..tables.table import SolverTable
 from .common import Afs
 from .ddim import ddim
@@ -77,6 +78,8 @@ SOLVERS: dict[str, Solver] = {
     "dpm_solver_2": Solver(dpm_solver_2, 2, {"dpm2": {}}),
     "heun": Solver(heun, 2, {"heun": {}}),
 }
+for _name in SOLVERS:
+    register_method(_name)
 
 
 def make_solver(name: str, process: Process, grid: Tensor, **options: Any) -> SolverTable:

@@ -6,19 +6,17 @@ Anything that is not an intact file of a known kind and method raises ``SolverFi
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..processes import Process
-from ..solvers.registry import SOLVERS
 from .format import (
     MAX_BYTES,
     SolverFileError,
@@ -29,22 +27,22 @@ from .format import (
     parse,
     serialize,
 )
+from .policy import Policy
 from .table import SolverTable
 
 __all__ = [
     "SolverFileError",
     "SolverRecord",
-    "load_solver",
     "read_solver",
     "register_kind",
     "register_method",
-    "save",
-    "save_solver",
+    "register_policy",
 ]
 
+TABLE = "table"
 DISTILLED_KEYS = {"method", "settings", "best"}
-# Methods a file may hold, besides the handcrafted solvers.
-LEARNED_METHODS = {
+# Methods a file may hold; the handcrafted solvers are added by their registry.
+METHODS = {
     "amed",
     "amed-static",
     "dlms",
@@ -58,24 +56,24 @@ LEARNED_METHODS = {
 LARGEST_INTEGER = MAX_BYTES // 8
 
 
-class StatePolicy(Protocol):
+@runtime_checkable
+class StatePolicy(Policy, Protocol):
     """A policy a file can hold: ``from_state(*policy.state())`` is an equal one."""
 
-    kind: str
-    process: Process
+    kind: ClassVar[str]  # what the file calls it
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Floating-point tensors and JSON settings."""
         ...
 
+    @classmethod
+    def from_state(cls, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Policy:
+        """Inverse of ``state``; ValueError on anything that does not fit."""
+        ...
+
 
 Loader = Callable[[Process, dict[str, Tensor], dict[str, Any]], Any]
 _loaders: dict[str, Loader] = {}
-# kind -> module and class whose ``from_state(tensors, settings)`` rebuilds it, imported on demand
-_PROVIDERS = {
-    "amed": ("dlms_engine.policies.amed", "AmedPolicy"),
-    "designer": ("dlms_engine.policies.dlms", "DesignerPolicy"),
-}
 
 
 def register_kind(kind: str, loader: Loader) -> None:
@@ -86,33 +84,34 @@ def register_kind(kind: str, loader: Loader) -> None:
     _loaders[kind] = loader
 
 
+def register_policy(policy: type[StatePolicy]) -> None:
+    """Files may hold ``policy``: ``register_kind`` with its ``kind`` and ``from_state``."""
+
+    def load(process: Process, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Policy:
+        made = policy.from_state(tensors, settings)
+        if made.process != process:
+            raise ValueError(
+                f"the {policy.kind} was made for {made.process!r}, the file says {process!r}"
+            )
+        return made
+
+    register_kind(policy.kind, load)
+
+
 def register_method(name: str) -> None:
     """Allows tables of method ``name`` in files (for learners outside the package)."""
-    LEARNED_METHODS.add(name)
+    METHODS.add(name)
 
 
-def save_solver(
-    path: str | os.PathLike[str], solver: Any, *, training: Mapping[str, Any] | None = None
-) -> Path:
-    """Writes ``solver`` to ``path`` atomically (a temporary file in the folder, then a rename).
-
-    Args:
-        solver: a ``SolverTable``, a policy with ``kind`` and ``state()``, a ``SolverRecord``, or a
-            ``DistilledSolver`` around a table or policy (its ``history`` is not kept).
-        training: JSON values documenting how the solver was made (kept, never interpreted).
+def write_record(target: Path, record: SolverRecord) -> Path:
+    """Writes ``record`` to ``target`` atomically (a temporary file in the folder, then a rename).
 
     Raises:
-        SolverFileError: the solver cannot be described (not JSON, not finite, over 1 MiB, unknown
-            kind or method); nothing is written then.
+        SolverFileError: it is over 1 MiB, or would not be read back; nothing is written then.
     """
-    target = Path(path)
-    try:
-        record = _record(solver, training)
-        raw = serialize(record)
-    except (TypeError, ValueError, AttributeError) as exc:
-        raise SolverFileError(f"{target}: {type(solver).__name__} cannot be saved: {exc}") from exc
+    raw = serialize(record)
     check_size(target, len(raw))
-    _rebuild(target, record)
+    rebuild(target, record)
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -126,19 +125,6 @@ def save_solver(
     return target
 
 
-save = save_solver
-
-
-def load_solver(path: str | os.PathLike[str]) -> Any:
-    """The solver in ``path``: what was saved, a table, a policy or a ``DistilledSolver``.
-
-    Raises:
-        SolverFileError: not an intact, known, valid solver file.
-        OSError: the file cannot be read.
-    """
-    return _rebuild(Path(path), read_solver(path))
-
-
 def read_solver(path: str | os.PathLike[str]) -> SolverRecord:
     """The checked parts of a file, without rebuilding the solver.
 
@@ -150,17 +136,27 @@ def read_solver(path: str | os.PathLike[str]) -> SolverRecord:
         return parse(source, file.read(MAX_BYTES + 1))
 
 
-def _record(solver: Any, training: Mapping[str, Any] | None) -> SolverRecord:
-    distilled = None
-    policy = getattr(solver, "policy", None)
-    if policy is not None:
-        distilled = {key: getattr(solver, key) for key in sorted(DISTILLED_KEYS)}
-        solver = policy
+def record_of(
+    solver: Policy | SolverRecord,
+    distilled: dict[str, Any] | None = None,
+    training: Mapping[str, Any] | None = None,
+) -> SolverRecord:
+    """What a file says of ``solver``.
+
+    Args:
+        distilled: ``DISTILLED_KEYS`` of what holds the policy.
+        training: JSON values documenting how it was made; None keeps the record's own.
+
+    Raises:
+        TypeError, ValueError: not JSON, not finite, not floating point.
+    """
     if isinstance(solver, SolverRecord):
         record = solver
     elif isinstance(solver, SolverTable):
         tensors, settings = solver.to_dict(), solver.settings()
-        record = SolverRecord("table", solver.process, tensors, settings, distilled)
+        record = SolverRecord(TABLE, solver.process, tensors, settings, distilled)
+    elif not isinstance(solver, StatePolicy):
+        raise TypeError("expected a table, or a policy with kind, state and from_state")
     else:
         tensors, settings = solver.state()
         record = SolverRecord(solver.kind, solver.process, tensors, settings, distilled)
@@ -182,35 +178,26 @@ def _float64(name: str, value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float64).contiguous()
 
 
-def _rebuild(path: Path, record: SolverRecord) -> Any:
-    loader = _loader(path, record.kind)
+def rebuild(path: Path, record: SolverRecord) -> Any:
+    """The policy in ``record``, without what holds it.
+
+    Raises:
+        SolverFileError: unknown kind, method or distilled parts, or numbers that do not fit.
+    """
+    kind = record.kind
+    if not isinstance(kind, str) or kind not in _loaders:
+        raise SolverFileError(f"{path}: kind is {kind!r}, expected one of {sorted(_loaders)}")
     try:
         check_tensors(path, record.tensors)
         _check_integers(record.settings)
-        solver = loader(record.process, dict(record.tensors), dict(record.settings))
-        return solver if record.distilled is None else _distilled(solver, record.distilled)
+        solver = _loaders[kind](record.process, dict(record.tensors), dict(record.settings))
+        if record.distilled is not None:
+            _check_distilled(record.distilled)
+        return solver
     except SolverFileError:
         raise
     except (ValueError, KeyError, TypeError, RuntimeError, IndexError, AttributeError) as exc:
         raise SolverFileError(f"{path}: {exc}") from exc
-
-
-def _loader(path: Path, kind: Any) -> Loader:
-    known = {*_loaders, *_PROVIDERS}
-    if not isinstance(kind, str) or kind not in known:
-        raise SolverFileError(f"{path}: kind is {kind!r}, expected one of {sorted(known)}")
-    if kind in _loaders:
-        return _loaders[kind]
-    module, name = _PROVIDERS[kind]
-    policy = getattr(importlib.import_module(module), name)
-
-    def load(process: Process, tensors: dict[str, Tensor], settings: dict[str, Any]) -> Any:
-        made = policy.from_state(tensors, settings)
-        if made.process != process:
-            raise ValueError(f"the {kind} was made for {made.process!r}, the file says {process!r}")
-        return made
-
-    return load
 
 
 def _check_integers(value: Any) -> None:
@@ -223,20 +210,17 @@ def _check_integers(value: Any) -> None:
 
 
 def _check_method(method: Any) -> None:
-    known = {*SOLVERS, *LEARNED_METHODS}
-    if not isinstance(method, str) or method not in known:
-        raise ValueError(f"method is {method!r}, expected one of {sorted(known)}")
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {sorted(METHODS)}")
 
 
-def _distilled(policy: Any, parts: dict[str, Any]) -> Any:
+def _check_distilled(parts: Mapping[str, Any]) -> None:
     if set(parts) != DISTILLED_KEYS:
         raise ValueError(f"distilled has {sorted(parts)}, expected {sorted(DISTILLED_KEYS)}")
     _check_method(parts["method"])
     for key in ("settings", "best"):
         if not isinstance(parts[key], dict):
             raise ValueError(f"distilled {key} is {parts[key]!r:.80}, expected an object")
-    module = importlib.import_module("dlms_engine.policies.distilled")
-    return module.DistilledSolver(policy, **parts)
 
 
 def _load_table(
@@ -247,4 +231,4 @@ def _load_table(
     return table
 
 
-register_kind("table", _load_table)
+register_kind(TABLE, _load_table)

@@ -1,65 +1,84 @@
-"""What the sampler asks for: row n, given the step and the network's features."""
+"""What the sampler runs: anything that answers row n from the features of evaluation n."""
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..processes import Process
+from .run import PolicyRun, Row
 from .table import SolverTable
 
-
-class Row(NamedTuple):
-    """One row in float64: x_next = a * x + sum_k b[k] * m_{n-k}."""
-
-    a: Tensor  # [] or [B]
-    b: Tensor  # [depth] or [B, depth]
-    next_time: Tensor | None  # network time of the next evaluation, [] or [B]; None at the end
-
-
-class PolicyRun(Protocol):
-    """State of one run of a policy over one batch."""
-
-    initial_scale: Tensor  # [] or [B] float64: the first network input belongs to scale * noise
-    time: Tensor  # [] or [B] float64: network time of the first evaluation
-
-    def row(self, n: int, features: Tensor | None) -> Row:
-        """Row ``n`` after evaluation ``n``, whose bottleneck features are ``[B, F]``."""
-        ...
+__all__ = ["Policy", "PolicyRun", "Row", "Solved", "policy_of"]
 
 
 @runtime_checkable
 class Policy(Protocol):
-    """A sampler that decides its rows while it runs; a ``SolverTable`` is the static case."""
-
-    process: Process
-    prediction: Literal["data", "noise"]
+    """A sampler that may decide its rows while it runs; a ``SolverTable`` is the static case."""
 
     @property
-    def nfe(self) -> int: ...
+    def process(self) -> Process:
+        """The noise process it was made for."""
+        ...
 
     @property
-    def depth(self) -> int: ...
+    def prediction(self) -> Literal["data", "noise"]:
+        """What the ring keeps."""
+        ...
 
     @property
-    def t_start(self) -> Tensor | float: ...
+    def nfe(self) -> int:
+        """Network evaluations of one run."""
+        ...
 
-    def start(self, batch: int, device: torch.device) -> PolicyRun: ...
+    @property
+    def depth(self) -> int:
+        """How many of the newest outputs a row may read."""
+        ...
+
+    @property
+    def grid(self) -> Tensor:
+        """float64 ``[*batch, steps + 1]``: the solver's times, or those it starts from; decreasing."""
+        ...
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether rows depend on the network's bottleneck, and so on the sample."""
+        ...
+
+    def start(self, batch: int, device: torch.device) -> PolicyRun:
+        """A run over ``batch`` samples on ``device``."""
+        ...
+
+    def static_table(self) -> SolverTable | None:
+        """The policy itself where it is a table; None where rows are computed while sampling."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values for people: ``kind``, ``name``, and what else defines the solver."""
+        ...
 
 
-class TableRun:
-    """A table as a policy run: it ignores the features."""
+@runtime_checkable
+class Solved(Protocol):
+    """Something that holds a policy, such as a ``DistilledSolver``."""
 
-    def __init__(self, table: SolverTable, device: torch.device) -> None:
-        self._a = table.a.to(device)
-        self._b = table.b.to(device)
-        self._times = table.times.to(device)
-        self.initial_scale = table.initial_scale.to(device)
-        self.time = self._times[..., 0]
+    @property
+    def policy(self) -> Policy:
+        """What ``Sampler`` runs."""
+        ...
 
-    def row(self, n: int, features: Tensor | None) -> Row:
-        last = n + 1 == self._a.shape[-1]
-        following = None if last else self._times[..., n + 1]
-        return Row(self._a[..., n], self._b[..., n, :], following)
+
+def policy_of(solver: Policy | Solved) -> Policy:
+    """The policy that ``solver`` is, or holds.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    if isinstance(solver, Solved):
+        solver = solver.policy
+    if not isinstance(solver, Policy):
+        raise TypeError(f"solver is {type(solver).__name__}, expected a table or policy")
+    return solver

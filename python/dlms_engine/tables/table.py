@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..processes import Process
 from ..support.versioned import Versioned
+from .run import TableRun
 
 Prediction = Literal["data", "noise"]
 TENSORS = ("a", "b", "times", "initial_scale", "grid")
@@ -63,6 +64,36 @@ class SolverTable(Versioned):
     def batch_shape(self) -> tuple[int, ...]:
         """Shape in front of the rows; ``()`` for one table shared by all samples."""
         return tuple(self.a.shape[:-1])
+
+    # -- policy protocol ------------------------------------------------------------------------
+
+    @property
+    def needs_features(self) -> bool:
+        """A table's rows are the same for every sample."""
+        return False
+
+    def start(self, batch: int, device: torch.device) -> TableRun:
+        """A run on ``device``; the batch is the table's own or any."""
+        moved = (v.to(device) for v in (self.a, self.b, self.times, self.initial_scale))
+        return TableRun(*moved)
+
+    def static_table(self) -> SolverTable:
+        """Itself."""
+        return self
+
+    def describe(self) -> dict[str, Any]:
+        """Name, options, grid and every row."""
+        parts = (self.times.tolist(), self.a.tolist(), self.b.tolist())
+        return {
+            "kind": "table",
+            "name": self.name,
+            "options": dict(self.options),
+            "grid": self.grid.tolist(),
+            "initial_scale": self.initial_scale.tolist(),
+            "rows": [{"time": t, "a": a, "b": b} for t, a, b in zip(*parts, strict=True)],
+        }
+
+    # -- promises -------------------------------------------------------------------------------
 
     def validate(self) -> None:
         """Checks every promise above.

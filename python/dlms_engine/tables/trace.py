@@ -244,3 +244,42 @@ def _require_nonzero(value: Tensor, what: str, remedy: str) -> None:
             f"{what} is 0 at the evaluation's time, the stored prediction does not determine the "
             f"other one; use {remedy}"
         )
+
+
+class OnlineTrace:
+    """Turns states written as forms into rows, one at a time and for every sample of a batch.
+
+    As ``Trace``, but online: older states are written through younger ones, without reading any
+    number back from the device.
+    """
+
+    def __init__(self, batch: int, depth: int, device: torch.device) -> None:
+        self._one = torch.ones(batch, dtype=torch.float64, device=device)
+        self._depth = depth
+        self._rows: list[tuple[Tensor, dict[int, Tensor]]] = []
+
+    def start(self) -> Form:
+        """The state the sampler is given."""
+        return Form({START: self._one}, {})
+
+    def begin(self, scale: Tensor) -> None:
+        """The first evaluated state is ``scale`` times the start."""
+        self._rows.append((scale.expand_as(self._one), {}))
+
+    def symbols(self, n: int) -> tuple[Form, Form]:
+        """Evaluated state and ring quantity of evaluation ``n``."""
+        return Form({n: self._one}, {}), Form({}, {n: self._one})
+
+    def reduce(self, form: Form, n: int) -> tuple[Tensor, Tensor]:
+        """(a ``[B]``, b ``[B, depth]``) of ``form`` over state ``n`` and the outputs so far."""
+        for k in range(START, n):
+            if k in form.states:
+                a, row = self._rows[k - START]
+                weight = form.states[k] / a
+                rest = Form({j: v for j, v in form.states.items() if j != k}, form.outputs)
+                form = rest + Form({k + 1: weight}, {j: -weight * b for j, b in row.items()})
+        a = form.states[n]
+        self._rows.append((a, form.outputs))
+        zero = torch.zeros_like(self._one)
+        b = [form.outputs.get(n - k, zero) for k in range(self._depth)]
+        return a, torch.stack(b, dim=-1)

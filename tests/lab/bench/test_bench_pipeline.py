@@ -10,8 +10,8 @@ import torch
 
 from dlms_engine import grids, solvers
 from dlms_engine.lab.bench import pipeline
+from dlms_engine.policies.distilled import save_solver
 from dlms_engine.processes import EDM
-from dlms_engine.tables.file import save_solver
 
 pytest.importorskip("diffusers")
 

@@ -83,7 +83,7 @@ def test_comparison_spends_equal_budgets_and_measures_the_same_seeds(tmp_path: P
     # the figures are those of the solver file, measured apart
     held = cli_model.tiny()
     assert held.features is not None
-    from dlms_engine.tables.file import load_solver
+    from dlms_engine.policies.distilled import load_solver
 
     policy = load_solver(tmp_path / "solvers" / "free-3.safetensors").policy
     meter = Measurer(held.denoiser, held.features, held.shape, Store(tmp_path / "other"), batch=4)

@@ -89,7 +89,7 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
     ) -> None:
         """Writes the JSON and, for a learned solver, ``dlms_solver.safetensors`` beside it."""
         if not isinstance(self._source, str):
-            from ...tables.file import save_solver
+            from ...policies.distilled import save_solver
 
             folder = Path(save_directory)
             folder.mkdir(parents=True, exist_ok=True)

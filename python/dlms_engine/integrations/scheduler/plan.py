@@ -78,14 +78,12 @@ def policy_rows(policy: Policy) -> Rows:
         if following is not None:
             times.append(following.reshape(-1)[:1])
     asked = torch.cat(times)
-    grid = getattr(policy, "grid", None)
-    grid = policy.designer.grid if grid is None else grid  # type: ignore[attr-defined]
-    start = torch.as_tensor([float(policy.t_start)], dtype=torch.float64)  # type: ignore[attr-defined]
+    grid = policy.grid.detach().cpu()
     return Rows(
         a=torch.cat([row.a.reshape(-1)[:1] for row in rows]),
         b=torch.stack([row.b.reshape(-1, row.b.shape[-1])[0] for row in rows]),
         times=asked,
-        levels=torch.cat([start, asked[1:], grid[-1:].detach().cpu()]),
+        levels=torch.cat([grid[:1], asked[1:], grid[-1:]]),
         scale=float(run.initial_scale.reshape(-1)[0]),
         prediction=policy.prediction,
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...ops import layout
 from ...solvers import SOLVERS
-from ...tables.policy import Policy, PolicyRun
+from ...tables.policy import Policy, PolicyRun, policy_of
 from ...tables.table import SolverTable
 from .noise import NoiseModel
 from .plan import Plan, Rows, late_start, make_plan, policy_rows, spliced, table_rows
@@ -20,7 +20,7 @@ from .tables import named_table, solver_options
 from .times import Times, run_times
 from .watch import Watch
 
-SolverLike = Any  # SolverTable | Policy | DistilledSolver
+SolverLike = Any  # Policy | DistilledSolver
 Source = str | SolverLike
 
 
@@ -39,14 +39,10 @@ def load_source(solver: Any) -> Source:
             raise ValueError(
                 f"solver is {name!r}, expected one of {sorted(SOLVERS)} or a solver file's path"
             )
-        from ...tables.file import load_solver
+        from ...policies.distilled import load_solver
 
         return load_solver(name)
-    policy = getattr(solver, "policy", solver)
-    if not isinstance(policy, (SolverTable, Policy)):
-        raise TypeError(
-            f"solver is {type(solver).__name__}, expected a name, path, table or policy"
-        )
+    policy_of(solver)  # a TypeError for what is no solver
     return solver
 
 
@@ -120,13 +116,11 @@ class Runner:
         return table_rows(self._table(grid, len(grid) - 1), self._times.padding)
 
     def _learned(self, source: SolverLike, steps: int | None, timesteps: Any, sigmas: Any) -> Rows:
-        policy: Any = getattr(source, "policy", source)
+        policy = policy_of(source)
         self._model.check(policy.process)
-        if isinstance(policy, SolverTable):
-            rows = table_rows(policy)
-        else:
-            rows = policy_rows(policy)
-            self._policy = policy if needs_features(policy) else None
+        table = policy.static_table()
+        rows = policy_rows(policy) if table is None else table_rows(table)
+        self._policy = policy if policy.needs_features else None
         if self._policy is not None and self._watch is None:
             raise ValueError(
                 "this solver computes its rows from the network's bottleneck: call "
@@ -256,9 +250,6 @@ class Runner:
         assert self._policy is not None and self._watch is not None
         batch, model = sample.shape[0], self._model
         if self._run is None:
-            module = getattr(self._policy, "designer", None)
-            if module is not None:
-                module.to(sample.device)
             self._run = self._policy.start(batch, sample.device)
             self._asked = self._run.time
         row = self._run.row(n, self._watch.features(batch))
@@ -291,15 +282,6 @@ def _hashable(value: Any) -> Any:
     return (
         value if value is None or isinstance(value, (int, float, str, bool)) else str(list(value))
     )
-
-
-def needs_features(solver: SolverLike) -> bool:
-    """Whether ``solver`` computes its rows from the network's bottleneck."""
-    policy = getattr(solver, "policy", solver)
-    if isinstance(policy, SolverTable):
-        return False
-    settings = getattr(getattr(policy, "designer", None), "settings", None)
-    return settings is None or bool(settings.features)
 
 
 def _is_default(sigmas: Any) -> bool:

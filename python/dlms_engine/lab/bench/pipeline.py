@@ -28,7 +28,6 @@ from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
 from dlms_engine.lab.bench.loop import wall_times
 from dlms_engine.lab.bench.timing import conditions, finish, json_options
 from dlms_engine.processes import EDM
-from dlms_engine.tables.table import SolverTable
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHECK_EVALUATIONS, CHECK_RMSE = 40, 0.05
@@ -60,7 +59,7 @@ def make_network(model: str, device: str, dtype: torch.dtype) -> tuple[nn.Module
 
 def make_denoiser(network: nn.Module, policy: Any) -> Denoiser:
     """For the policy: a table needs no bottleneck, and so no hook in the network."""
-    tap = None if isinstance(policy, SolverTable) else "mid_block"
+    tap = None if policy.static_table() is not None else "mid_block"
     process = EDM(embedded.SIGMA_MIN, embedded.SIGMA_MAX)
     return Denoiser(network, process, sigma_data=embedded.SIGMA_DATA, features=tap)
 
@@ -160,10 +159,11 @@ def solver_of(path: Path | None, nfe: int) -> tuple[str, Any]:
     if path is None:
         process = EDM(embedded.SIGMA_MIN, embedded.SIGMA_MAX)
         return f"ipndm-{nfe}", solvers.ipndm(process, grids.polynomial(process, nfe))
-    from dlms_engine.tables.file import load_solver
+    from dlms_engine.policies.distilled import load_solver
+    from dlms_engine.tables.policy import policy_of
 
     held = load_solver(path)
-    policy = getattr(held, "policy", held)
+    policy = policy_of(held)
     return f"{getattr(held, 'method', 'table')}-{policy.nfe}", policy
 
 

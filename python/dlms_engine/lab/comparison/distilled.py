@@ -15,10 +15,9 @@ from torch import nn
 
 from ...denoiser import Denoiser
 from ...learners import distill
+from ...policies.distilled import load_solver
 from ...support.files import write_text
-from ...tables.file import load_solver
 from ...tables.policy import Policy
-from ...tables.table import SolverTable
 from ..record.store import network_digest
 from .budget import Calls, affordable, counted
 from .contestants import Contestant
@@ -35,7 +34,7 @@ class Distilled:
         seconds: wall time of the training.
     """
 
-    policy: SolverTable | Policy
+    policy: Policy
     trajectories: int | None
     forward: int
     backward: int
@@ -106,7 +105,7 @@ class Workshop:
         trajectories: int | None,
         output: Path | None,
         advance: Callable[[int], None] | None = None,
-    ) -> tuple[SolverTable | Policy, Calls]:
+    ) -> tuple[Policy, Calls]:
         with counted(self.denoiser.network, advance) as calls:
             solver = distill(
                 self.denoiser,

@@ -17,6 +17,7 @@ from ...engine.sampler import Sampler, seeded_noise
 from ...evaluation.frechet import FeatureSums, feature_sums
 from ...processes import grids
 from ...support.parallel import World
+from ...tables.file import StatePolicy
 from ...tables.policy import Policy
 from ...tables.table import SolverTable
 from .memo import memoised
@@ -38,7 +39,7 @@ class Entry:
     """
 
     label: str
-    policy: SolverTable | Policy
+    policy: Policy
     learned: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -50,11 +51,12 @@ class Entry:
     def digest(self) -> str:
         """Identifies the numbers of the sampler, not its label."""
         policy = self.policy
-        if isinstance(policy, SolverTable):
-            held = {"a": policy.a, "b": policy.b, "times": policy.times}
-            return digest({**held, "scale": policy.initial_scale}, policy.prediction)
-        tensors, settings = policy.state()  # type: ignore[attr-defined]
-        return digest(tensors, settings)
+        table = policy.static_table()
+        if table is not None:
+            held = {"a": table.a, "b": table.b, "times": table.times}
+            return digest({**held, "scale": table.initial_scale}, table.prediction)
+        assert isinstance(policy, StatePolicy)
+        return digest(*policy.state())
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ class Measurer:
         return seeded_noise(seeds, self.shape, self._scale)
 
     def _sampler(self, entry: Entry, shared: bool) -> Sampler:
-        static = isinstance(entry.policy, SolverTable)
+        static = entry.policy.static_table() is not None
         return Sampler(self._twin if static and shared else self.denoiser, entry.policy)
 
     def _run(self, sampler: Sampler, noise: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from ...engine.sampler import Sampler
 from ...policies.amed import AmedPolicy
 from ...policies.amed_formulas import Walk, asked_range
 from ...policies.amed_predictor import AmedPredictor, Choice
+from ...policies.static_table import mean_decisions
 from ...solvers import SOLVERS
 from ..settings import plain
 from ..training.trainer import Numbers
@@ -101,7 +102,7 @@ class Amed:
 
     def describe(self) -> dict[str, Any]:
         noise, _ = self._validation.pair()
-        choices = self.policy.mean_choices(self.denoiser, noise[:16], **self.cond)
+        choices = mean_decisions(self.policy, self.denoiser, noise[:16], **self.cond).values()
         return {name: [float(getattr(c, name)) for c in choices] for name in Choice._fields}
 
     def fingerprint(self) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ...denoiser import Denoiser, per_sample
 from ...engine.sampler import Sampler
-from ...engine.static_table import static_table
 from ...policies.dlms import (
     Designer,
     DesignerPolicy,
@@ -24,6 +23,7 @@ from ...policies.dlms import (
     TimeCoordinate,
     step_coefficients,
 )
+from ...policies.static_table import average_table
 from ...support.parallel import World
 from ..training.losses import FeatureDistance, last_step_distance
 from ..training.start_times import start_times
@@ -146,7 +146,7 @@ class Dlms:
 
     def describe(self) -> dict[str, Any]:
         noise, _ = self._validation.pair()
-        table = static_table(self.policy, self.denoiser, noise[:16], **self.cond)
+        table = average_table(self.policy, self.denoiser, noise[:16], **self.cond)
         return {"grid": table.grid.tolist(), "network_times": table.times.tolist()}
 
     def fingerprint(self) -> dict[str, Any]:

@@ -9,7 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...policies.distilled import load_solver
 from ...processes import Process, grids
+from ...tables.policy import policy_of
 from ...tables.table import SolverTable
 
 GridSource = str | Path | Sequence[float] | Tensor | SolverTable
@@ -34,12 +36,10 @@ def start_times(process: Process, source: GridSource, steps: int) -> StartTimes:
         ValueError: unknown name, wrong number of times, or a table of another process.
     """
     if isinstance(source, (str, Path)) and str(source).endswith(".safetensors"):
-        from ...tables.file import load_solver
-
-        loaded = load_solver(source)
-        source = getattr(loaded, "policy", loaded)
-        if not isinstance(source, SolverTable):
+        table = policy_of(load_solver(source)).static_table()
+        if table is None:
             raise ValueError("grid: this solver file holds a per-sample policy, expected a table")
+        return _from_table(process, table, steps)
     if isinstance(source, SolverTable):
         return _from_table(process, source, steps)
     if isinstance(source, (str, Path)):
