@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -164,3 +168,52 @@ def test_thresholding_clips_to_the_quantile():
     torch.testing.assert_close(denoiser(x, 1.0), x)  # max |3 x| = 3 is the bound
     small = denoiser(x / 10, 1.0)
     torch.testing.assert_close(small, 3 * x / 10)  # never scaled up: the bound is at least 1
+
+
+def hooks(network: nn.Module) -> int:
+    return sum(len(module._forward_hooks) for module in network.modules())
+
+
+def tapped(network: nn.Module) -> Denoiser:
+    return Denoiser(network, processes.EDM(), "data", features="0")
+
+
+class Wide(nn.Sequential):
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+def test_a_dropped_denoiser_leaves_no_hook() -> None:
+    """Fifty dropped ones left fifty hooks, each with the last bottleneck of its thread."""
+    network = Wide(nn.Linear(4, 4), nn.Linear(4, 4))
+    for _ in range(50):
+        tapped(network)(torch.zeros(1, 4), 1.0)
+    gc.collect()
+    assert hooks(network) == 0
+    kept = tapped(network)
+    shared = copy.copy(kept)
+    del kept
+    gc.collect()
+    assert hooks(network) == 1
+    shared(torch.ones(1, 4), 1.0)
+    assert torch.equal(shared.bottleneck, network[0](torch.ones(1, 4)))
+    own = copy.deepcopy(shared)
+    del shared
+    gc.collect()
+    assert hooks(network) == 0
+    own(torch.ones(1, 4), 1.0)
+    assert torch.equal(own.bottleneck, network[0](torch.ones(1, 4)))
+
+
+def test_hooks_without_their_finalizer_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: nobody removes the hooks, as it was."""
+
+    class Idle:
+        def __init__(self, *_arguments: object) -> None: ...
+
+    monkeypatch.setattr(weakref, "finalize", Idle)
+    network = Wide(nn.Linear(4, 4))
+    for _ in range(3):
+        tapped(network)
+    gc.collect()
+    assert hooks(network) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, cast
 
@@ -48,6 +49,10 @@ class FeatureTap:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._held = threading.local()
+
+
+class Owner:
+    """Dies with the last Denoiser that shares a hook; shallow copies of a Denoiser share it."""
 
 
 class Denoiser(Versioned, nn.Module):
@@ -110,8 +115,11 @@ class Denoiser(Versioned, nn.Module):
         self._time_input = time_input
         self._tap = FeatureTap()
         self.features = features
+        self._owner = Owner()
         if features is not None:
-            find_module(self.network, features).register_forward_hook(self._tap)
+            hook = find_module(self.network, features).register_forward_hook(self._tap)
+            # the network may outlive this object, and its hooks would keep every bottleneck alive
+            weakref.finalize(self._owner, hook.remove).atexit = False
 
     # -- feature tap ------------------------------------------------------------------------
 
