@@ -70,7 +70,7 @@ def test_a_thousand_level_model_and_a_batch_fit(tmp_path: Path) -> None:
 def test_round_trip_of_any_times(name: str, inner: list[float], last_zero: bool) -> None:
     times = [80.0, *sorted(inner, reverse=True), 0.0 if last_zero else 0.002]
     table = make_solver(name, EDM(), grids.from_times(EDM(), times))
-    raw = serialize(solver_file._record(table, None))
+    raw = serialize(solver_file.record_of(table))
     held = solver_format.parse(Path("memory"), raw)
     assert_same(SolverTable.from_dict(held.process, held.tensors, held.settings), table)
 

@@ -42,7 +42,12 @@ def load_source(solver: Any) -> Source:
         from ...policies.distilled import load_solver
 
         return load_solver(name)
-    policy_of(solver)  # a TypeError for what is no solver
+    try:
+        policy_of(solver)
+    except TypeError as exc:
+        raise TypeError(
+            f"solver is {type(solver).__name__}, expected a name, path, table or policy"
+        ) from exc
     return solver
 
 
