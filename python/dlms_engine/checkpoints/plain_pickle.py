@@ -12,7 +12,7 @@ from __future__ import annotations
 import io
 import pickletools
 from collections.abc import Callable, Mapping
-from typing import IO, Any
+from typing import IO, Any, cast
 
 MAX_OPCODES = 2_000_000
 MAX_NODES = 1_000_000  # of the finished tree, shared parts counted as often as they appear
@@ -105,7 +105,9 @@ class _Machine:
         self._memo: dict[int, Any] = {}
 
     def run(self, file: IO[bytes]) -> Any:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(_Bounded(file))):
+        for count, (opcode, argument, _) in enumerate(
+            pickletools.genops(cast(IO[bytes], _Bounded(file)))
+        ):
             if count >= MAX_OPCODES:
                 raise Refused(f"more than {MAX_OPCODES} operations")
             name = opcode.name

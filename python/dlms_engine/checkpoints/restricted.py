@@ -12,7 +12,7 @@ import math
 import re
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class _Dtype:
         if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|b1", code) or code == "f1":
             raise UnsafeCheckpointError(f"the NumPy dtype {str(code)[:40]!r}. {ADVICE}")
         self.code = code
-        self.order = "="
+        self.order: Literal["<", ">", "=", "|"] = "="
 
     def build(self, state: Any) -> None:
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
@@ -130,8 +130,12 @@ class _Array:
         shape, dtype, fortran, data = (
             state[1:] if isinstance(state, tuple) and len(state) == 5 else [None] * 4
         )
-        whole = isinstance(shape, tuple) and all(type(n) is int and n >= 0 for n in shape)
-        if not whole or not isinstance(dtype, _Dtype) or fortran not in (True, False):
+        if (
+            not isinstance(shape, tuple)
+            or not all(type(n) is int and n >= 0 for n in shape)
+            or not isinstance(dtype, _Dtype)
+            or fortran not in (True, False)
+        ):
             raise UnsafeCheckpointError(f"a NumPy array of unknown form. {ADVICE}")
         values = dtype.read(_raw(data), math.prod(shape))
         native = values.astype(values.dtype.newbyteorder("="))

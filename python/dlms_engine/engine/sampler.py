@@ -104,7 +104,7 @@ class Sampler(Versioned, nn.Module):
         return self(seeded_noise(seeds, shape, sigma, device=place, dtype=self.dtype), **options)
 
     def _start_time(self) -> Tensor:
-        return self.policy.grid.reshape(-1)[0]
+        return torch.as_tensor(self.policy.t_start, dtype=torch.float64).reshape(-1)[0]
 
     @torch.no_grad()
     def forward(
@@ -209,7 +209,7 @@ class Sampler(Versioned, nn.Module):
             steps = self._steps(given["x"], rebuild(given), plan)
             return run_plain(steps, given["x"], network_dtype, backend, None)
 
-        learned = () if isinstance(self.policy, SolverTable) else (self.policy,)
+        learned = () if self._table is not None else (self.policy,)
         return run_captured(GRAPHS, self.denoiser, options, body, inputs, learned)
 
 

@@ -62,6 +62,10 @@ class AmedPolicy:
         return min(reads, self.nfe)
 
     @property
+    def t_start(self) -> float:
+        return float(self.grid[0])
+
+    @property
     def needs_features(self) -> bool:
         return self.predictor.bottleneck
 
@@ -136,8 +140,8 @@ class AmedPolicy:
         """None: the predictor is called while sampling."""
 
     def mean(self, decision: Choice) -> Choice:
-        """The mean of each number; ``[1]``, on the CPU."""
-        return Choice(*(part.mean().reshape(1).cpu() for part in decision))
+        """The mean of each number; ``[1]``."""
+        return Choice(*(part.mean().reshape(1) for part in decision))
 
     def static_grid(self, decisions: dict[int, Choice]) -> Tensor:
         """The times between steps, which the predictor leaves alone."""

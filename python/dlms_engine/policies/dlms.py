@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.designer_row import kernel_constants
 from ..processes import Process, from_config
+from ..support.transfer import to_host
 from ..support.versioned import Versioned
 from ..tables.file import register_policy
 from ..tables.run import Row
@@ -232,15 +233,15 @@ class DesignerPolicy:
         """None: a designer computes its rows while sampling."""
 
     def mean(self, decision: Design) -> Design:
-        """Weights arithmetically, times geometrically; ``[1, ...]``, on the CPU."""
-        weights, time, network_time = (part.cpu() for part in decision)
-        return Design(weights.mean(0, keepdim=True), _geometric(time), _geometric(network_time))
+        """Weights arithmetically, times geometrically; ``[1, ...]``."""
+        time, network_time = (_geometric(t) for t in (decision.time, decision.network_time))
+        return Design(decision.weights.mean(0, keepdim=True), time, network_time)
 
     def static_grid(self, decisions: dict[int, Design]) -> Tensor:
         """The designed times between the fixed ends."""
-        ends = self.designer.grid.cpu()
         inner = [decisions[n].time for n in range(1, self.designer.settings.steps)]
-        return torch.cat([ends[:1], *inner, ends[-1:]])
+        ends = self.designer.grid
+        return to_host(torch.cat([ends[:1], *inner, ends[-1:]]))
 
     def static_options(self) -> dict[str, Any]:
         settings = self.designer.settings

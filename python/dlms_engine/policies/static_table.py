@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..denoiser import Denoiser
+from ..support.transfer import to_host
 from ..tables.policy import Policy
 from ..tables.run import PolicyRun
 from ..tables.table import SolverTable
@@ -27,7 +28,7 @@ class Deciding(Policy, Protocol[D]):
         ...
 
     def mean(self, decision: D) -> D:
-        """The mean over the batch, each part ``[1, ...]``, on the CPU."""
+        """The mean over the batch, each part ``[1, ...]``."""
         ...
 
     def run(self, batch: int, device: torch.device) -> PolicyRun:
@@ -35,7 +36,7 @@ class Deciding(Policy, Protocol[D]):
         ...
 
     def static_grid(self, decisions: dict[int, D]) -> Tensor:
-        """float64 ``[steps + 1]``: the times of a run with these decisions."""
+        """float64 ``[steps + 1]`` on the CPU: the times of a run with these decisions."""
         ...
 
     def static_options(self) -> dict[str, Any]:
@@ -55,7 +56,9 @@ def mean_decisions(
         decisions[n] = decide(features, n, at)
         return decisions[n]
 
-    run_predictions(denoiser, deciding(policy, recorded), noise.float(), cond)
+    place = denoiser.device if noise.device.type == "cpu" else noise.device
+    x = noise.to(place, torch.float32)
+    run_predictions(denoiser, deciding(policy, recorded), x, cond)
     return {n: policy.mean(decision) for n, decision in sorted(decisions.items())}
 
 
@@ -69,7 +72,8 @@ def average_table(
     sampler that always decides so.
     """
     means = mean_decisions(policy, denoiser, noise, **cond)
-    run = deciding(policy, lambda _features, n, _at: means[n]).run(1, torch.device("cpu"))
+    device = denoiser.device if noise.device.type == "cpu" else noise.device
+    run = deciding(policy, lambda _features, n, _at: means[n]).run(1, device)
     times, a, b = [run.time.reshape(1)], [], []
     for n in range(policy.nfe):
         row = run.row(n, None)
@@ -80,12 +84,12 @@ def average_table(
     grid, options = policy.static_grid(means), policy.static_options()
     return SolverTable(
         process=policy.process,
-        a=torch.cat(a),
-        b=torch.cat(b),
-        times=torch.cat(times),
+        a=to_host(torch.cat(a)),
+        b=to_host(torch.cat(b)),
+        times=to_host(torch.cat(times)),
         t_start=grid[0],
         t_end=grid[-1],
-        initial_scale=run.initial_scale.reshape(-1)[0],
+        initial_scale=to_host(run.initial_scale.reshape(-1)[0]),
         prediction=policy.prediction,
         name=f"{options['method']}-{policy.nfe}",
         options=options,

@@ -39,6 +39,11 @@ class Policy(Protocol):
         ...
 
     @property
+    def t_start(self) -> Tensor | float:
+        """Time of the state the sampler is given; ``[*batch]``."""
+        ...
+
+    @property
     def grid(self) -> Tensor:
         """float64 ``[*batch, steps + 1]``: the solver's times, or those it starts from; decreasing."""
         ...
