@@ -81,6 +81,9 @@ class Report:
                 "status": o.status,
                 "seconds": round(o.seconds, 2),
                 "measures": o.stage.measures,
+                "said": summary.headline(
+                    o, reports.get(o.stage.name), self.work / f"{o.stage.name}.log"
+                ),
             }
             for o in self.outcomes
         ]
@@ -165,6 +168,7 @@ def run(args: argparse.Namespace, out: Path, work: Path) -> int:
             return 1
     used = None if reason is not None and args.rehearse else site_build.SITE
     if used is not None:
+        site_build.refresh()
         values["PYTHONPATH"] = f"{used}:{values['PYTHONPATH']}"
     runs.run(runner.Group("import", (plan.first(work, used),), alone=True))
     if runs.outcomes[-1].status == "passed":

@@ -72,7 +72,7 @@ def cuda_test_files() -> list[str]:
 def tests() -> Stage:
     """Every test marked `needs_cuda`, on several workers where pytest-xdist is installed."""
     workers = ("-n", "6") if importlib.util.find_spec("xdist") else ()
-    base = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default", "-m",
+    base = ("python", "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-W", "default", "-m",
             "needs_cuda")  # fmt: skip
     files = cuda_test_files()
     return Stage(

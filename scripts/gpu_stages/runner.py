@@ -6,6 +6,7 @@ report is written, so that whenever this process is ended, what came before is t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -123,18 +124,22 @@ class Running:
         return (self._runner.work / f"{self.stage.name}.log").read_text(errors="replace")
 
     def stop(self) -> None:
-        """Ends the process group that this stage started."""
+        """Ends the stage and whatever it started.
+
+        An interrupt comes first: a Python program then says where it was, and pytest what failed.
+        """
         if self._process is None:
             return
-        for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._process.send_signal(number)
             try:
-                os.killpg(self._process.pid, number)
-            except ProcessLookupError:
-                return
-            try:
-                self._process.wait(patience)
+                self._process.wait(GRACE)
+                break
             except subprocess.TimeoutExpired:
                 continue
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
 
     def _close(self, status: str) -> Outcome:
         self._log.close()

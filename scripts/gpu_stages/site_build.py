@@ -1,5 +1,8 @@
 """The build that is tested: made here or brought along, and only ever of this checkout's sources.
 
+What is compiled is compared with its sources by their SHA-256; the Python files beside it are always
+this checkout's, copied again where they have changed since.
+
     python scripts/gpu_stages/site_build.py build    compile and install into build/gpu_site
     python scripts/gpu_stages/site_build.py check    import it, name the machine, measure a copy
 
@@ -19,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,10 @@ from checks import ROOT, write_json
 
 SITE = ROOT / "build" / "gpu_site"
 STAMP = "BUILD.json"
-SOURCES = ("csrc", "kernels", "cmake", "python/dlms_engine", "CMakeLists.txt", "pyproject.toml")
+NATIVE = ("csrc", "kernels/cuda", "cmake", "CMakeLists.txt", "pyproject.toml")
+PYTHON = {"python/dlms_engine": "dlms_engine", "kernels": "dlms_engine/kernels"}
+"""Folder of the checkout -> folder of the installation."""
+LEFT_OUT = (".pyc", ".so", ".partial")
 PACKAGES = ("torch", "triton", "diffusers", "numpy", "nvidia-cuda-runtime", "pytest-xdist")
 # An editable installation answers imports before PYTHONPATH does: the build is what is tested.
 CUSTOMIZE = """import sys
@@ -35,31 +42,51 @@ sys.meta_path[:] = [f for f in sys.meta_path if not type(f).__name__.startswith(
 """
 
 
-def digest(root: Path = ROOT) -> str:
-    """SHA-256 of every source file that a build is made of."""
+def files_of(top: Path) -> list[Path]:
+    """Source files in a folder, or the file itself."""
+    paths = [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file())
+    return [p for p in paths if "__pycache__" not in p.parts and p.suffix not in LEFT_OUT]
+
+
+def digest(root: Path = ROOT, parts: Iterable[str] = NATIVE) -> str:
+    """SHA-256 of the names and bytes of every file in ``parts`` of a checkout."""
     total = hashlib.sha256()
-    for name in SOURCES:
-        top = root / name
-        files = [top] if top.is_file() else sorted(p for p in top.rglob("*") if p.is_file())
-        for path in files:
-            if "__pycache__" in path.parts or path.suffix in (".pyc", ".so", ".partial"):
-                continue
-            total.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
-            total.update(path.read_bytes())
+    for path in (path for part in parts for path in files_of(root / part)):
+        total.update(f"{path.relative_to(root).as_posix()}\0{path.stat().st_size}\0".encode())
+        total.update(path.read_bytes())
     return total.hexdigest()
 
 
-def problem(site: Path = SITE) -> str | None:
-    """Why the build in ``site`` cannot be used, or None."""
+def problem(site: Path = SITE, root: Path = ROOT) -> str | None:
+    """Why what is compiled in ``site`` cannot be used for this checkout, or None."""
     if not (site / STAMP).is_file():
         return f"nothing is built in {site}"
     stamp = json.loads((site / STAMP).read_text())
-    if stamp["digest"] != digest():
-        return f"{site} was built from other sources ({stamp['commit']})"
-    here = platform.python_version_tuple()[:2]
-    if stamp["python"].split(".")[:2] != list(here):
+    if stamp["digest"] != digest(root):
+        return f"{site} was compiled from other sources ({stamp['commit']})"
+    if stamp["python"].split(".")[:2] != platform.python_version().split(".")[:2]:
         return f"{site} was built for Python {stamp['python']}"
     return None
+
+
+def refresh(site: Path = SITE, root: Path = ROOT) -> int:
+    """Gives ``site`` the checkout's Python files; how many changed."""
+    changed = 0
+    for source, target in PYTHON.items():
+        files = {p.relative_to(root / source): p for p in files_of(root / source)}
+        for name, path in files.items():
+            copy = site / target / name
+            if not copy.is_file() or copy.read_bytes() != path.read_bytes():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, copy)
+                changed += 1
+        inner = [site / t for t in PYTHON.values() if t.startswith(f"{target}/")]
+        for copy in (site / target).rglob("*.py"):
+            stale = copy.relative_to(site / target) not in files
+            if stale and not any(folder in copy.parents for folder in inner):
+                copy.unlink()
+                changed += 1
+    return changed
 
 
 def commit() -> str:
@@ -77,6 +104,9 @@ def commit() -> str:
 def build(site: Path = SITE) -> int:
     """Compiles for one architecture; a missing part fails the build instead of being left out."""
     architecture = os.environ.get("ARCH", "90")
+    if problem(site) is None:
+        print(f"{site} is compiled from these sources; Python files renewed: {refresh(site)}")
+        return 0
     shutil.rmtree(site, ignore_errors=True)
     start, sources = time.monotonic(), digest()
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps"]
@@ -87,8 +117,9 @@ def build(site: Path = SITE) -> int:
         str(ROOT),
     ]
     status = subprocess.run(command, check=False).returncode
-    if status:
-        return status
+    if status or digest() != sources:
+        print("the sources changed while they were compiled" if not status else "not built")
+        return status or 1
     (site / "sitecustomize.py").write_text(CUSTOMIZE)
     stamp = {"digest": sources, "commit": commit(), "architecture": architecture}
     stamp |= {"python": platform.python_version(), "seconds": round(time.monotonic() - start, 1)}

@@ -28,14 +28,24 @@ def headline(outcome: Outcome, report: Mapping[str, Any] | None, log: Path) -> s
         ]
         return ", ".join(parts) + (f"; {seconds[0]:.1f} s" if seconds else "")
     if outcome.stage.name == "tests":
-        lines = [
-            ln for ln in text.splitlines() if re.search(r"\d+ (passed|failed|error|tests? col)", ln)
-        ]
-        return lines[-1].strip("= ") if lines else ""
-    lines = [
-        line for line in text.splitlines() if "ERROR SUMMARY" in line or "RACECHECK SUMM" in line
+        return test_outcomes(text)
+    for kind in ("ERROR SUMMARY", "RACECHECK SUMMARY"):
+        lines = [line for line in text.splitlines() if kind in line]
+        if lines:
+            return lines[-1].strip("= ")
+    return ""
+
+
+def test_outcomes(text: str) -> str:
+    """pytest's last line, or what was counted until it was ended."""
+    last = [
+        ln for ln in text.splitlines() if re.search(r"\d+ (passed|failed|error|tests? col)", ln)
     ]
-    return lines[-1].strip("= ") if lines else ""
+    if last:
+        return last[-1].strip("= ")
+    words = ("PASSED", "FAILED", "ERROR")
+    counts = {word: len(re.findall(rf"\b{word}\b", text)) for word in words}
+    return ", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count)
 
 
 def figures(reports: Mapping[str, Any]) -> Iterator[str]:

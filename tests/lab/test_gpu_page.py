@@ -52,7 +52,10 @@ def result(started: str = "2026-01-02T03:04:05Z", row_us: float = 1.5, **more: A
             "cases": [{"shape": [1, 4, 64, 64], "network_dtype": "float32", "rows": step_rows()}]
         },
     }
-    stages = [{"stage": s, "status": "passed", "seconds": 1} for s in ("import", *results)]
+    stages = [
+        {"stage": s, "status": "passed", "seconds": 1, "said": f"{s} said so"}
+        for s in ("import", *results)
+    ]
     file = {"started": started, "machine": MACHINE, "copy_bytes_per_s": 3e12, "stages": stages}
     return json.loads(json.dumps({**file, "rehearsal": False, "results": results, **more}))
 
@@ -83,7 +86,7 @@ def test_figures_are_those_measured_with_their_verdicts():
     assert "| at most 2 % | 1.6 % | reached |" in text["machine"]
     assert "| at most 30 us | 16 us | reached |" in text["machine"]
     assert "64x3x256x256" not in text["machine"], "what was not measured has no row"
-    assert "| rows-cuda | passed | 1 of 2 |" in text["checks"]
+    assert "| rows-cuda | passed | rows-cuda said so | 2026-01-02 |" in text["checks"]
     assert "NVIDIA H100 80GB HBM3, driver 580.1" in text["row"] and "abc1234" in text["row"]
 
 

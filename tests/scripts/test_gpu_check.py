@@ -83,28 +83,44 @@ def test_vendored_wheels_are_unpacked(tmp_path):
 # -- the build ------------------------------------------------------------------------------------
 
 
-original = site_build.digest
-
-
 def checkout(root: Path) -> Path:
-    (root / "csrc").mkdir(parents=True)
-    (root / "csrc" / "a.cpp").write_text("int a;\n")
+    for name in ("csrc/a.cpp", "python/dlms_engine/a.py", "kernels/b.py", "kernels/cuda/k.cu"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("1\n")
     return root
 
 
-def test_a_build_of_other_sources_is_not_used(tmp_path, monkeypatch):
+def stamped(site: Path, root: Path, **changes: str) -> Path:
+    site.mkdir(exist_ok=True)
+    stamp = {"digest": site_build.digest(root), "commit": "1", "python": sys.version.split()[0]}
+    (site / "BUILD.json").write_text(json.dumps({**stamp, **changes}))
+    return site
+
+
+def test_what_was_compiled_from_other_sources_is_not_used(tmp_path):
     root, site = checkout(tmp_path / "root"), tmp_path / "site"
-    monkeypatch.setattr(site_build, "digest", lambda: original(root))
-    assert "nothing is built" in site_build.problem(site)
-    site.mkdir()
-    stamp = {"digest": original(root), "commit": "1", "python": sys.version.split()[0]}
-    (site / "BUILD.json").write_text(json.dumps(stamp))
-    assert site_build.problem(site) is None
-    (root / "csrc" / "a.cpp").write_text("int b;\n")
-    assert "other sources" in site_build.problem(site)
-    stamp = {**stamp, "digest": original(root), "python": "3.8.1"}
-    (site / "BUILD.json").write_text(json.dumps(stamp))
-    assert "Python 3.8.1" in site_build.problem(site)
+    assert "nothing is built" in site_build.problem(site, root)
+    stamped(site, root)
+    assert site_build.problem(site, root) is None
+    (root / "python/dlms_engine/a.py").write_text("2\n")
+    assert site_build.problem(site, root) is None, "what is compiled does not depend on it"
+    for name in ("csrc/a.cpp", "kernels/cuda/k.cu"):
+        (root / name).write_text("2\n")
+        assert "other sources" in site_build.problem(site, root)
+        stamped(site, root)
+    assert "Python 3.8.1" in site_build.problem(stamped(site, root, python="3.8.1"), root)
+
+
+def test_the_python_files_are_always_the_checkouts(tmp_path):
+    root, site = checkout(tmp_path / "root"), tmp_path / "site"
+    package = site / "dlms_engine"
+    assert site_build.refresh(site, root) == 3  # two Python files, and the kernel's source
+    (package / "_C.so").write_text("compiled")
+    (package / "old.py").write_text("gone from the checkout")
+    (root / "kernels/b.py").write_text("2\n")
+    assert site_build.refresh(site, root) == 2 and site_build.refresh(site, root) == 0
+    assert (package / "kernels/b.py").read_text() == "2\n"
+    assert sorted(p.name for p in package.iterdir()) == ["_C.so", "a.py", "kernels"]
 
 
 # -- stages, limits and the report ----------------------------------------------------------------
