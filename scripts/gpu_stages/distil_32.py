@@ -14,9 +14,11 @@ from typing import Any
 import checks
 import models
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import dlms_engine as dlms
+from dlms_engine.models.features import ResidualFeatures
+from dlms_engine.models.unet import UNet
 
 SHAPE = (3, 32, 32)
 SETTINGS: dict[str, Any] = {
@@ -36,46 +38,17 @@ SETTINGS: dict[str, Any] = {
 """Those of the preset dlms-embedded."""
 
 
-class Preconditioned(nn.Module):
-    """``network(x, c_noise)`` over a diffusers U-Net, as EDM preconditioning calls it."""
-
-    def __init__(self, unet: nn.Module) -> None:
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """F ``[B, 3, 32, 32]``."""
-        output: Tensor = self.unet(x, 100.0 * c_noise, return_dict=False)[0]
-        return output
-
-
-class Means(nn.Module):
-    """Features of an untrained model: the means of 4x4 blocks."""
-
-    num_features = 192
-
-    def forward(self, images: Tensor) -> Tensor:
-        return nn.functional.avg_pool2d(images, 4).flatten(1)
-
-
 def untrained(device: str) -> tuple[Any, nn.Module]:
-    """A U-Net of 13 million parameters with random weights, and features."""
-    from diffusers import UNet2DModel
-
+    """The benchmark model's U-Net and feature network with random weights."""
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=32,
-        block_out_channels=(64, 128, 256),
-        layers_per_block=2,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=64,
-    )
-    network = Preconditioned(unet).to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    network.eval().requires_grad_(False)
+    network, features = UNet(), ResidualFeatures()
+    nn.init.normal_(network.conv_out.weight, std=0.01)  # zero at first, as for training
+    for each in (network, features):
+        each.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        each.eval().requires_grad_(False)
     process = dlms.processes.EDM(0.002, 80.0)
-    denoiser = dlms.Denoiser(network, process, "edm", sigma_data=0.5, features="unet.mid_block")
-    return denoiser, Means().to(device)
+    denoiser = dlms.Denoiser(network, process, "edm", sigma_data=0.5, features="mid_block")
+    return denoiser, features
 
 
 def model(name: str, device: str) -> tuple[str, Any, nn.Module, tuple[int, ...]]:
@@ -86,9 +59,11 @@ def model(name: str, device: str) -> tuple[str, Any, nn.Module, tuple[int, ...]]
     from dlms_engine.lab import benchmark_model
 
     try:
+        if name == "untrained":
+            raise FileNotFoundError(name)
         loaded = benchmark_model.load("cifar10-32")
     except FileNotFoundError:
-        return "random weights, 13 million parameters", *untrained(device), SHAPE
+        return "random weights", *untrained(device), SHAPE
     return "cifar10-32", loaded.denoiser, loaded.features, loaded.shape
 
 
@@ -124,7 +99,7 @@ def distil(name: str, device: str, trajectories: int) -> dict[str, Any]:
 
 def main() -> int:
     parser = checks.options(__doc__ or "")
-    parser.add_argument("--model", choices=("benchmark", "tiny"), default="benchmark")
+    parser.add_argument("--model", choices=("benchmark", "untrained", "tiny"), default="benchmark")
     parser.add_argument("--trajectories", type=int, default=3_200)
     args = parser.parse_args()
     run = checks.Checks("distil-32", args.output, args.seconds, device=args.device)
