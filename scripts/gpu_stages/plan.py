@@ -122,6 +122,9 @@ def benches(work: Path) -> list[Stage]:
               "loop", *cuda, instead="--device cpu --network plain --repeats 1"),
         bench(work, "bench-step", "a step beside diffusers' eager step", 60,
               "step", *cuda, "--no-compile", instead="--quick --rounds 1 --seconds 0.001"),
+        bench(work, "bench-distill", "updates a second of every learner on the GPU", 60,
+              "distill", *cuda, "--models", "embedded", "--seconds", "0.7",
+              instead="--models embedded --methods gits --batch 2 --seconds 0.1"),
     ]  # fmt: skip
 
 
@@ -130,6 +133,9 @@ def later(work: Path) -> list[Stage]:
     return [
         _check(work, "distil-32", "seconds to distil DLMS at 5 evaluations on a 32x32 model", 110,
                "distil_32", model="tiny", trajectories="32"),
+        bench(work, "bench-distill-cpu", "updates a second of every learner on the CPU", 90,
+              "distill", "--models", "embedded", "--seconds", "1",
+              instead="--models embedded --methods gits --batch 2 --seconds 0.1"),
         bench(work, "bench-compiled", "a step beside diffusers' compiled step", 100,
               "step", "--device", "cuda", instead="", refusal=NO_GPU),
         sanitizer("racecheck", 70),

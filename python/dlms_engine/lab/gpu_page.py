@@ -180,14 +180,22 @@ def distil_part(stages: Mapping[str, Measured]) -> str:
                     f"{figures['score_before']:.4g} to {figures['score_after']:.4g}.",
                 )
             )
-    report = stages["bench-distill"].report if "bench-distill" in stages else {}
-    rows = [
-        (str(r["method"]), str(r["device"]), f"{r['updates_per_s']:.3g}")
-        for r in report.get("rows", ())
-    ]
-    if rows:
-        heads = ("learner", "device", "updates a second")
-        parts.append(_from(stages["bench-distill"], table(heads, rows)))
+    for name in ("bench-distill", "bench-distill-cpu"):
+        rows = [
+            (
+                r["model"],
+                r["method"],
+                r["device"],
+                str(r["batch"]),
+                f"{r['updates_per_s']:.3g}",
+                r["unit"],
+            )
+            for r in (stages[name].report.get("rows", ()) if name in stages else ())
+            if "updates_per_s" in r
+        ]
+        if rows:
+            heads = ("model", "learner", "device", "batch", "a second", "of")
+            parts.append(_from(stages[name], table(heads, rows)))
     return "\n\n".join(parts)
 
 
