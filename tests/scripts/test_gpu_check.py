@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from dlms_engine.lab.bench import __main__ as bench
-from dlms_engine.lab.bench import device, loop
+from dlms_engine.lab.bench import device, distill, loop
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_check.sh"
@@ -253,7 +253,7 @@ def test_checks_that_never_ran_are_no_success(tmp_path):
 
 
 def test_every_benchmark_understands_its_options(tmp_path, monkeypatch):
-    for module in (device, loop):
+    for module in (device, distill, loop):
         monkeypatch.setattr(module, "no_gpu", lambda program: True)
     for group in plan.groups(tmp_path):
         for each in group.stages:
