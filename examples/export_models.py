@@ -56,10 +56,10 @@ DATA = {
 }
 
 
-def target(name: str, root: Path) -> Path:
-    """The folder of a model in a checkout."""
+def target(name: str, root: Path, models: Path | None = None) -> Path:
+    """The folder of a model in a checkout; ``models`` holds the benchmark model's instead."""
     if name == "cifar10-32":
-        return root / "benchmarks" / "models" / name
+        return (models or root / "benchmarks" / "models") / name
     return root / "python" / "dlms_engine" / "models" / "assets" / name
 
 
@@ -164,8 +164,10 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
-def export(delivered: Path, name: str, root: Path = ROOT, draw: int = 0) -> Path | None:
-    """Writes one model's folder; None when it was not delivered.
+def export(
+    delivered: Path, name: str, root: Path = ROOT, draw: int = 0, models: Path | None = None
+) -> Path | None:
+    """Writes one model's folder, as ``target`` says; None when it was not delivered.
 
     Raises:
         ValueError: the parts are not one model, or the files are larger than a model may be.
@@ -174,7 +176,7 @@ def export(delivered: Path, name: str, root: Path = ROOT, draw: int = 0) -> Path
     if found is None:
         return None
     weights, facts = found
-    folder = target(name, root)
+    folder = target(name, root, models)
     folder.mkdir(parents=True, exist_ok=True)
     config = model_config(name, facts)
     _write_json(folder / "config.json", config)
@@ -216,7 +218,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def main(args: argparse.Namespace) -> None:
     torch.set_grad_enabled(False)
     for name in args.only or SHARES:
-        folder = export(args.delivered, name, args.root, args.draw)
+        folder = export(args.delivered, name, args.root, args.draw, args.models)
         print(f"{name}: " + (f"written to {folder}" if folder else "not delivered"), flush=True)
 
 
@@ -225,6 +227,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--delivered", type=Path, required=True, help="folder of train_models.py")
     parser.add_argument("--only", nargs="+", choices=sorted(SHARES), help="models; default: all")
     parser.add_argument("--root", type=Path, default=ROOT, help="checkout to write into")
+    parser.add_argument("--models", type=Path, help="instead of its benchmarks/models")
     parser.add_argument("--draw", type=int, default=0, help="samples a row of the picture; 0: none")
     return parser.parse_args(words)
 

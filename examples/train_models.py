@@ -12,10 +12,11 @@ gets at most eight files, each below 15 MB and complete whenever the program is 
     cifar10-32.{0,1}.safetensors  emoji.safetensors  emoji-flow.safetensors
     cifar10-32-features.safetensors  emoji-features.safetensors  samples.png  log.tar.gz
 
-``export_models.py`` makes models of them. ``--rehearse`` runs all of it on the CPU with made-up images
-and tiny networks; ``--trial --seconds 25`` shows on a GPU, with made-up images, that steps are captured
-(``emoji``, ``cifar10-32``, without waiting for a compilation) and compiled (``emoji-flow``), and how fast
-they are.
+Without ``--emoji`` or without ``--cifar10`` it trains the other alone; called again, it goes on.
+``export_models.py`` makes models of the files. ``--rehearse`` runs all of it on the CPU with made-up
+images and tiny networks; ``--trial --seconds 25`` shows on a GPU, with made-up images, that steps are
+captured (``emoji``, ``cifar10-32``, without waiting for a compilation) and compiled (``emoji-flow``), and
+how fast they are.
 """
 
 from __future__ import annotations
@@ -153,16 +154,22 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
         )
 
     end = args.seconds - (6.0 if args.trial else CLOSING)
-    tasks = [
-        decoding("emoji", "--data", args.emoji, "--table", args.table),
-        decoding("cifar10-32", "--data", args.cifar10),
-        training("emoji", "emoji", min(end, args.emoji_until)),
-        training("emoji-flow", "emoji", min(end, args.emoji_until)),
-        classifier("emoji"),
-        training("cifar10-32", "cifar10-32", end),
-        classifier("cifar10-32"),
-    ]
-    return [t for t in tasks if not args.only or t.name in args.only or t.name.endswith("-images")]
+    tasks = []
+    if args.emoji is not None:
+        tasks.append(decoding("emoji", "--data", args.emoji, "--table", args.table))
+        for name in ("emoji", "emoji-flow"):
+            tasks.append(training(name, "emoji", min(end, args.emoji_until)))
+        tasks.append(classifier("emoji"))
+    if args.cifar10 is not None:
+        tasks.append(decoding("cifar10-32", "--data", args.cifar10))
+        tasks += [training("cifar10-32", "cifar10-32", end), classifier("cifar10-32")]
+
+    def wanted(task: Task) -> bool:
+        if (args.deliver / f"{task.name}.safetensors").exists() and "features" in task.name:
+            return False  # an earlier call has trained it
+        return not args.only or task.name in args.only or task.name.endswith("-images")
+
+    return [task for task in tasks if wanted(task)]
 
 
 def gather(args: argparse.Namespace) -> None:
@@ -276,8 +283,10 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         from made_up_images import make
 
         given.cifar10, given.emoji, given.table = make(given.work / "made-up")
-    elif None in (given.cifar10, given.emoji, given.table):
-        parser.error("--cifar10, --emoji and --table are needed (or --rehearse)")
+    elif given.cifar10 is None and given.emoji is None:
+        parser.error("--cifar10, --emoji or both are needed (or --rehearse)")
+    elif (given.emoji is None) != (given.table is None):
+        parser.error("--emoji and --table go together")
     return given
 
 

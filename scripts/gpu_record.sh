@@ -2,9 +2,7 @@
 # The benchmark model cifar10-32 and its record, on one GPU: stages, each a call of under ten minutes
 # that goes on where an earlier one stopped. docs/benchmark_model.md has the order and the costs.
 #
-#   DATA=cifar10.tar.xz scripts/gpu_record.sh train            one piece of training, repeat at will
-#   DATA=cifar10.tar.xz scripts/gpu_record.sh finish           the last piece: the rate falls to zero
-#   DATA=cifar10.tar.xz scripts/gpu_record.sh classifier
+#   DATA=cifar10.tar.xz scripts/gpu_record.sh train            network and classifier, in TRAIN_SECONDS
 #   scripts/gpu_record.sh export                                into benchmarks/models/cifar10-32
 #   scripts/gpu_record.sh compare [NFES]                        learners side by side; default 3-10
 #   scripts/gpu_record.sh speed | ablation | interpolation | record
@@ -13,10 +11,10 @@
 #   scripts/gpu_record.sh --rehearse [STAGE ...]                all of it, tiny, on the CPU
 #
 # Several stages in one call share its time. Environment: VENV or PYTHON, DATA (image folder or tar
-# with train/CLASS and test/CLASS), DATA_NOTE (what provenance says of it), WORK (runs/cifar10-32,
-# keep it between calls), MODELS (benchmarks/models), PACK ($WORK/pack), BUDGET (seconds, 570),
-# MINUTES (of a piece of training, 9), SAMPLES (50000), CALLS (network calls a distillation, 100000),
-# DLMS_COMMIT (what provenance names where there is no git history).
+# with train/CLASS and test/CLASS), EMOJI and TABLE (the emoji archive and its CSV: trains those models,
+# too), WORK (runs/cifar10-32, keep it between calls), MODELS (benchmarks/models), PACK ($WORK/pack),
+# BUDGET (seconds, 570), TRAIN_SECONDS (430), SAMPLES (50000), CALLS (network calls a distillation,
+# 100000), DLMS_COMMIT (what provenance names where there is no git history).
 # Status 0: done. 75: out of time, call again. 1: failed. 2: something that is needed is not there.
 set -uo pipefail
 
@@ -40,33 +38,27 @@ if ((REHEARSE)); then
   export DLMS_MODEL_DEVICE=cpu
   WORK=${WORK:-build/gpu_record-rehearsal}
   MODELS=${MODELS:-$WORK/models}
-  DATA=${DATA:-$WORK/images.tar}
-  DEVICE=cpu
-  MINUTES=${MINUTES:-0.3}
-  SAMPLES=16 FEW=16 EXACT=16 SCREEN=2 BATCH=8 CALLS=${CALLS:-6000} PROBE=2
-  METHODS=dlms,gits NFES=3 FULL=3 ACCURATE_NFE=6 EXACT_NFE=8
-  TRAIN=(--channels 8,8,16 --groups 4 --layers 1 --batch 8 --no-compile --images 10000
-    --warmup 40 --cooldown 400 --grid-every 1e9)
-  CLASSIFY=(--widths 4,6,8 --epochs 4 --batch 8 --no-compile)
+  TRAIN_SECONDS=${TRAIN_SECONDS:-90}
+  SAMPLES=16 FEW=16 EXACT=16 SCREEN=2 BATCH=8 CALLS=${CALLS:-6000}
+  DRAWN=2 METHODS=dlms,gits NFES=3 FULL=3 ACCURATE_NFE=6 EXACT_NFE=8
   SPEED=(--device cpu --no-compile --batches "1,2" --repeats 1)
   STUDY_NFE=3
 else
   WORK=${WORK:-runs/$NAME}
   MODELS=${MODELS:-benchmarks/models}
   DATA=${DATA:-}
-  DEVICE=cuda
-  MINUTES=${MINUTES:-9}
+  TRAIN_SECONDS=${TRAIN_SECONDS:-430}
   SAMPLES=${SAMPLES:-50000} FEW=10000 EXACT=2000 SCREEN=64 BATCH=1000 CALLS=${CALLS:-100000}
-  PROBE=300 METHODS=dlms,amed,amed-plugin,ld3,dode,gits,free_table NFES=3-10 FULL=5,10
+  DRAWN=10 METHODS=dlms,amed,amed-plugin,ld3,dode,gits,free_table NFES=3-10 FULL=5,10
   ACCURATE_NFE=32 EXACT_NFE=200 STUDY_NFE=5
-  TRAIN=() CLASSIFY=() SPEED=(--device cuda --batches "1,64,1024")
+  SPEED=(--device cuda --batches "1,64,1024")
   export DLMS_MODEL_COMPILE=${DLMS_MODEL_COMPILE:-1}
 fi
 PACK=${PACK:-$WORK/pack}
 mkdir -p "$WORK" "$MODELS" || exit 2
 WORK=$(cd "$WORK" && pwd)
 MODELS=$(cd "$MODELS" && pwd)
-RUN=$WORK/run
+DELIVERED=$WORK/delivered
 export DLMS_MODELS=$MODELS PYTHONUNBUFFERED=1
 # Compiled kernels are kept, so that the next call does not wait for them.
 export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor TORCHINDUCTOR_FX_GRAPH_CACHE=1
@@ -88,38 +80,25 @@ limited() {
   return "$status"
 }
 
-# minutes: of training, at most MINUTES and what the budget leaves with 30 s for imports and saving.
-minutes() {
-  "$PYTHON" -c 'import sys; print(max(0.0, min(float(sys.argv[1]), (float(sys.argv[2]) - 30) / 60)))' \
-    "$MINUTES" "$((BUDGET - SECONDS))"
-}
-
-train() {
-  need_data
-  limited "$PYTHON" examples/train_embedded.py --preset "$NAME" --data "$DATA" --include /train/ \
-    --out "$RUN" --device "$DEVICE" --minutes "$(minutes)" --probe "$PROBE" "${TRAIN[@]}" "$@"
-}
-
-stage_train() { train; }
-stage_finish() { train --finish; }
-
-stage_classifier() {
-  need_data
-  if [[ -f $WORK/features/facts.json ]]; then
-    say "classifier: kept $WORK/features"
-    return 0
+stage_train() {
+  local words=() seconds=$((BUDGET - SECONDS - 10))
+  ((seconds > TRAIN_SECONDS)) && seconds=$TRAIN_SECONDS
+  if ((REHEARSE)); then
+    words=(--rehearse --only cifar10-32 cifar10-32-features)
+  else
+    need_data
+    words=(--cifar10 "$DATA")
+    [[ -n ${EMOJI:-} ]] && words+=(--emoji "$EMOJI" --table "${TABLE:-}")
   fi
-  limited "$PYTHON" examples/train_features.py --preset "$NAME" --data "$DATA" \
-    --out "$WORK/features" --device "$DEVICE" "${CLASSIFY[@]}"
+  limited "$PYTHON" examples/train_models.py "${words[@]}" --work "$WORK/training" \
+    --deliver "$DELIVERED" --seconds "$seconds" --emoji-until "$((seconds * 2 / 5))"
 }
 
 stage_export() {
-  [[ -f $RUN/checkpoint.safetensors && -f $WORK/features/facts.json ]] || missing \
-    "nothing to export in $WORK" "run the stages train, finish and classifier first"
-  limited "$PYTHON" examples/export_embedded.py --preset "$NAME" --run "$RUN" \
-    --features "$WORK/features" --assets "$MODELS/$NAME" \
-    --data-note "${DATA_NOTE:-no image is part of this project}" || return
-  cp "$RUN/loss.png" "$MODELS/$NAME/loss.png"
+  compgen -G "$DELIVERED/$NAME*.safetensors" >/dev/null || missing \
+    "nothing to export in $DELIVERED" "run the stage train first"
+  limited "$PYTHON" examples/export_models.py --delivered "$DELIVERED" --only "$NAME" \
+    --models "$MODELS" --draw "$DRAWN" || return
   rm -f "$WORK/precision"
   du -sh "$MODELS/$NAME"
 }
@@ -214,7 +193,7 @@ stage_unpack() {
 stages=() COMPARED=""
 while (($#)); do
   case $1 in
-    train | finish | classifier | export | ablation | interpolation | record | speed | pack | \
+    train | export | ablation | interpolation | record | speed | pack | \
       pack-cache | unpack) stages+=("$1") ;;
     compare)
       stages+=("$1")
@@ -229,13 +208,13 @@ while (($#)); do
 done
 if ((${#stages[@]} == 0)); then
   ((REHEARSE)) || missing "no stage is named" "see the head of scripts/gpu_record.sh"
-  stages=(train finish classifier export compare speed ablation interpolation record pack pack-cache)
+  stages=(train export compare speed ablation interpolation record pack pack-cache)
 fi
 command -v "$PYTHON" >/dev/null || missing "no '$PYTHON'" "set PYTHON or VENV"
 absent=$("$PYTHON" - <<'PY'
 from importlib.util import find_spec
 
-names = "torch diffusers PIL matplotlib tqdm torchmetrics scipy dlms_engine".split()
+names = "torch PIL matplotlib tqdm torchmetrics scipy dlms_engine".split()
 print(*(name for name in names if find_spec(name) is None))
 PY
 )
@@ -244,24 +223,6 @@ PY
 if ((!REHEARSE)); then
   "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || missing \
     "torch sees no GPU" "run this on a machine with one, or try it: scripts/gpu_record.sh --rehearse"
-elif [[ ! -e $DATA ]]; then
-  "$PYTHON" - "$DATA" <<'PY' || exit 1
-import io, sys, tarfile
-import numpy as np
-from PIL import Image
-
-generator = np.random.default_rng(0)
-with tarfile.open(sys.argv[1], "w") as archive:
-    for index in range(96):
-        kind, label = ("train" if index < 64 else "test"), "ab"[index % 2]
-        pixels = generator.integers(0, 96, (32, 32, 3)) + (120 if label == "b" else 0)
-        data = io.BytesIO()
-        Image.fromarray(pixels.astype(np.uint8)).save(data, "png")
-        member = tarfile.TarInfo(f"images/{kind}/{label}/{index}.png")
-        member.size = data.tell()
-        data.seek(0)
-        archive.addfile(member, data)
-PY
 fi
 
 for stage in "${stages[@]}"; do

@@ -70,8 +70,20 @@ def test_the_plan_ends_in_time(program: Any, tmp_path: Path) -> None:
     until = {task.name: task.until for task in program.make_tasks(args)}
     assert until["emoji"] == until["emoji-flow"] == 150
     assert until["cifar10-32"] == 400 - program.CLOSING
-    words = program.make_tasks(args)[5].command(("--no-capture",), 380.0)
+    tasks = {task.name: task for task in program.make_tasks(args)}
+    words = tasks["cifar10-32"].command(("--no-capture",), 380.0)
     assert words[-3:] == ["--seconds", "380.0", "--no-capture"]
+
+
+def test_what_is_given_is_trained_and_a_classifier_only_once(program: Any, tmp_path: Path) -> None:
+    args = program.arguments(["--cifar10", "c", "--deliver", str(tmp_path)])
+    names = [task.name for task in program.make_tasks(args)]
+    assert names == ["cifar10-32-images", "cifar10-32", "cifar10-32-features"]
+    (tmp_path / "cifar10-32-features.safetensors").touch()
+    assert [task.name for task in program.make_tasks(args)] == names[:2]
+    for words in ([], ["--emoji", "e"], ["--cifar10", "c", "--table", "t"]):
+        with pytest.raises(SystemExit):
+            program.arguments([*words, "--deliver", str(tmp_path)])
 
 
 @pytest.mark.slow

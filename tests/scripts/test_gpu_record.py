@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "gpu_record.sh"
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is not installed")
-for module in ("diffusers", "torchmetrics", "scipy", "matplotlib", "PIL"):
+for module in ("torchmetrics", "scipy", "matplotlib", "PIL"):
     pytest.importorskip(module)
 
 
@@ -44,22 +44,18 @@ def test_without_a_gpu_the_rehearsal_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2 and "--rehearse" in done.stderr
 
 
-def test_pieces_of_training_end_in_time_and_what_lacks_is_named(tmp_path: Path) -> None:
-    done = run(tmp_path, "--rehearse", "train", MINUTES="0.02")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "checkpoint.safetensors").exists()
-    assert (tmp_path / "run" / "loss.png").exists()
+def test_what_lacks_is_named_and_time_is_kept(tmp_path: Path) -> None:
     done = run(tmp_path, "--rehearse", "export")
-    assert done.returncode == 2 and "run the stages train, finish and classifier" in done.stderr
+    assert done.returncode == 2 and "run the stage train first" in done.stderr
     done = run(tmp_path, "--rehearse", "compare", "3")
     assert done.returncode == 2 and "run the stage export first" in done.stderr
-    done = run(tmp_path, "--rehearse", "classifier", BUDGET="3")
+    done = run(tmp_path, "--rehearse", "train", BUDGET="3")
     assert done.returncode == 75 and "call it again" in done.stdout
 
 
 @pytest.mark.slow
 def test_the_whole_rehearsal(tmp_path: Path) -> None:
-    done = run(tmp_path, "--rehearse", BUDGET="3000", MINUTES="0.1")
+    done = run(tmp_path, "--rehearse", BUDGET="3000")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = json.loads((tmp_path / "compare" / "compare.json").read_text())
     assert {"dlms", "gits"} <= {row["solver"] for row in found["rows"] if "rmse" in row}
