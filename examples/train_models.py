@@ -137,7 +137,7 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
             until,
             [images / f"{source}.npz"],
             attempts,
-            5.0 if args.trial else SHORTEST,
+            5.0 if args.trial or args.rehearse else SHORTEST,
         )
 
     def classifier(name: str) -> Task:
@@ -153,7 +153,9 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
             (("--no-compile",),) if args.rehearse else ((), ("--no-compile",)),
         )
 
-    end = args.seconds - (6.0 if args.trial else CLOSING)
+    # On a busy CPU the pictures of a rehearsal take longer than its training.
+    closing = 6.0 if args.trial else args.seconds / 2 if args.rehearse else CLOSING
+    end = args.seconds - closing
     tasks = []
     if args.emoji is not None:
         tasks.append(decoding("emoji", "--data", args.emoji, "--table", args.table))

@@ -90,7 +90,7 @@ def test_what_is_given_is_trained_and_a_classifier_only_once(program: Any, tmp_p
 def test_the_rehearsal_delivers_every_file(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / "train_models.py"), "--rehearse"]
     command += ["--work", str(tmp_path / "work"), "--deliver", str(tmp_path / "out")]
-    command += ["--seconds", "120", "--emoji-until", "80", "--save-every", "20"]
+    command += ["--seconds", "160", "--emoji-until", "80", "--save-every", "20"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, timeout=280, env=os.environ
     )
