@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -150,7 +151,8 @@ class Denoiser(Versioned, nn.Module):
     def device(self) -> torch.device:
         """Where the network lies: the device of its first parameter or buffer, else the CPU."""
         if isinstance(self.network, nn.Module):
-            for tensor in (*self.network.parameters(), *self.network.buffers()):
+            tensors = itertools.chain(self.network.parameters(), self.network.buffers())
+            for tensor in tensors:  # the first one: a network of thousands is not listed
                 return tensor.device
         return torch.device("cpu")
 
