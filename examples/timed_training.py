@@ -225,6 +225,7 @@ def train(args: argparse.Namespace, now: Callable[[], float] = time.monotonic) -
     summary = deliver(state, facts, config, args)
     plot_loss(state.history, args.out / "loss.png")
     if args.samples:
+        torch.backends.cudnn.benchmark = False  # a few calls: trying algorithms would take longer
         rows = draw_rows(state.ema, recipe, config["classes"], args.samples, args.seed)
         picture(rows, args.out / "samples.png")
     return summary

@@ -41,7 +41,7 @@ LESS: tuple[tuple[str, ...], ...] = (
     ("--no-capture", "--no-compile"),
 )
 """What each further attempt of a training leaves out."""
-CLOSING = 20.0
+CLOSING = 25.0
 """Seconds kept at the end for the samples and the picture of all models; 6 in a trial."""
 SHORTEST = 25.0
 """Seconds under which nothing is started again; 5 in a trial."""
@@ -150,7 +150,8 @@ def make_tasks(args: argparse.Namespace) -> list[Task]:
             lambda added, _left: script("train_features.py", *words, *added),
             args.seconds,
             [images / f"{name}.npz"],
-            (("--no-compile",),) if args.rehearse else ((), ("--no-compile",)),
+            # Without waiting for a compilation it trains while the others compile.
+            (("--no-compile",),),
         )
 
     # On a busy CPU the pictures of a rehearsal take longer than its training.
@@ -271,7 +272,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/models"))
     parser.add_argument("--deliver", type=Path, required=True, help="folder for the results")
     parser.add_argument("--seconds", type=float, default=430.0, help="of the whole program")
-    parser.add_argument("--emoji-until", type=float, default=170.0, help="end of their training")
+    parser.add_argument("--emoji-until", type=float, default=190.0, help="end of their training")
     parser.add_argument("--save-every", type=float, default=60.0, help="seconds")
     parser.add_argument("--only", nargs="+", help="names of the processes to run")
     parser.add_argument("--cache", type=Path, help="compiled code of an earlier --pack-cache")
