@@ -83,7 +83,6 @@ def distil(name: str, device: str, trajectories: int) -> dict[str, Any]:
     )  # fmt: skip
     checks.synchronize(device)
     seconds = time.perf_counter() - start
-    scores = [entry["score"] for entry in solver.history if "score" in entry]
     parameters = sum(p.numel() for p in denoiser.parameters())
     return {
         "seconds": seconds,
@@ -91,8 +90,8 @@ def distil(name: str, device: str, trajectories: int) -> dict[str, Any]:
         "trained": what == "cifar10-32",
         "parameters": parameters,
         "trajectories": trajectories,
-        "score_before": scores[0] if scores else None,
-        "score_after": solver.best.get("score"),
+        "score_before": solver.history[0]["validation/raw"],
+        "score_after": solver.best["score"],
         "limit_seconds": 60.0,
     }
 

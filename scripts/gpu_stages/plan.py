@@ -61,28 +61,36 @@ def smoke(work: Path) -> list[Stage]:
     return stages
 
 
-def cuda_test_files() -> list[str]:
-    """Test files that hold a test that needs a GPU."""
-    files = (ROOT / "tests").rglob("test_*.py")
-    return sorted(
-        str(path.relative_to(ROOT)) for path in files if "needs_cuda" in path.read_text("utf-8")
+def files_with(word: str) -> tuple[str, ...]:
+    """Test files that mention ``word``."""
+    files = (
+        path for path in (ROOT / "tests").rglob("test_*.py") if word in path.read_text("utf-8")
     )
+    return tuple(sorted(str(path.relative_to(ROOT)) for path in files))
 
 
-def tests() -> Stage:
-    """Every test marked `needs_cuda`, on several workers where pytest-xdist is installed."""
+def tests(name: str, measures: str, limit: float, *selection: str) -> Stage:
+    """pytest on several workers where pytest-xdist is installed."""
+    base = ("python", "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-W", "default")
     workers = ("-n", "6") if importlib.util.find_spec("xdist") else ()
-    base = ("python", "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-W", "default", "-m",
-            "needs_cuda")  # fmt: skip
-    files = cuda_test_files()
     return Stage(
-        "tests",
-        "every test marked needs_cuda",
-        ((*base, *workers, *files),),
-        110,
+        name,
+        measures,
+        ((*base, *workers, *selection),),
+        limit,
         cores=6 if workers else 1,
-        stand_in=((*base, "--collect-only", *files),),
+        stand_in=((*base, "--collect-only", "-q", "-q", *selection),),
     )
+
+
+def all_tests() -> tuple[Stage, ...]:
+    """The tests that need a GPU; then those of Triton kernels, which run interpreted without one."""
+    return (
+        tests("tests", "every test marked needs_cuda", 110, "-m", "needs_cuda",
+              *files_with("needs_cuda")),
+        tests("tests-triton", "the tests of Triton kernels, compiled instead of interpreted", 110,
+              "-m", "not needs_cuda and not slow", *files_with("triton_device()")),
+    )  # fmt: skip
 
 
 def sanitizer(tool: str, limit: float) -> Stage:
@@ -124,7 +132,7 @@ def benches(work: Path) -> list[Stage]:
               "step", *cuda, "--no-compile", instead="--quick --rounds 1 --seconds 0.001"),
         bench(work, "bench-distill", "updates a second of every learner on the GPU", 60,
               "distill", *cuda, "--models", "embedded", "--seconds", "0.7",
-              instead="--models embedded --methods gits --batch 2 --seconds 0.1"),
+              instead="--models embedded --methods free_table --batch 2 --seconds 0.1"),
     ]  # fmt: skip
 
 
@@ -135,7 +143,7 @@ def later(work: Path) -> list[Stage]:
                "distil_32", model="tiny", trajectories="32"),
         bench(work, "bench-distill-cpu", "updates a second of every learner on the CPU", 90,
               "distill", "--models", "embedded", "--seconds", "1",
-              instead="--models embedded --methods gits --batch 2 --seconds 0.1"),
+              instead="--models embedded --methods free_table --batch 2 --seconds 0.1"),
         bench(work, "bench-compiled", "a step beside diffusers' compiled step", 100,
               "step", "--device", "cuda", instead="", refusal=NO_GPU),
         sanitizer("racecheck", 70),
@@ -146,7 +154,7 @@ def later(work: Path) -> list[Stage]:
 def groups(work: Path) -> list[Group]:
     """All stages; reports go to ``work``."""
     return [
-        Group("smoke", (*smoke(work), tests(), sanitizer("memcheck", 90))),
+        Group("smoke", (*smoke(work), *all_tests(), sanitizer("memcheck", 90))),
         Group("bench", tuple(benches(work)), alone=True),
         Group("later", tuple(later(work)), alone=True),
     ]

@@ -27,7 +27,7 @@ def headline(outcome: Outcome, report: Mapping[str, Any] | None, log: Path) -> s
             e["figures"]["seconds"] for e in report["checks"] if "seconds" in e.get("figures", {})
         ]
         return ", ".join(parts) + (f"; {seconds[0]:.1f} s" if seconds else "")
-    if outcome.stage.name == "tests":
+    if outcome.stage.name.startswith("tests"):
         return test_outcomes(text)
     for kind in ("ERROR SUMMARY", "RACECHECK SUMMARY"):
         lines = [line for line in text.splitlines() if kind in line]
@@ -99,11 +99,11 @@ def tails(outcomes: Sequence[Outcome], reports: Mapping[str, Any], work: Path) -
         if not outcome.status.startswith("failed") or told or not log.is_file():
             continue
         lines = log.read_text(errors="replace").splitlines()
-        if outcome.stage.name == "tests":
+        if outcome.stage.name.startswith("tests"):
             short = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
             lines = short[:25] or lines
         yield f"-- end of {log.name}"
-        yield from lines[-TAIL if outcome.stage.name != "tests" else -25 :]
+        yield from lines[-TAIL if not outcome.stage.name.startswith("tests") else -25 :]
 
 
 def table(
@@ -112,12 +112,12 @@ def table(
     """Everything, at most about 10,000 characters."""
     lines = [*tails(outcomes, reports, work), *failures(reports), *figures(reports)]
     lines.append(
-        f"{'stage':<18}{'status':<26}{'s':>7}  {'would measure' if rehearse else 'result'}"
+        f"{'stage':<20}{'status':<26}{'s':>7}  {'would measure' if rehearse else 'result'}"
     )
     for outcome in outcomes:
         log = work / f"{outcome.stage.name}.log"
         said = headline(outcome, reports.get(outcome.stage.name), log)
         if rehearse:
             said = f"{outcome.stage.measures}{f' [{said}]' if said else ''}"
-        lines.append(f"{outcome.stage.name:<18}{outcome.status:<26}{outcome.seconds:7.1f}  {said}")
+        lines.append(f"{outcome.stage.name:<20}{outcome.status:<26}{outcome.seconds:7.1f}  {said}")
     return "\n".join(line[:WIDTH] for line in lines)

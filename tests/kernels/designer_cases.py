@@ -79,6 +79,8 @@ def level(steps) -> Tensor:
 def both(device: str, policy: DesignerPolicy, denoiser: Given, batch: int = 3):
     """What the torch operations and what the kernel say, float64."""
     x = torch.zeros(batch, 1, dtype=torch.float64, device=device)
+    policy.designer.to(device)
+    denoiser.to(device)
     length = policy.designer.settings.features or 64
     features = bottlenecks(batch, policy.nfe, length).to(device)
     found = {}

@@ -263,9 +263,11 @@ def test_every_benchmark_understands_its_options(tmp_path, monkeypatch):
 
 
 def test_every_file_with_a_gpu_test_is_run():
-    listed = plan.cuda_test_files()
-    assert "tests/kernels/test_sampler_cuda.py" in listed and len(listed) >= 4
-    assert all((ROOT / name).is_file() for name in listed)
+    stages = {stage.name: stage.commands[0] for stage in plan.all_tests()}
+    assert "tests/kernels/test_sampler_cuda.py" in stages["tests"]
+    assert "tests/kernels/test_designer_row.py" in stages["tests-triton"]
+    files = [name for command in stages.values() for name in command if name.endswith(".py")]
+    assert len(files) >= 6 and all((ROOT / name).is_file() for name in files)
 
 
 @needs_bash
