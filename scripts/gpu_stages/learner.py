@@ -51,7 +51,7 @@ def distil(name: str, model: str, device: str, updates: int) -> dict[str, Any]:
     """AssertionError unless what comes back is finite, on the device, and survives its file."""
     settings = LEARNERS[name](updates)
     method = settings.pop("method", name)
-    if method not in dlms.learners.METHODS:
+    if method not in dlms.learners.LEARNERS:
         raise checks.Absent(f"there is no method {method!r}")
     denoiser, features, shape = models.load(model, device)
     if settings.get("last_step") == "features" or method in ("ld3", "auto"):

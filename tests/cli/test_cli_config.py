@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from dlms_engine.cli import common
 from dlms_engine.learners.dlms.settings import DlmsSettings
 from dlms_engine.learners.dlms.teacher import TeacherSettings
-from dlms_engine.learners.settings import hints, resolved, split_settings
+from dlms_engine.learners.registry import resolved
+from dlms_engine.learners.settings import hints, split_settings
 from dlms_engine.learners.training.coerce import coerce
 from dlms_engine.learners.training.trainer import TrainerSettings
 
@@ -200,12 +201,11 @@ def test_set_refuses(pair: str, words: str) -> None:
 
 def test_every_field_of_every_method_has_a_type_that_can_be_read() -> None:
     """The default of each setting, as text, comes back as itself."""
-    from dlms_engine.learners import METHODS
-    from dlms_engine.learners.settings import kinds_of
+    from dlms_engine.learners import LEARNERS
 
     checked = 0
-    for method in METHODS:
-        for kind in kinds_of(method)[0]:
+    for method in LEARNERS:
+        for kind in LEARNERS[method].kinds:
             default = kind()
             for name, hint in hints(kind).items():
                 value = getattr(default, name)

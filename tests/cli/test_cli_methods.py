@@ -9,7 +9,7 @@ import torch
 from commands import answer, complaint
 from safetensors.torch import load_file
 
-from dlms_engine.learners import METHODS
+from dlms_engine.learners import LEARNERS
 
 TINY = ("--model", "cli_model:tiny")
 SMALL = {
@@ -22,7 +22,7 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LEARNERS)
 def test_method_runs_from_the_command_line(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

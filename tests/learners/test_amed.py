@@ -29,7 +29,8 @@ from dlms_engine.learners.amed.objective import INFINITE_GRADIENT, Amed, clean_g
 from dlms_engine.learners.amed.settings import AmedSettings
 from dlms_engine.learners.dlms.settings import DlmsSettings
 from dlms_engine.learners.dlms.teacher import TeacherSettings
-from dlms_engine.learners.presets import PRESETS, preset
+from dlms_engine.learners.presets import PRESETS
+from dlms_engine.learners.registry import preset
 from dlms_engine.learners.settings import split_settings
 from dlms_engine.learners.training.trainer import Trainer, TrainerSettings
 from dlms_engine.policies.amed import AmedPolicy

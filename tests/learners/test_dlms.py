@@ -15,8 +15,7 @@ from dlms_engine import grids, processes, solvers
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler, seeded_noise
 from dlms_engine.learners import distill
-from dlms_engine.learners.dlms.endpoint import endpoint_loss, student_end
-from dlms_engine.learners.dlms.objective import Dlms
+from dlms_engine.learners.dlms.objective import Dlms, endpoint_loss, student_end
 from dlms_engine.learners.dlms.settings import DlmsSettings
 from dlms_engine.learners.dlms.teacher import Teacher, TeacherSettings
 from dlms_engine.learners.training.ema import EmaSets

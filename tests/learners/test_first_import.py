@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from dlms_engine.learners import METHODS
+from dlms_engine.learners import LEARNERS
 
 PROGRAM = """
 import importlib, os, sys
@@ -28,6 +28,13 @@ print("failed:", failed)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_every_learner_is_imported_first():
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *METHODS.values()]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        PROGRAM,
+        *(f"dlms_engine.learners.{name}" for name in LEARNERS),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "failed: []", done.stdout + done.stderr

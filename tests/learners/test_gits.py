@@ -17,7 +17,8 @@ from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
 from dlms_engine.learners.gits.objective import Chord, Gits, shortest_path
 from dlms_engine.learners.gits.settings import GitsSettings
-from dlms_engine.learners.presets import PRESETS, preset
+from dlms_engine.learners.presets import PRESETS
+from dlms_engine.learners.registry import preset
 from dlms_engine.learners.settings import split_settings
 from dlms_engine.policies.distilled import load_solver
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow

@@ -10,12 +10,12 @@ import torch
 from analytic import GaussianMixture
 
 from dlms_engine.denoiser import Denoiser
-from dlms_engine.learners import METHODS, distill
+from dlms_engine.learners import LEARNERS, distill
 from dlms_engine.learners.ld3.loop import Ld3Loop
 from dlms_engine.learners.ld3.objective import Ld3
 from dlms_engine.learners.ld3.settings import Ld3Settings
-from dlms_engine.learners.presets import PRESETS, preset
-from dlms_engine.learners.settings import kinds_of, resolved
+from dlms_engine.learners.presets import PRESETS
+from dlms_engine.learners.registry import preset, resolved
 from dlms_engine.processes import EDM, VPDiscrete
 
 COUNTED = ("method", "trajectories")
@@ -58,7 +58,7 @@ def test_preset_is_accepted_by_its_method(name: str) -> None:
 
 
 def test_every_paper_has_presets() -> None:
-    assert {held["method"] for held in PRESETS.values()} == set(METHODS)
+    assert {held["method"] for held in PRESETS.values()} == set(LEARNERS)
 
 
 def test_rates_of_latent_models_follow_the_number_of_steps() -> None:
@@ -83,7 +83,7 @@ def test_preset_runs(name: str) -> None:
     assert solver.nfe == 4 and bool(torch.isfinite(solver.policy.b).all())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", LEARNERS)
 def test_what_is_resolved_may_be_given_again(method: str) -> None:
     first = resolved(method, 6, {}, trajectories=12, seed=3)
     again = resolved(
@@ -91,7 +91,7 @@ def test_what_is_resolved_may_be_given_again(method: str) -> None:
         trajectories=first["trajectories"], seed=first["seed"],
     )  # fmt: skip
     assert again == first and first["trajectories"] == 12
-    kinds, _ = kinds_of(method)
+    kinds = LEARNERS[method].kinds
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
-    counted = {"ld3": "train", "dode": "batch", "gits": None}.get(method, "trajectories")
+    counted = LEARNERS[method].trajectories
     assert set(first["settings"]) == names - {"nfe", "seed", counted}

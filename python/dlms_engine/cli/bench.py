@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
-from enum import Enum
-
 import typer
 
-
-class What(str, Enum):
-    """Benchmarks there are."""
-
-    step = "step"
-    loop = "loop"
-    device = "device"
-    pipeline = "pipeline"
-    distill = "distill"
+from ..lab.bench.__main__ import What, benchmark
 
 
 def bench(context: typer.Context, what: What) -> None:
     """Time a step, the loop, a GPU kernel or whole samples; options: dlms bench step -- --help."""
-    module = importlib.import_module(f"dlms_engine.lab.bench.{what.value}")
-    status = module.main(list(context.args))
+    status = benchmark(what, list(context.args))
     if status:
-        raise typer.Exit(int(status))
+        raise typer.Exit(status)

@@ -17,7 +17,7 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names with commas; default: dlms,amed,amed-plugin,ld3,dode,gits,free_table."
+            help="Names of learners and of their variants, with commas; default: every learner."
         ),
     ] = None,
     study: Annotated[

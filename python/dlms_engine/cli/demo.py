@@ -78,14 +78,14 @@ def _distilled(model: Model, folder: Path, trajectories: int, *, progress: bool)
     """The solver of an earlier run where there is one, else a new one; resumes a checkpoint."""
     from .. import learners
     from ..lab import plots
-    from ..learners import presets
+    from ..learners.registry import preset
     from ..policies.distilled import load_solver
 
     path = _path(folder, trajectories)
     if path.exists():
         held: DistilledSolver = load_solver(path)
         return held
-    settings = {**presets.preset("dlms-embedded"), **SETTINGS}
+    settings = {**preset("dlms-embedded"), **SETTINGS}
     for name in ("method", "trajectories"):
         settings.pop(name)
     if model.features is None:

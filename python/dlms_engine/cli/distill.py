@@ -28,7 +28,7 @@ def distill(
         Path | None, typer.Option("--output", "-o", help="Solver file to write.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="dlms, amed, ld3, dode, gits or free_table.")
+        str, typer.Option(help="Learner: dlms, amed, ... (an unknown one lists them).")
     ] = "dlms",
     nfe: NfeOption = 5,
     model: ModelOption = "embedded",
@@ -62,7 +62,7 @@ def distill(
     if preset is None and pipeline is None and model == "embedded" and method == "dlms":
         preset = "dlms-embedded"
     method, trajectories, settings = _settings(context, method, preset, trajectories, set_)
-    from ..learners.settings import resolved
+    from ..learners.registry import resolved
     from ..support.parallel import restarted
 
     full = resolved(method, nfe, settings, trajectories=trajectories, seed=seed)
@@ -143,13 +143,13 @@ def _settings(
     Raises:
         ValueError: an option among the settings, or a preset of another method than the one said.
     """
-    from ..learners import presets
-    from ..learners.settings import flattened
+    from ..learners.registry import flattened
+    from ..learners.registry import preset as preset_named
 
     said = parse_settings(pairs)
     chosen: dict[str, Any] = {}
     if preset is not None:
-        chosen = presets.preset(preset)
+        chosen = preset_named(preset)
         own = chosen.pop("method")
         if configs.given(context, "method") and own != method:
             raise ValueError(f"preset {preset!r} is for method {own!r}, not {method!r}")

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 from typing import Any
 
 from ..denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
 from ..support.parallel import World, restarted
+from .entry import LearnerEntry
 from .options import RunOptions
-from .settings import split_settings
+from .registry import LEARNERS, learner, register_learner
 from .training.monitor import Silent, TensorBoard
 
-__all__ = ["METHODS", "DistilledSolver", "RunOptions", "distill", "split_settings"]
-
-METHODS = {
-    "dlms": "dlms_engine.learners.dlms",
-    "amed": "dlms_engine.learners.amed",
-    "ld3": "dlms_engine.learners.ld3",
-    "dode": "dlms_engine.learners.dode",
-    "gits": "dlms_engine.learners.gits",
-    "free_table": "dlms_engine.learners.free_table",
-}
-"""method -> module with ``run(denoiser, shape, options) -> DistilledSolver``."""
+__all__ = [
+    "LEARNERS",
+    "DistilledSolver",
+    "LearnerEntry",
+    "RunOptions",
+    "distill",
+    "register_learner",
+]
 
 
 def distill(
@@ -46,7 +43,7 @@ def distill(
 
     Args:
         denoiser: the model.
-        method: one of ``METHODS``.
+        method: one of ``LEARNERS``.
         nfe: network evaluations of the result.
         shape: shape of one sample, e.g. ``(3, 32, 32)``.
         trajectories: start noises to train on; None is the method's own default.
@@ -64,8 +61,7 @@ def distill(
         ValueError: unknown method or setting, values out of range.
         ImportError: ``tensorboard`` is asked for and missing.
     """
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}, expected one of {sorted(METHODS)}")
+    entry = learner(method)
     if nfe < 1:
         raise ValueError(f"nfe is {nfe}, expected at least 1")
     path = None if output is None else Path(output)
@@ -87,9 +83,7 @@ def distill(
     for parameter in training:
         parameter.requires_grad_(False)
     try:
-        solver: DistilledSolver = importlib.import_module(METHODS[method]).run(
-            denoiser, tuple(shape), options
-        )
+        solver = entry.run(denoiser, tuple(shape), options)
     finally:
         for parameter in training:
             parameter.requires_grad_(True)

@@ -1,26 +1,13 @@
-"""The settings of every method: sorted into their dataclasses, with defaults, as plain values."""
+"""Settings: sorted into their dataclasses, and as plain values."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import typing
 from typing import Any
 
 from ..tables.table import SolverTable
 from .training.coerce import coerce
-
-_TRAINED = ("dlms_engine.learners.training.settings", "TrainerSettings")
-_KINDS: dict[str, tuple[tuple[str, str], ...]] = {
-    "dlms": (("dlms_engine.learners.dlms.settings", "DlmsSettings"), _TRAINED),
-    "amed": (("dlms_engine.learners.amed.settings", "AmedSettings"), _TRAINED),
-    "ld3": (("dlms_engine.learners.ld3.settings", "Ld3Settings"),),
-    "dode": (("dlms_engine.learners.dode.settings", "DodeSettings"),),
-    "gits": (("dlms_engine.learners.gits.settings", "GitsSettings"),),
-    "free_table": (("dlms_engine.learners.free_table.settings", "FreeTableSettings"), _TRAINED),
-}
-TRAJECTORIES = {"ld3": "train", "dode": "batch", "gits": None}
-"""The setting that ``trajectories`` stands for; the others have it in ``TrainerSettings``."""
 
 
 def split_settings(
@@ -38,7 +25,7 @@ def split_settings(
     known = [hints(kind) for kind in kinds]
     found: list[dict[str, Any]] = [{} for _ in kinds]
     inner: dict[str, dict[str, Any]] = {name: {} for name in nested or {}}
-    for key, value in _flattened(settings, set(inner)).items():
+    for key, value in flat(settings, set(inner)).items():
         places = [i for i, names in enumerate(known) if key in names]
         prefix = next((n for n in inner if key.startswith(n + "_")), None)
         own = hints((nested or {})[prefix]) if prefix else {}
@@ -64,7 +51,8 @@ def hints(kind: type[Any]) -> dict[str, Any]:
     return {field.name: resolved[field.name] for field in dataclasses.fields(kind)}
 
 
-def _flattened(settings: dict[str, Any], nested: set[str]) -> dict[str, Any]:
+def flat(settings: dict[str, Any], nested: set[str]) -> dict[str, Any]:
+    """``{"teacher": {"order": 3}}`` as ``{"teacher_order": 3}`` for the names ``nested``."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         parts = {key: value}
@@ -75,74 +63,6 @@ def _flattened(settings: dict[str, Any], nested: set[str]) -> dict[str, Any]:
                 raise ValueError(f"setting {name} is given twice")
             flat[name] = held
     return flat
-
-
-def flattened(method: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """``{"teacher": {"order": 3}}`` as ``{"teacher_order": 3}``, for the nested ones of ``method``."""
-    return _flattened(settings, set(kinds_of(method)[1]))
-
-
-def kinds_of(method: str) -> tuple[list[type[Any]], dict[str, type[Any]]]:
-    """The settings dataclasses of ``method`` and the nested ones by name.
-
-    Raises:
-        ValueError: unknown method.
-    """
-    if method not in _KINDS:
-        raise ValueError(f"method is {method!r}, expected one of {sorted(_KINDS)}")
-    kinds = [getattr(importlib.import_module(m), name) for m, name in _KINDS[method]]
-    nested = {
-        field: hint
-        for field, hint in hints(kinds[0]).items()
-        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
-    }
-    return kinds, nested
-
-
-def resolved(
-    method: str,
-    nfe: int,
-    settings: dict[str, Any],
-    *,
-    trajectories: int | None = None,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Everything that ``distill`` would use, defaults included, as JSON values.
-
-    Returns:
-        ``method``, ``nfe``, ``trajectories``, ``seed`` and ``settings``, which may be given to
-        ``distill`` again.
-
-    Raises:
-        ValueError: unknown method or setting, values out of range.
-    """
-    from . import METHODS
-
-    kinds, nested = kinds_of(method)
-    runner = importlib.import_module(METHODS[method])
-    own, *shared = split_settings(settings, *kinds, nested=nested)
-    counted = TRAJECTORIES.get(method, "trajectories")
-    groups = [{"nfe": nfe, **own}]
-    if shared:
-        groups.append({"seed": seed, **getattr(runner, "DEFAULTS", {}), **shared[0]})
-    if trajectories is not None and counted is not None:
-        groups[-1][counted] = trajectories
-    values: dict[str, Any] = {}
-    for kind, given in zip(kinds, groups, strict=True):
-        values |= plain(kind(**given))
-    for name in ("nfe", "seed"):
-        values.pop(name, None)
-    if counted is not None:
-        trajectories = values.pop(counted)
-    elif trajectories is None:
-        trajectories = runner.SAMPLES
-    return {
-        "method": method,
-        "nfe": nfe,
-        "trajectories": trajectories,
-        "seed": seed,
-        "settings": values,
-    }
 
 
 def plain(settings: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -185,6 +186,20 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
     "polynomial": polynomial,
     "logsnr": logsnr,
     "time_uniform": time_uniform,
+    "time_quadratic": functools.partial(time_uniform, rho=2.0),
     "discrete": discrete,
     "shifted": shifted,
 }
+"""name -> maker ``(process, steps)``: the only place where grids have names."""
+
+
+def named_grid(process: Process, name: str, steps: int) -> Tensor:
+    """The grid called ``name``.
+
+    Raises:
+        ValueError: unknown name, or a grid that ``process`` does not have.
+    """
+    if name not in GRIDS:
+        raise ValueError(f"grid is {name!r}, expected one of {', '.join(GRIDS)}")
+    grid: Tensor = GRIDS[name](process, steps)
+    return grid

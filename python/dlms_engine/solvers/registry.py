@@ -82,6 +82,18 @@ for _name in SOLVERS:
     register_method(_name)
 
 
+def register_solver(name: str, solver: Solver) -> None:
+    """Adds a solver of another package, under every command.
+
+    Raises:
+        ValueError: a solver of that name is there already.
+    """
+    if name in SOLVERS:
+        raise ValueError(f"there is a solver {name!r} already")
+    SOLVERS[name] = solver
+    register_method(name)
+
+
 def make_solver(name: str, process: Process, grid: Tensor, **options: Any) -> SolverTable:
     """The table of solver ``name``.
 
@@ -169,7 +181,6 @@ def grid_maker(process: Process, name: str) -> Callable[[Process, int], Tensor]:
     """
     known: dict[str, Callable[[Process, int], Tensor]] = {
         **GRIDS,
-        "time_quadratic": lambda p, steps: time_uniform(p, steps, 2.0),
         **standard_grids(process),
     }
     if name not in known:

@@ -155,7 +155,7 @@ def test_names_and_mistakes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_contestants_have_the_settings_of_their_method(name: str) -> None:
-    from dlms_engine.learners.settings import resolved
+    from dlms_engine.learners.registry import resolved
 
     contestant = CONTESTANTS[name]
     resolved(contestant.method, 5, dict(contestant.settings), trajectories=contestant.trajectories)

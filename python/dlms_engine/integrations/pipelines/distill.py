@@ -1,6 +1,6 @@
 """Distilling a solver for one diffusers checkpoint, on its own prompts and guidance.
 
-from dlms_engine.integrations.calibrate import distill_pipeline
+from dlms_engine.integrations.pipelines.distill import distill_pipeline
 
 scheduler = distill_pipeline("path/to/pipeline", prompts="prompts.txt", nfe=5, guidance_scale=7.5)
 scheduler.save_pretrained("solver")        # JSON, and the solver as safetensors beside it
@@ -26,13 +26,13 @@ from torch.utils import _pytree as pytree
 
 from ...denoiser import Denoiser, FeatureTap, find_module
 from ...learners import distill
+from ...learners.registry import learner
 from ...support.files import replacing
 from ..diffusers import DLMSScheduler
 from ..scheduler.probe import Loop, first_argument
 from .prompt_calls import NetworkCall, is_batched, network_of, prompt_calls
 
 log = logging.getLogger("dlms_engine")
-AFS_BY_DEFAULT = ("dlms", "free_table")
 FEATURES = 64  # length of the bottleneck vector the learned designers read
 
 
@@ -192,7 +192,7 @@ def distill_pipeline(
         prompts: a file with one prompt a line, or the prompts; None for unconditional models.
         nfe: network evaluations (a guided one counts once).
         guidance_scale: None takes the pipeline's default.
-        method: one of ``dlms_engine.learners.METHODS``.
+        method: one of ``dlms_engine.learners.LEARNERS``.
         output: where the solver file goes as well.
         features: bottleneck for DLMS; a network without it, or with one that is not 8 x 8, gets
             the variant that does not read it. Pipelines that do not call ``scale_model_input`` (SD3,
@@ -211,7 +211,7 @@ def distill_pipeline(
     )
     if method == "dlms" and not _attach(denoiser, features, shape):
         settings.setdefault("bottleneck", False)
-    if method in AFS_BY_DEFAULT and not denoiser.network.call.scaled:
+    if learner(method).afs and not denoiser.network.call.scaled:
         settings.setdefault("afs", False)  # the pipeline could not run it step by step
     solver = distill(
         denoiser, method, nfe=nfe, shape=shape, trajectories=trajectories, output=output, **settings

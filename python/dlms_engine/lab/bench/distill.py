@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import itertools
 import sys
 import time
@@ -27,7 +26,7 @@ from dlms_engine import ops
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
 from dlms_engine.lab.bench.timing import conditions, finish, json_options, save
-from dlms_engine.learners import METHODS, RunOptions
+from dlms_engine.learners import LEARNERS, RunOptions
 from dlms_engine.processes import EDM
 
 NFE = 5
@@ -117,14 +116,14 @@ def time_case(
     denoiser: Denoiser, shape: tuple[int, ...], case: Case, seconds: float
 ) -> dict[str, Any]:
     """Updates (or whole calls) per second, by the median."""
-    run = importlib.import_module(METHODS[case.method]).run
+    run = LEARNERS[case.method].run
     clock = Clock(denoiser.device, seconds)
 
     def options() -> RunOptions:
         settings = dict(case.settings)
         count = settings.pop("trajectories", None) if case.trained else settings["batch"]
         silent: dict[str, Any] = {"output": None, "resume": False, "progress": False, "seed": 0}
-        extra = {"monitor": clock} if case.trained else {}
+        extra: dict[str, Any] = {"monitor": clock} if case.trained else {}
         return RunOptions(nfe=NFE, trajectories=count, settings=settings, **silent, **extra)
 
     if case.trained:
@@ -172,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="for each learner and model")
     parser.add_argument("--batch", type=int, default=32, help="trajectories an update (LD3: 2)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=[])
+    parser.add_argument("--methods", nargs="+", choices=sorted(LEARNERS), default=[])
     json_options(parser)
     args = parser.parse_args(argv)
     cuda = torch.device(args.device).type == "cuda"

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...learners.presets import preset
+from ...learners.entry import LearnerEntry
+from ...learners.registry import LEARNERS, preset
+from ...learners.training.settings import TrainerSettings
 from ...processes import Process
 from ...solvers.registry import handcrafted_table
 from ...tables.table import SolverTable
@@ -45,7 +47,7 @@ class Contestant:
 
     Attributes:
         label: what it is called, and the stem of its files.
-        method: the learner, a key of ``learners.METHODS``.
+        method: the learner, a key of ``learners.LEARNERS``.
         settings: of the learner, without ``trajectories``.
         base: what it has to beat.
         scales: True when more trajectories are more training; otherwise ``trajectories`` are
@@ -155,7 +157,16 @@ def choose(names: Sequence[str] | None, study: str | None) -> list[Contestant]:
         return STUDIES[study]()
     if names is None:
         names = STANDARD
-    unknown = [name for name in names if name not in CONTESTANTS]
+    known = {**{name: _plain(entry) for name, entry in LEARNERS.items()}, **CONTESTANTS}
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"method is {unknown[0]!r}, expected one of {sorted(CONTESTANTS)}")
-    return [CONTESTANTS[name] for name in names]
+        raise ValueError(f"method is {unknown[0]!r}, expected one of {sorted(known)}")
+    return [known[name] for name in names]
+
+
+def _plain(entry: LearnerEntry) -> Contestant:
+    """A learner with its own defaults, for which no settings were chosen here."""
+    batch = TrainerSettings(**entry.defaults).batch if entry.trained else 1
+    return Contestant(
+        entry.name, entry.name, scales=entry.trained, trajectories=entry.samples, batch=batch
+    )

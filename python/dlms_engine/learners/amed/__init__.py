@@ -8,13 +8,15 @@ from typing import Any
 from ...denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
 from ...support.parallel import World
+from .. import presets
+from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import split_settings
 from ..training.trainer import Trainer, TrainerSettings
 from .objective import Amed
 from .settings import AmedSettings
 
-DEFAULTS: dict[str, Any] = {
+_DEFAULTS: dict[str, Any] = {
     "trajectories": 10_000,
     "batch": 64,
     "clip": 1e30,
@@ -23,10 +25,10 @@ DEFAULTS: dict[str, Any] = {
 """Where AMED differs from ``TrainerSettings``: no clipping to speak of and no averaging."""
 
 
-def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
     """Runs Algorithm 1 of the paper with the shared trainer."""
     own, given = split_settings(options.settings, AmedSettings, TrainerSettings)
-    shared = {**DEFAULTS, **given}
+    shared = {**_DEFAULTS, **given}
     if options.trajectories is not None:
         shared["trajectories"] = options.trajectories
     settings = AmedSettings(nfe=options.nfe, **own)
@@ -49,3 +51,8 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     state = trainer.run(resume=options.resume, progress=options.progress)
     best = {"score": state.best_score, "set": state.best_set}
     return DistilledSolver(learner.policy, "amed", fingerprint, state.history, best)
+
+
+AMED = LearnerEntry(
+    "amed", _run, AmedSettings, trained=True, defaults=_DEFAULTS, presets=presets.of("amed")
+)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ...policies.amed_formulas import AmedBase, Solver
 from ...processes import Process
+from ...processes.grids import GRIDS, named_grid
 from ...solvers import make_solver
 from ...tables.table import SolverTable
-from ..dlms.initial import GRIDS, initial_grid
 from ..training.start_times import GridSource, refine, start_times
 
 TEACHERS = ("same", "heun", "dpm_solver_2", "ddim", "ipndm", "dpm_solver_pp")
@@ -119,7 +119,7 @@ class AmedSettings:
         grid = start_times(process, source, self.steps).grid
         if not isinstance(source, str) or source not in GRIDS:
             return grid, refine(process, grid, count)
-        fine = initial_grid(process, source, self.steps * count)
+        fine = named_grid(process, source, self.steps * count)
         fine[::count] = grid  # equal but for rounding
         return grid, fine
 

@@ -8,6 +8,8 @@ from typing import Any
 from ...denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
 from ...support.parallel import World
+from .. import presets
+from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import split_settings
 from ..training.trainer import Trainer, TrainerSettings
@@ -16,7 +18,7 @@ from .settings import DlmsSettings
 from .teacher import TeacherSettings
 
 
-def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
     """Runs Algorithm 1 of the paper with the shared trainer."""
     own, shared = split_settings(
         options.settings, DlmsSettings, TrainerSettings, nested={"teacher": TeacherSettings}
@@ -51,3 +53,6 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     state = trainer.run(resume=options.resume, progress=options.progress)
     best = {"score": state.best_score, "set": state.best_set}
     return DistilledSolver(learner.policy, "dlms", fingerprint, state.history, best)
+
+
+DLMS = LearnerEntry("dlms", _run, DlmsSettings, trained=True, afs=True, presets=presets.of("dlms"))

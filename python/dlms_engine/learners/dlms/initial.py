@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...processes import Process, grids
+from ...processes import Process
 from .teacher import multistep_weights
 
 if TYPE_CHECKING:
@@ -23,20 +23,6 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
-GRIDS = ("time_uniform", "time_quadratic", "polynomial", "logsnr")
-
-
-def initial_grid(process: Process, name: str, steps: int) -> Tensor:
-    """float64 ``[steps + 1]`` grid called ``name``."""
-    if name == "time_uniform":
-        return grids.time_uniform(process, steps, rho=1)
-    if name == "time_quadratic":
-        return grids.time_uniform(process, steps, rho=2)
-    if name == "polynomial":
-        return grids.polynomial(process, steps)
-    if name == "logsnr":
-        return grids.logsnr(process, steps)
-    raise ValueError(f"grid is {name!r}, expected one of {GRIDS}")
 
 
 def initial_weights(process: Process, grid: Tensor, settings: DlmsSettings) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ...denoiser import Denoiser, per_sample
 from ...engine.sampler import Sampler
@@ -24,13 +25,13 @@ from ...policies.dlms import (
     step_coefficients,
 )
 from ...policies.static_table import average_table
+from ...processes.grids import GRIDS
 from ...support.parallel import World
-from ..training.losses import FeatureDistance, last_step_distance
+from ..training.losses import FeatureDistance, last_step_distance, log_distance
 from ..training.start_times import start_times
 from ..training.trainer import Numbers
-from ..training.validation import Validation
-from .endpoint import endpoint_loss, endpoint_numbers
-from .initial import GRIDS, initial_scales, initial_weights
+from ..training.validation import Validation, exact_solution
+from .initial import initial_scales, initial_weights
 from .settings import DlmsSettings
 from .teacher import Teacher
 
@@ -207,3 +208,47 @@ class Dlms:
             loss = (x2 - target).square().flatten(1).sum(1).mean()
         kept = features.detach() if features is not None else None
         return loss, _Carry(x1.detach(), t1.detach(), kept, [q.detach() for q in queue])
+
+
+# -- the endpoint phase ---------------------------------------------------------------------------
+#
+# Not in the paper. Algorithm 1 charges each step for its own error only, and pulls times down where
+# nothing charges for what that does later (docs/learners/dlms.md); a short phase on the end itself
+# repairs this. Network evaluations are recomputed in backward: one network graph is alive at a time.
+
+
+def endpoint_loss(learner: Dlms, x: Tensor) -> Tensor:
+    """Distance of the student's end to the exact one from the same start ``x`` ``[B, ...]``.
+
+    With a feature distance the loss is the sum of the logarithms of the mean squared pixel and
+    feature distances: their product, free of scales, is what validation scores by.
+    """
+    settings = learner.settings
+    target = exact_solution(learner.denoiser, x, settings.endpoint_steps, **learner.cond)
+    return log_distance(student_end(learner, x), target, learner.distance, learner.world)
+
+
+def student_end(learner: Dlms, x: Tensor) -> Tensor:
+    """The student's end with the graph of every design; the features stay data, as in training."""
+    settings = learner.settings
+    t = learner.module.grid[0].expand(x.shape[0])
+    carry = learner.first(x, t)
+    queue, features = carry.queue, carry.features
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return learner.predict(x, t)
+
+    for n in range(1, settings.steps + 1):
+        design = learner.module(features, t, n)
+        x = learner.advance(x, t, design.time, design.weights, queue)
+        t = design.time
+        if n < settings.steps:
+            output: Any = checkpoint(predict, x, design.network_time, use_reentrant=False)
+            features = learner.features()
+            queue = [output, *queue][: settings.resolved_order]
+    return x
+
+
+def endpoint_numbers(loss: Tensor) -> dict[str, Tensor]:
+    """What is logged of an endpoint update."""
+    return {"loss": loss.detach(), "endpoint": loss.detach()}

@@ -37,7 +37,7 @@ class DlmsSettings:
             other network) or "features" (``feature_network``, e.g. Inception or the embedded one).
         feature_sigma: noise level at which the bottleneck of a finished sample is read.
         endpoint_share: fraction of the updates, the last ones, that train on the end of the whole run
-            instead (not in the paper, see ``dlms.endpoint``); 0 is Algorithm 1.
+            instead (not in the paper, see ``dlms.objective.endpoint_loss``); 0 is Algorithm 1.
         endpoint_steps: evaluations of the exact solution in that phase.
         last_step_weight: factor of the last step's distance.
         detach_features: the features are data for the designer, not a path for gradients.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ...denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
 from ...support.parallel import World
+from .. import presets
+from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
 from ..training.noise import unit_noise
@@ -12,7 +14,7 @@ from .objective import fit, summary
 from .settings import DodeSettings, student_grid
 
 
-def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
     """Fits on one batch; ``options.trajectories`` is its size. Seconds long: nothing to resume."""
     (own,) = split_settings(options.settings, DodeSettings)
     if options.trajectories is not None:
@@ -33,3 +35,6 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     record = {"method": "dode", **plain(settings), "seed": options.seed, "shape": list(shape)}
     best = {"score": history[-1]["rmse_after"], "set": "closed form"}
     return DistilledSolver(fitted.table, "dode", record, history, best)
+
+
+DODE = LearnerEntry("dode", _run, DodeSettings, trajectories="batch", presets=presets.of("dode"))

@@ -5,20 +5,22 @@ from __future__ import annotations
 from ...denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
 from ...support.parallel import World
+from .. import presets
+from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
 from .objective import Gits
 from .settings import GitsSettings
 
-SAMPLES = 256
+_SAMPLES = 256
 """Warm-up trajectories when ``trajectories`` is not given."""
 
 
-def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
     """Searches the grid; minutes at most, so there is no checkpoint to resume."""
     (own,) = split_settings(options.settings, GitsSettings)
     settings = GitsSettings(nfe=options.nfe, **own)
-    samples = SAMPLES if options.trajectories is None else options.trajectories
+    samples = _SAMPLES if options.trajectories is None else options.trajectories
     search = Gits(
         denoiser, settings, shape, samples, seed=options.seed, world=World.current(), **options.cond
     )
@@ -34,3 +36,8 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     }
     best = {"score": report["rmse"], "set": f"gamma={report['gamma']:g}", "indices": indices}
     return DistilledSolver(search.student(indices), "gits", described, report["tried"], best)
+
+
+GITS = LearnerEntry(
+    "gits", _run, GitsSettings, trajectories=None, samples=_SAMPLES, presets=presets.of("gits")
+)

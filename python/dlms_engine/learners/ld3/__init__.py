@@ -9,6 +9,8 @@ import torch
 from ...denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
 from ...support.parallel import World
+from .. import presets
+from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
 from .loop import Ld3Loop
@@ -16,7 +18,7 @@ from .objective import Ld3
 from .settings import Ld3Settings
 
 
-def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
     """Learns a grid and network times; ``options.trajectories`` counts the training noises."""
     (own,) = split_settings(options.settings, Ld3Settings)
     if options.trajectories is not None:
@@ -46,3 +48,6 @@ def run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dist
     table = dataclasses.replace(table, name="ld3", options=named)
     best = {"score": state.best_score, "set": f"raw@{state.best_update}"}
     return DistilledSolver(table, "ld3", fingerprint, state.history, best)
+
+
+LD3 = LearnerEntry("ld3", _run, Ld3Settings, trajectories="train", presets=presets.of("ld3"))

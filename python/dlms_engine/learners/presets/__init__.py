@@ -1,5 +1,5 @@
 """Settings by name: those of the papers and those of the embedded model."""
 
-from .papers import PRESETS, preset
+from .papers import PRESETS, of
 
-__all__ = ["PRESETS", "preset"]
+__all__ = ["PRESETS", "of"]

@@ -6,7 +6,6 @@ Each entry names its method and only what differs from that method's defaults.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from .embedded import EMBEDDED
@@ -187,12 +186,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 """name -> keyword arguments of ``distill`` beside the model's."""
 
 
-def preset(name: str, **changes: Any) -> dict[str, Any]:
-    """A copy of ``PRESETS[name]`` with ``changes``.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"preset is {name!r}, expected one of {sorted(PRESETS)}")
-    return {**copy.deepcopy(PRESETS[name]), **changes}
+def of(method: str) -> dict[str, dict[str, Any]]:
+    """Preset -> settings, of those for ``method``."""
+    return {
+        name: {key: value for key, value in settings.items() if key != "method"}
+        for name, settings in PRESETS.items()
+        if settings["method"] == method
+    }

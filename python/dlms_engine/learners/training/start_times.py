@@ -29,7 +29,7 @@ def start_times(process: Process, source: GridSource, steps: int) -> StartTimes:
     """Times to start from.
 
     Args:
-        source: a name of ``initial_grid``; the path of a solver file written by any learner with a
+        source: a name of ``grids.GRIDS``; the path of a solver file written by any learner with a
             static table (LD3, GITS, free_table, ...); a table; or ``steps + 1`` decreasing times.
 
     Raises:
@@ -43,10 +43,7 @@ def start_times(process: Process, source: GridSource, steps: int) -> StartTimes:
     if isinstance(source, SolverTable):
         return _from_table(process, source, steps)
     if isinstance(source, (str, Path)):
-        # Here: dlms imports this module, whichever learner is imported first.
-        from ..dlms.initial import initial_grid
-
-        return StartTimes(initial_grid(process, str(source), steps), None)
+        return StartTimes(grids.named_grid(process, str(source), steps), None)
     grid = grids.from_times(process, source)
     _check_length(grid, steps)
     return StartTimes(grid, None)
