@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import secrets
+import stat
+import threading
 from pathlib import Path
 
 import pytest
 
+from dlms_engine import grids, solvers
+from dlms_engine.policies.distilled import save_solver
+from dlms_engine.processes import EDM
+from dlms_engine.support import files
 from dlms_engine.support.files import replacing, write_text
 
 
@@ -21,3 +29,72 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     write_text(path, "n\u00e9w")
     assert path.read_bytes() == "n\u00e9w".encode()
     assert [held.name for held in tmp_path.iterdir()] == ["held.json"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_mode_is_that_of_a_new_file(umask: int, mode: int, tmp_path: Path) -> None:
+    """Solver files were 0600 whatever the umask: another user of the machine could not read them."""
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "held.json", "text")
+        table = solvers.ddim(EDM(), grids.polynomial(EDM(), 3))
+        save_solver(tmp_path / "solver.safetensors", table)
+        with replacing(tmp_path / "private") as partial:
+            partial.unlink()
+            partial.touch(mode=0o600)  # a writer that makes its own file
+    finally:
+        os.umask(before)
+    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in tmp_path.iterdir()} == dict.fromkeys(
+        ("held.json", "solver.safetensors", "private"), mode
+    )
+
+
+SAVES = 150
+
+
+def race(path: Path) -> list[str]:
+    """What two threads that replace one file meet."""
+    met: list[str] = []
+
+    def save(text: str) -> None:
+        try:
+            for _ in range(SAVES):
+                write_text(path, text * 100)
+                assert path.read_text() in ("a" * 100, "b" * 100)
+        except (OSError, AssertionError) as error:
+            met.append(type(error).__name__)
+
+    threads = [threading.Thread(target=save, args=(text,)) for text in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return met
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path: Path) -> None:
+    """Two processes that saved one entry lost a race: FileNotFoundError at the 63rd save."""
+    assert race(tmp_path / "held.json") == []
+    assert [held.name for held in tmp_path.iterdir()] == ["held.json"]
+
+
+def test_one_name_for_all_writers_is_a_race(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: the temporary name is the same for everybody, as it was."""
+    monkeypatch.setattr(secrets, "token_hex", lambda _count: "same")
+    assert race(tmp_path / "held.json")
+
+
+def test_bytes_are_on_the_disk_before_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, order = tmp_path / "held.json", []
+    synchronise = files._sync
+    monkeypatch.setattr(
+        files, "_sync", lambda p: (order.append((p.name, path.exists())), synchronise(p))
+    )
+    write_text(path, "text")
+    assert [exists for _, exists in order] == [False, True]
+    assert order[0][0].startswith(".held.json.") and order[1][0] == tmp_path.name

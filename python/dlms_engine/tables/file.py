@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..processes import Process
+from ..support.files import replacing
 from .format import (
     MAX_BYTES,
     SolverFileError,
@@ -112,16 +112,8 @@ def write_record(target: Path, record: SolverRecord) -> Path:
     raw = serialize(record)
     check_size(target, len(raw))
     rebuild(target, record)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(target) as partial:
+        partial.write_bytes(raw)
     return target
 
 

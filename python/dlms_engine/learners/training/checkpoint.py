@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import safetensors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from ...support.files import replacing
 
 FORMAT = "dlms_engine.checkpoint/1"
 
@@ -25,14 +26,10 @@ def save_checkpoint(
         "fingerprint": json.dumps(fingerprint, sort_keys=True),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     try:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata)
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OSError(
             f"could not write the checkpoint {path} ({error.strerror or error}): free some space "
             "or choose another output; the previous checkpoint is untouched"
