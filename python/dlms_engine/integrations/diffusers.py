@@ -50,6 +50,10 @@ class DLMSScheduler(EngineScheduler):
             smallest training level, DDIM follows ``set_alpha_to_one``, the others end at zero).
         shift, flow_shift: the static shift of flow models, under either name.
         sigma_data: set for EDM models, whose range is ``sigma_min`` .. ``sigma_max``.
+        snr_shift_scale: CogVideoX divides the signal-to-noise ratio by it.
+        flow_grid: whose rule a flow's times follow: ``"flow_match"`` (the default), ``"unipc"``,
+            ``"dpm_solver_pp"`` or ``"deis"``; ``from_config`` takes that of the given class.
+        sigma_label: what an EDM network is told, ``"log"`` (0.25 ln sigma) or ``"atan"``.
 
     State and history are float32 also under half-precision pipelines; ``step`` never reads a
     tensor's value. ``scheduler.watch(pipe.unet)`` lets a per-sample solver see the bottleneck.
@@ -106,6 +110,9 @@ class DLMSScheduler(EngineScheduler):
         sigma_data: float | None = None,
         sigma_schedule: str = "karras",
         rho: float = 7.0,
+        snr_shift_scale: float | None = None,
+        flow_grid: str | None = None,
+        sigma_label: str = "log",
     ) -> None:
         self._source = load_source(solver)
         self._name_solver()

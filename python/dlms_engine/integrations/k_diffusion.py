@@ -25,8 +25,8 @@ from .scheduler import tables
 from .scheduler.noise import NoiseModel
 from .scheduler.plan import Rows, late_start, make_plan, policy_rows, table_rows
 from .scheduler.runner import load_source
+from .scheduler.spread import spread
 from .scheduler.state import State
-from .scheduler.times import spread
 
 Schedule = Literal["karras", "exponential", "uniform", "shifted"]
 

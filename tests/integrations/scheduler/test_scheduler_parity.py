@@ -165,8 +165,8 @@ def test_flow_config_is_recognised_and_loses_nothing() -> None:
         assert own.config.prediction_type == "flow_prediction"
         assert "use_flow_sigmas" not in own.config  # FLUX would drop custom sigmas
         own.set_timesteps(4)
-        euler.set_timesteps(4)
-        torch.testing.assert_close(own.sigmas, euler.sigmas, rtol=1e-6, atol=1e-7)
+        source.set_timesteps(4)
+        torch.testing.assert_close(own.sigmas, source.sigmas, rtol=1e-6, atol=1e-7)
 
 
 def test_float_timesteps_are_not_truncated() -> None:
@@ -190,4 +190,118 @@ def test_edm_configs_follow_the_edm_scheduler() -> None:
             x = scheduler.step(torch.sin(scaled) * 0.3, t, x, return_dict=False)[0]
         ends.append(x)
     torch.testing.assert_close(own.timesteps, reference.timesteps, rtol=1e-5, atol=1e-5)
+    assert (ends[0] - ends[1]).abs().max() < TOLERANCE
+
+
+REFUSED = {
+    "algorithm_type": lambda: diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="sde-dpmsolver++"
+    ),
+    "predict_x0": lambda: diffusers.UniPCMultistepScheduler(predict_x0=False),
+    "disable_corrector": lambda: diffusers.UniPCMultistepScheduler(disable_corrector=[0]),
+    "interpolation_type": lambda: diffusers.EulerDiscreteScheduler(interpolation_type="log_linear"),
+    "stochastic_sampling": lambda: diffusers.FlowMatchEulerDiscreteScheduler(
+        stochastic_sampling=True
+    ),
+    "timestep_type": lambda: diffusers.EulerDiscreteScheduler(timestep_type="continuous"),
+    "euler_at_final": lambda: diffusers.DPMSolverMultistepScheduler(euler_at_final=True),
+    "LTXEulerAncestralRFScheduler": lambda: diffusers.LTXEulerAncestralRFScheduler(),
+    "ScoreSdeVeScheduler": lambda: diffusers.ScoreSdeVeScheduler(),
+    "CMStochasticIterativeScheduler": lambda: diffusers.CMStochasticIterativeScheduler(),
+    "DDPMWuerstchenScheduler": lambda: diffusers.DDPMWuerstchenScheduler(),
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_a_noise_model_that_is_not_understood_is_refused_by_name(key: str) -> None:
+    """Such configs were read as another process, without a word."""
+    with pytest.raises(ValueError, match=key):
+        DLMSScheduler.from_config(REFUSED[key]().config, solver="unipc")
+
+
+def test_an_unknown_key_is_refused_with_its_value() -> None:
+    config = {**diffusers.DDIMScheduler().config, "noise_wobble": 0.3}
+    with pytest.raises(ValueError, match=r"noise_wobble is 0\.3"):
+        DLMSScheduler.from_config(config)
+    renamed = {**diffusers.DDIMScheduler().config, "_class_name": "ScoreSdeVeScheduler"}
+    with pytest.raises(ValueError, match="ScoreSdeVeScheduler"):
+        DLMSScheduler.from_config(renamed)
+
+
+def test_cogvideox_divides_the_signal_to_noise_ratio() -> None:
+    reference = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0,
+        timestep_spacing="trailing", clip_sample=False,
+    )  # fmt: skip
+    own = DLMSScheduler.from_config(reference.config, solver="ddim")
+    torch.testing.assert_close(
+        own.alphas_cumprod[:-1], reference.alphas_cumprod[:-1].float(), rtol=1e-5, atol=1e-8
+    )
+    reference.set_timesteps(5)
+    own.set_timesteps(5)
+    assert own.timesteps.tolist() == reference.timesteps.tolist()
+    x = expected = start()
+    for t in own.timesteps:
+        x = own.step(0.3 * torch.sin(x), t, x, return_dict=False)[0]
+    for t in reference.timesteps:
+        expected = reference.step(0.3 * torch.sin(expected), t, expected, return_dict=False)[0]
+    # diffusers starts at alpha 0, we at 2 ** -12, so that sigma / alpha is finite
+    assert (x - expected.float()).abs().max() < 2.0**-12 * x.abs().max()
+
+
+def test_continuous_karras_levels_of_stable_video_diffusion() -> None:
+    reference = diffusers.EulerDiscreteScheduler(
+        **CONFIG, prediction_type="v_prediction", sigma_min=0.002, sigma_max=700.0,
+        timestep_type="continuous", use_karras_sigmas=True, timestep_spacing="leading",
+    )  # fmt: skip
+    own = DLMSScheduler.from_config(reference.config, solver="ddim")
+    ends = []
+    for scheduler in (reference, own):
+        scheduler.set_timesteps(5)
+        x = start() * float(scheduler.init_noise_sigma)
+        for t in scheduler.timesteps:
+            scaled = scheduler.scale_model_input(x, t)
+            x = scheduler.step(0.3 * torch.sin(scaled), t, x, return_dict=False)[0]
+        ends.append(x)
+    torch.testing.assert_close(own.timesteps, reference.timesteps, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own.sigmas, reference.sigmas, rtol=1e-5, atol=1e-6)
+    assert (ends[0] - ends[1]).abs().max() < 1e-4 * ends[0].abs().max()
+
+
+def test_times_and_levels_given_together() -> None:
+    """CogView4 and GLM-Image hand over both; the network's times are then used as given."""
+    reference = diffusers.FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
+    )
+    own = DLMSScheduler.from_config(reference.config, solver="unipc")
+    times = [1000, 667, 334, 1]
+    for scheduler in (reference, own):
+        scheduler.set_timesteps(timesteps=times, sigmas=[t / 1000 for t in times], mu=0.5)
+    torch.testing.assert_close(own.sigmas, reference.sigmas, rtol=1e-6, atol=1e-7)
+    assert own.timesteps.tolist() == reference.timesteps.tolist()
+
+
+def test_defaults_of_another_class_give_way_as_in_diffusers() -> None:
+    """SD 1.5's PNDM spaces "leading" by default: carried over, the first time was 801, not 999."""
+    source = diffusers.PNDMScheduler(**CONFIG, skip_prk_steps=True, steps_offset=1)
+    reference = diffusers.DPMSolverMultistepScheduler.from_config(source.config)
+    own = DLMSScheduler.from_config(source.config, solver="dpm_solver_pp")
+    for scheduler in (reference, own):
+        scheduler.set_timesteps(4)
+    assert own.timesteps.tolist() == reference.timesteps.tolist() == [999, 749, 500, 250]
+
+
+def test_inverted_flows_step_towards_one() -> None:
+    """OmniGen and Mochi count their levels from the data's side."""
+    reference = diffusers.FlowMatchEulerDiscreteScheduler(invert_sigmas=True, shift=2.0)
+    own = DLMSScheduler.from_config(reference.config, solver="ddim")
+    ends = []
+    for scheduler in (reference, own):
+        scheduler.set_timesteps(6)
+        x = start()
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.3 * torch.sin(x), t, x, return_dict=False)[0]
+        ends.append(x)
+    torch.testing.assert_close(own.sigmas, reference.sigmas, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(own.timesteps, reference.timesteps, rtol=1e-6, atol=1e-3)
     assert (ends[0] - ends[1]).abs().max() < TOLERANCE

@@ -200,8 +200,16 @@ def test_custom_sigmas_reach_flux() -> None:
     assert_same(expected, images(pipe, {**tiny.flux_inputs(), **inputs}))
     # a config written for a multistep class must not switch them off
     multistep = {**config, "use_flow_sigmas": True, "_class_name": "UniPCMultistepScheduler"}
-    pipe.scheduler = DLMSScheduler.from_config(multistep, solver="ddim")
-    assert_same(expected, images(pipe, {**tiny.flux_inputs(), **inputs}))
+    pipe.scheduler = DLMSScheduler.from_config(multistep, solver="unipc")
+    pipe(**tiny.flux_inputs(), **inputs)
+    shifted = pipe.scheduler.sigmas[1:4]
+    # without any, the grid is that class's own, not the one FLUX passes for its own scheduler
+    pipe(**tiny.flux_inputs(), num_inference_steps=4)
+    assert (shifted - pipe.scheduler.sigmas[1:4]).abs().max() > 0.03
+    reference = diffusers.UniPCMultistepScheduler.from_config(multistep)
+    reference.set_timesteps(4, mu=0.6)
+    pipe.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.6)
+    torch.testing.assert_close(pipe.scheduler.sigmas, reference.sigmas, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["timesteps", "sigmas"])

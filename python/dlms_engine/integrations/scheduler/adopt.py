@@ -1,41 +1,76 @@
-"""Reading the config of another scheduler class as what that class would have run."""
+"""Reading the config of another scheduler class as what that class would have run.
+
+Keys that describe the noise model are kept, defaults included. Keys that describe the grid of a
+variance-preserving model are read as diffusers' own swap reads them: a value that was only the other
+class's default gives way to the default of the class whose solver is asked for. What is not
+understood is refused by key and value.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-FLOW_KEYS = ("shift", "base_image_seq_len", "stochastic_sampling")
-# FLUX pipelines drop the user's sigmas when a config has this key set
-DROPPED = ("use_flow_sigmas", "algorithm_type", "solver_type", "predict_x0", "interpolation_type")
-# the other class's defaults: carried over where they describe the model or its grid
-CARRIED = {
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "timestep_spacing",
-    "steps_offset",
-    "rescale_betas_zero_snr",
-    "final_sigmas_type",
-    "set_alpha_to_one",
-    "shift",
-    "flow_shift",
-    "use_dynamic_shifting",
-    "base_shift",
-    "max_shift",
-    "base_image_seq_len",
-    "max_image_seq_len",
-    "shift_terminal",
-    "time_shift_type",
-    "invert_sigmas",
-    "sigma_min",
-    "sigma_max",
-    "sigma_data",
-    "sigma_schedule",
-    "rho",
+# the noise model: carried over with the other class's defaults
+MODEL_KEYS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "prediction_type", "rescale_betas_zero_snr", "snr_shift_scale", "sigma_data", "sigma_schedule",
+    "rho", "use_flow_sigmas", "shift", "flow_shift", "use_dynamic_shifting", "base_shift", "max_shift",
+    "base_image_seq_len", "max_image_seq_len", "shift_terminal", "time_shift_type", "invert_sigmas",
+)  # fmt: skip
+# how the solver goes over it: explicit values only, else the default of the solver's own class
+GRID_KEYS = (
+    "timestep_spacing", "steps_offset", "final_sigmas_type", "set_alpha_to_one", "lower_order_final",
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas",
+    "lambda_min_clipped", "variance_type", "clip_sample", "clip_sample_range", "thresholding",
+    "dynamic_thresholding_ratio", "sample_max_value", "solver_order", "sigma_min", "sigma_max",
+)  # fmt: skip
+SWAPPED_DEFAULTS: dict[str, dict[str, Any]] = {
+    "ddim": {"timestep_spacing": "leading", "clip_sample": True},
+}
+"""Defaults of diffusers' class of a solver's name, where they are not ``DLMSScheduler``'s."""
+
+# without effect here: other samplers' settings, and what a solver's name says already
+WITHOUT_EFFECT = (
+    "_class_name", "_diffusers_version", "_use_default_values", "_name_or_path", "skip_prk_steps",
+    "original_inference_steps", "timestep_scaling", "eta", "tau_func", "predictor_order",
+    "corrector_order", "set_sigma_to_zero", "gamma", "scale_factors", "upscale_mode",
+)  # fmt: skip
+# values with which a key changes nothing; others are refused
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "algorithm_type": ("dpmsolver++", "deis", "data_prediction", None),
+    "interpolation_type": ("linear", None),
+    "stochastic_sampling": (False, None),
+    "predict_x0": (True, None),
+    "disable_corrector": ([], (), None),
+    "solver_p": (None,),
+    "euler_at_final": (False, None),
+    "timestep_type": ("discrete", None),
+    "solver_type": ("midpoint", "bh2", "logrho", None),
+    "use_noise_sampler": (True, False, None),
+    "noise_sampler_seed": (None,),
+}
+# classes whose noise model is read here; any other of diffusers is refused by name
+READ_CLASSES = (
+    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "CosineDPMSolverMultistepScheduler",
+    "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler",
+    "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
+    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler",
+    "UniPCMultistepScheduler",
+)  # fmt: skip
+FLOW_KEYS = ("shift", "base_image_seq_len")
+FLOW_GRIDS = {
+    "UniPCMultistepScheduler": "unipc",
+    "DPMSolverMultistepScheduler": "dpm_solver_pp",
+    "DPMSolverSinglestepScheduler": "dpm_solver_pp",
+    "SASolverScheduler": "dpm_solver_pp",
+    "DEISMultistepScheduler": "deis",
 }
 
 
@@ -44,29 +79,37 @@ def is_foreign(config: Mapping[str, Any]) -> bool:
     return "solver" not in config
 
 
-def adopt(config: Mapping[str, Any]) -> dict[str, Any]:
+def adopt(config: Mapping[str, Any], solver: str | None = None) -> dict[str, Any]:
     """``config`` of a diffusers scheduler as keyword arguments of ours.
 
-    diffusers drops values that were the other class's defaults; the grid would then silently
-    change (DDIM's "leading" would become "linspace"), so those that describe it are kept. Flow
-    matching is recognised without any further argument.
+    Args:
+        solver: the name of the solver it is for; None for a learned one.
+
+    Raises:
+        ValueError: a class, key or value whose meaning is not known.
     """
     defaults = set(config.get("_use_default_values", ()))
-    found = {k: v for k, v in config.items() if k != "_use_default_values"}
-    found = {k: v for k, v in found.items() if k not in defaults or k in CARRIED}
+    name = class_of(config)
+    _check(config, defaults, name)
+    adopted = {k: config[k] for k in MODEL_KEYS if k in config}
+    explicit = {k: config[k] for k in GRID_KEYS if k in config and k not in defaults}
     if is_flow(config):
-        found["prediction_type"] = "flow_prediction"
-        for key in ("beta_start", "beta_end", "beta_schedule", "trained_betas", "timestep_spacing"):
-            if key in defaults:
-                found.pop(key, None)
-        # the other name's default says nothing
-        if "shift" in config and "flow_shift" not in config:
-            found.pop("flow_shift", None)
+        adopted |= _flow(config, defaults, name)
+        explicit.pop("timestep_spacing", None)
+        explicit = {k: v for k, v in explicit.items() if k != "sigma_max" or v is not None}
+    elif _is_edm(config):
+        adopted |= _edm(config, name)
+        explicit = {k: v for k, v in explicit.items() if k not in ("sigma_min", "sigma_max")}
     else:
-        found.pop("flow_shift", None)
-    for key in DROPPED:
-        found.pop(key, None)
-    return found
+        adopted = {k: v for k, v in adopted.items() if k not in ("shift", "flow_shift")}
+        _check_range(config)
+        explicit = {**SWAPPED_DEFAULTS.get(solver or "", {}), **explicit}
+    adopted |= explicit | _solver_options(config, defaults, solver)
+    adopted.pop("use_flow_sigmas", None)  # FLUX pipelines drop the caller's sigmas where it is set
+    return adopted
+
+
+# -- kinds of noise models -----------------------------------------------------------------------
 
 
 def is_flow(config: Mapping[str, Any]) -> bool:
@@ -75,3 +118,127 @@ def is_flow(config: Mapping[str, Any]) -> bool:
     shaped = "beta_schedule" not in config and any(key in config for key in FLOW_KEYS)
     chosen = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
     return bool(named or shaped or chosen)
+
+
+def _flow(config: Mapping[str, Any], defaults: set[str], name: str | None) -> dict[str, Any]:
+    grid = (
+        FLOW_GRIDS.get(name or "", "flow_match") if config.get("use_flow_sigmas") else "flow_match"
+    )
+    adopted: dict[str, Any] = {"flow_grid": grid}
+    if "prediction_type" not in config or "prediction_type" in defaults or grid == "flow_match":
+        adopted["prediction_type"] = "flow_prediction"
+    # the other name's default says nothing
+    if "shift" in config and "flow_shift" not in config:
+        adopted["flow_shift"] = None
+    return adopted
+
+
+def _is_edm(config: Mapping[str, Any]) -> bool:
+    return config.get("sigma_data") is not None or config.get("timestep_type") == "continuous"
+
+
+def _edm(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
+    adopted = {k: config[k] for k in ("sigma_min", "sigma_max", "final_sigmas_type") if k in config}
+    if config.get("timestep_type") == "continuous":  # noise levels of a unit-variance EDM model
+        modified = [k for k in ("karras", "exponential") if config.get(f"use_{k}_sigmas")]
+        known = config.get("prediction_type") == "v_prediction" and len(modified) == 1
+        if not known or config.get("sigma_min") is None or config.get("sigma_max") is None:
+            raise ValueError(
+                "timestep_type is 'continuous': supported with prediction_type='v_prediction', "
+                "use_karras_sigmas or use_exponential_sigmas, and sigma_min and sigma_max set"
+            )
+        adopted |= {"sigma_data": 1.0, "sigma_schedule": modified[0]}
+        for key in ("use_karras_sigmas", "use_exponential_sigmas"):
+            adopted[key] = False
+    if (name or "").startswith("Cosine"):
+        adopted["sigma_label"] = "atan"
+    return adopted
+
+
+def _check_range(config: Mapping[str, Any]) -> None:
+    """A VP grid cannot leave the trained levels: ``sigma_max`` beyond them is another model."""
+    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    count = int(config.get("num_train_timesteps") or 1000)
+    highest = config.get("sigma_max")
+    if highest is None or not any(
+        config.get(f"use_{k}_sigmas") for k in ("karras", "exponential", "beta")
+    ):
+        return
+    # a bound on the last level: alpha_bar >= exp(-sum of betas / (1 - beta_end))
+    bound = 0.5 * count * max(float(start), float(end)) / (1 - min(float(end), 0.5))
+    if float(highest) > 2.718281828459045 ** min(bound, 50.0) * 2:
+        raise ValueError(f"sigma_max is {highest}, above every noise level of the beta schedule")
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The diffusers class that wrote ``config``: by its name, or else by its set of keys."""
+    name = config.get("_class_name")
+    if name is not None:
+        return str(name)
+    keys = frozenset(key for key in config if not key.startswith("_"))
+    return _classes_by_keys().get(keys)
+
+
+@functools.cache
+def _classes_by_keys() -> dict[frozenset[str], str]:
+    """Constructor arguments of every scheduler of diffusers -> its name, the ones read here first."""
+    import diffusers
+
+    others = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and n not in READ_CLASSES)
+    found: dict[frozenset[str], str] = {}
+    for name in (*READ_CLASSES, *others):
+        cls = getattr(diffusers, name, None)
+        if isinstance(cls, type) and hasattr(cls, "from_config"):
+            parameters = inspect.signature(cls).parameters
+            keys = frozenset(key for key in parameters if key not in ("args", "kwargs"))
+            found.setdefault(keys, name)
+    return found
+
+
+def _check(config: Mapping[str, Any], defaults: set[str], name: str | None) -> None:
+    import diffusers
+
+    if name is not None and name not in READ_CLASSES and hasattr(diffusers, name):
+        raise ValueError(
+            f"the config is of {name}, whose noise model is not understood here: keep the "
+            "pipeline's own scheduler"
+        )
+    known = {*MODEL_KEYS, *GRID_KEYS, *WITHOUT_EFFECT, *NEUTRAL}
+    for key, value in config.items():
+        if key not in known and (name not in READ_CLASSES or key not in defaults):
+            raise ValueError(
+                f"{key} is {value!r}: what it means for the noise levels is not known here; keep "
+                "the pipeline's own scheduler, or pass a config without it"
+            )
+        neutral = NEUTRAL.get(key)
+        if neutral is None or key in ("solver_type", "timestep_type") or value in neutral:
+            continue
+        raise ValueError(f"{key} is {value!r}, supported are {neutral}")
+    if config.get("use_flow_sigmas"):
+        for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+            unipc = name == "UniPCMultistepScheduler" and key == "use_karras_sigmas"
+            if config.get(key) and not unipc:
+                raise ValueError(f"{key} is True together with use_flow_sigmas: not supported")
+
+
+def _solver_options(
+    config: Mapping[str, Any], defaults: set[str], solver: str | None
+) -> dict[str, Any]:
+    """``solver_type`` as an option of the solver it belongs to."""
+    kind = config.get("solver_type")
+    if kind is None or "solver_type" in defaults or solver is None:
+        return {}
+    if solver == "unipc" and kind == "bh1":
+        return {"solver_options": {"variant": "bh1"}}
+    if solver == "dpm_solver_pp" and kind == "heun":
+        if int(config.get("solver_order") or 2) > 2:
+            raise ValueError("solver_type is 'heun' with solver_order 3: supported up to order 2")
+        return {"solver_options": {"exact": True}}
+    if kind not in ("midpoint", "heun", "bh1", "bh2", "logrho"):
+        raise ValueError(
+            f"solver_type is {kind!r}, expected 'midpoint', 'heun', 'bh1', 'bh2' or 'logrho'"
+        )
+    return {}

@@ -57,8 +57,12 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
         its defaults included. With a learned solver, clipping is only done when asked for here.
         """
         if isinstance(config, dict) and is_foreign(config):
-            config = adopt(config)
             kwargs.setdefault("solver", "dpm_solver_pp")
+            kwargs["solver"] = source = load_source(kwargs["solver"])
+            adopted = adopt(config, source if isinstance(source, str) else None)
+            options = {**adopted.pop("solver_options", {}), **(kwargs.get("solver_options") or {})}
+            kwargs |= {"solver_options": options} if options else {}
+            config = adopted
         if isinstance(config, dict) and not isinstance(
             load_source(kwargs.get("solver", "ddim")), str
         ):

@@ -27,7 +27,7 @@ PREDICTIONS: dict[str, Prediction] = {
 
 def kind_of(config: Mapping[str, Any]) -> Kind:
     """Flow if it predicts flow, EDM if it names ``sigma_data``, else variance preserving."""
-    if config.get("prediction_type") == "flow_prediction":
+    if config.get("prediction_type") == "flow_prediction" or config.get("flow_grid"):
         return "flow"
     return "edm" if config.get("sigma_data") is not None else "vp"
 
@@ -81,10 +81,30 @@ def _zero_snr(betas: Tensor) -> Tensor:
 
 def make_alphas_cumprod(config: Mapping[str, Any], betas: Tensor) -> Tensor:
     """float32 alpha_bar; with zero terminal SNR the last one is 2**-24, so that sigma is finite."""
+    scale = config.get("snr_shift_scale")
+    if scale is not None and float(scale) != 1.0:
+        return _shifted_snr(config, betas, float(scale))
     alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
     if config.get("rescale_betas_zero_snr"):
         alphas_cumprod[-1] = 2**-24
     return alphas_cumprod
+
+
+def _shifted_snr(config: Mapping[str, Any], betas: Tensor, scale: float) -> Tensor:
+    """CogVideoX (Yang et al. 2024): the signal-to-noise ratio over ``scale``, then zero at the end."""
+    plain = (
+        betas
+        if not config.get("rescale_betas_zero_snr")
+        else make_betas({**config, "rescale_betas_zero_snr": False})
+    )
+    bar = torch.cumprod(1.0 - plain.double(), dim=0)
+    bar = bar / (scale + (1 - scale) * bar)
+    if config.get("rescale_betas_zero_snr"):
+        root = bar.sqrt()
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        bar = root**2
+        bar[-1] = 2**-24
+    return bar.float()
 
 
 def strictly_falling(alphas_cumprod: list[float]) -> list[float]:
@@ -108,12 +128,16 @@ class NoiseModel:
     Attributes:
         levels: training timesteps, the unit of the network's time (VP and flow).
         denoiser: holds the preconditioning only; it is never called.
+        sign: -1 where the network predicts the negative: EDM's v-prediction, inverted flows.
+        label: of an EDM noise level: ``"log"`` is 0.25 ln sigma, ``"atan"`` 2 / pi atan sigma.
     """
 
     kind: Kind
     process: Process
     levels: int
     denoiser: Denoiser
+    sign: float = 1.0
+    label: str = "log"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], alphas_cumprod: Tensor | None) -> NoiseModel:
@@ -129,18 +153,26 @@ class NoiseModel:
         process: Process
         prediction: Prediction = PREDICTIONS[name]
         sigma_data = 0.5
+        sign = 1.0
         if kind == "flow":
             process = RectifiedFlow()
+            sign = -1.0 if config.get("invert_sigmas") else 1.0
         elif kind == "edm":
-            if name != "epsilon":
-                raise ValueError(f"prediction_type is {name!r}, expected 'epsilon' with sigma_data")
+            if name not in ("epsilon", "v_prediction"):
+                raise ValueError(
+                    f"prediction_type is {name!r}, expected 'epsilon' or 'v_prediction' with sigma_data"
+                )
+            sign = -1.0 if name == "v_prediction" else 1.0
             process = EDM(config.get("sigma_min") or 0.002, config.get("sigma_max") or 80.0)
             prediction, sigma_data = "edm", float(config["sigma_data"])
         else:
             assert alphas_cumprod is not None
             process = VPDiscrete(alphas_cumprod=strictly_falling(alphas_cumprod.tolist()))
         denoiser = Denoiser(_never, process, prediction, sigma_data=sigma_data)
-        return cls(kind, process, int(config["num_train_timesteps"]), denoiser)
+        label = str(config.get("sigma_label") or "log")
+        if label not in ("log", "atan"):
+            raise ValueError(f"sigma_label is {label!r}, expected 'log' or 'atan'")
+        return cls(kind, process, int(config["num_train_timesteps"]), denoiser, sign, label)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoiseModel:
         return self  # immutable
@@ -149,18 +181,25 @@ class NoiseModel:
         """float64: what the network is told at process time ``t``."""
         if isinstance(self.process, VPDiscrete):
             return self.process.timestep(t)
-        return f64(t).log() / 4 if self.kind == "edm" else f64(t) * self.levels
+        if self.kind == "edm":
+            return f64(t).log() / 4 if self.label == "log" else f64(t).atan() * (2 / math.pi)
+        return (1 - f64(t) if self.sign < 0 else f64(t)) * self.levels
 
     def time(self, timestep: Tensor) -> Tensor:
         """Inverse of ``timestep``."""
         timestep = f64(timestep)
         if isinstance(self.process, VPDiscrete):
             return (timestep + 1) / self.process.levels
-        return (4 * timestep).exp() if self.kind == "edm" else timestep / self.levels
+        if self.kind == "edm":
+            logarithmic = self.label == "log"
+            return (4 * timestep).exp() if logarithmic else (timestep * (math.pi / 2)).tan()
+        time = timestep / self.levels
+        return 1 - time if self.sign < 0 else time
 
     def preconditioning(self, t: Tensor, prediction: Literal["data", "noise"]) -> Preconditioning:
         """c_skip, c_out, c_in at process times ``t``; ``c_noise`` is not meant to be used."""
-        return self.denoiser.preconditioning(t, prediction)
+        made = self.denoiser.preconditioning(t, prediction)
+        return made if self.sign > 0 else made._replace(c_out=-made.c_out)
 
     def check(self, process: Process) -> None:
         """Raises ValueError unless ``process`` is this model's."""

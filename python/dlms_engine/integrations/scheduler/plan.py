@@ -40,22 +40,36 @@ class Rows:
         return int(self.b.shape[1])
 
 
-def table_rows(table: SolverTable, padding: int = 0) -> Rows:
-    """The rows of ``table``, followed by ``padding`` rows that change nothing."""
+def table_rows(table: SolverTable) -> Rows:
+    """The rows of ``table``."""
     if table.batch_shape:
         raise ValueError(
             f"the table has batch shape {table.batch_shape}, expected one table for all samples"
         )
     table = table.detach()
-    end = torch.zeros(padding, dtype=torch.float64)
     return Rows(
-        a=torch.cat([table.a, end + 1]),
-        b=torch.cat([table.b, table.b.new_zeros(padding, table.depth)]),
-        times=torch.cat([table.times, end + table.t_end]),
-        levels=torch.cat([_levels(table), end + table.t_end]),
+        a=table.a,
+        b=table.b,
+        times=table.times,
+        levels=_levels(table),
         scale=float(table.initial_scale),
         prediction=table.prediction,
     )
+
+
+def strided_rows(model: NoiseModel, grid: Tensor, stride: int) -> Rows:
+    """DDIM as diffusers steps: from each time of ``grid`` down by ``stride`` training levels.
+
+    Where the times are not that far apart ("linspace", or steps that do not divide the levels) the
+    next evaluation takes the state for one of its own time, which lies a little elsewhere.
+    """
+    process, times = model.process, grid[:-1]
+    indices = model.timestep(times) - stride
+    ends = torch.where(indices > -1e-9, model.time(indices.clamp(min=0)), grid[-1])
+    alpha, sigma = process.alpha(times), process.sigma(times)
+    a = process.sigma(ends) / sigma
+    b = process.alpha(ends) - alpha * a
+    return Rows(a, b[:, None], times, torch.cat([times, grid[-1:]]), 1.0, "data")
 
 
 def _levels(table: SolverTable) -> Tensor:
@@ -144,11 +158,8 @@ def make_plan(rows: Rows, model: NoiseModel, begin: int) -> Plan:
     if begin == 0:
         for column in (a, c_skip, c_in):
             column[0] *= rows.scale
-    # a padded row sits at sigma = 0, where a noise prediction's coefficients are not finite
-    idle = (rows.b == 0).all(dim=1)
-    c_skip[idle], c_out = 0.0, torch.where(idle, torch.ones_like(a), pre.c_out)
     packed = layout.pack_rows(
-        c_skip=c_skip, c_out=c_out, a=a, c_in_next=torch.ones_like(a), guidance=1.0, b=rows.b
+        c_skip=c_skip, c_out=pre.c_out, a=a, c_in_next=torch.ones_like(a), guidance=1.0, b=rows.b
     )
     alpha, sigma = model.process.alpha(rows.times), model.process.sigma(rows.times)
     return Plan(packed, tuple(c_in.tolist()), alpha, sigma, rows.depth, rows.prediction)

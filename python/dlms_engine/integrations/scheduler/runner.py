@@ -13,11 +13,21 @@ from ...ops import layout
 from ...solvers import SOLVERS
 from ...tables.policy import Policy, PolicyRun, policy_of
 from ...tables.table import SolverTable
+from .flow_times import is_default
 from .noise import NoiseModel
-from .plan import Plan, Rows, late_start, make_plan, policy_rows, spliced, table_rows
+from .plan import (
+    Plan,
+    Rows,
+    late_start,
+    make_plan,
+    policy_rows,
+    spliced,
+    strided_rows,
+    table_rows,
+)
 from .state import State
 from .tables import named_table, solver_options
-from .times import Times, run_times
+from .times import Times, run_times, vector
 from .watch import Watch
 
 SolverLike = Any  # Policy | DistilledSolver
@@ -82,7 +92,8 @@ class Runner:
         else:
             self._rows = self._learned(source, steps, timesteps, sigmas)
         self.levels = self._rows.levels
-        asked = model.timestep(self._rows.times)
+        told = self._told()
+        asked = model.timestep(self._rows.times) if told is None else told
         whole = asked.round()
         exact = model.kind == "vp" and bool(((asked - whole).abs() < 1e-6).all())
         self.timesteps = whole.to(torch.int64) if exact else asked.to(torch.float32)
@@ -91,7 +102,7 @@ class Runner:
         levels = process.sigma(self.levels)
         if model.kind != "flow":
             levels = levels / process.alpha(self.levels)
-        self.sigmas = levels.to(torch.float32)
+        self.sigmas = (1 - levels if model.sign < 0 and model.kind == "flow" else levels).float()
         self._whole, self._prepared = self._rows, 0
         self._plan: Plan = make_plan(self._rows, model, 0)
         self._state: State | None = None
@@ -99,6 +110,10 @@ class Runner:
         self._was_scaled = False
         if watch is not None:
             watch.reset()
+
+    def _told(self) -> Tensor | None:
+        """Network times that the caller gave beside the levels."""
+        return None if self._times is None else self._times.told
 
     # -- rows -------------------------------------------------------------------------------------
 
@@ -118,7 +133,9 @@ class Runner:
         count = None if steps is None else steps + (afs is not False)
         self._times = run_times(self._config, self._model, self._name, count, timesteps, sigmas, mu)
         grid = self._times.grid
-        return table_rows(self._table(grid, len(grid) - 1), self._times.padding)
+        if self._times.stride is not None and count == steps:
+            return strided_rows(self._model, grid, self._times.stride)
+        return table_rows(self._table(grid, len(grid) - 1))
 
     def _learned(self, source: SolverLike, steps: int | None, timesteps: Any, sigmas: Any) -> Rows:
         policy = policy_of(source)
@@ -136,7 +153,9 @@ class Runner:
             raise ValueError(
                 "per-sample solvers are not supported on EDM pipelines: use accelerate"
             )
-        if timesteps is not None or (sigmas is not None and not _is_default(sigmas)):
+        if timesteps is not None or (
+            sigmas is not None and not is_default(vector(sigmas, "sigmas"))
+        ):
             raise ValueError("a learned solver has its own times: leave timesteps and sigmas out")
         asked = steps if sigmas is None else len(sigmas)
         if asked != rows.count:
@@ -148,7 +167,12 @@ class Runner:
 
     def prepare(self, index: int) -> None:
         """Makes the rows of a run that starts at step ``index``; early, so that step() need not."""
-        if not 0 <= index < self._whole.count:
+        if index >= self._whole.count:
+            raise ValueError(
+                f"no step is left: the run begins after step {index} of {self._whole.count}; raise "
+                "strength (or lower denoising_start), or ask for more num_inference_steps"
+            )
+        if index < 0:
             raise ValueError(f"begin index is {index}, expected 0..{self._whole.count - 1}")
         if index != self._prepared:
             self._rows = self._late(index) if index else self._whole
@@ -170,11 +194,11 @@ class Runner:
 
     def _late(self, index: int) -> Rows:
         rows, times = self._whole, self._times
-        aligned = times is not None and len(times.grid) - 1 + times.padding == rows.count
-        if times is None or not aligned or index >= len(times.grid) - 1:
+        aligned = times is not None and len(times.grid) - 1 == rows.count
+        if times is None or not aligned or times.stride is not None:
             return late_start(rows, index)
         tail = self._table(times.grid[index:], len(times.grid) - 1)
-        return spliced(rows, index, table_rows(tail, times.padding))
+        return spliced(rows, index, table_rows(tail))
 
     # -- steps ------------------------------------------------------------------------------------
 
@@ -224,7 +248,8 @@ class Runner:
         if self._policy is not None:
             return self._state.advance(n, output, sample, self._policy_row(n, sample))
         clips = self._config["clip_sample"] or self._config["thresholding"]
-        return self._state.advance(n, output, sample, clip=self._clip if clips else None)
+        clip, ddim = self._clip if clips else None, self._name == "ddim"
+        return self._state.advance(n, output, sample, clip=clip, keep_noise=ddim)
 
     def _without_variance(self, output: Tensor, sample: Tensor) -> Tensor:
         channels = sample.shape[1]
@@ -279,7 +304,7 @@ class Runner:
 
 PROCESS_KEYS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-    "rescale_betas_zero_snr", "sigma_min", "sigma_max",
+    "rescale_betas_zero_snr", "sigma_min", "sigma_max", "snr_shift_scale",
 )  # fmt: skip
 
 
@@ -287,11 +312,3 @@ def _hashable(value: Any) -> Any:
     return (
         value if value is None or isinstance(value, (int, float, str, bool)) else str(list(value))
     )
-
-
-def _is_default(sigmas: Any) -> bool:
-    """linspace(1, 1/N, N), which FLUX pipelines pass when the user gave none."""
-    values = torch.as_tensor(sigmas, dtype=torch.float64).reshape(-1)
-    count = len(values)
-    expected = torch.linspace(1.0, 1.0 / max(count, 1), count, dtype=torch.float64)
-    return torch.allclose(values, expected, atol=1e-6)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ... import ops
+from ...ops import layout
 from .plan import Plan
 
 Clip = Callable[[Tensor], Tensor]
@@ -18,9 +18,9 @@ HALF = (torch.bfloat16, torch.float16)
 class State:
     """State and history ring of one run of a plan.
 
-    ``advance`` takes the pipeline's latents and gives the next ones. While the pipeline hands back
-    the very tensor it was given, untouched, the float32 state behind it is used and no rounding
-    accumulates; any other tensor (a callback's, an inpainting blend) replaces the state.
+    ``advance`` takes the pipeline's latents and gives the next ones. Wherever the pipeline hands back
+    the numbers it was given, the float32 state behind them is used and no rounding accumulates; any
+    other number (a callback's, an inpainting blend's) replaces the state, however it got there.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -29,8 +29,6 @@ class State:
         self._ring: Tensor | None = None
         self._rows: list[Tensor] = []
         self._backend: ops.Backend | None = None
-        self._given: weakref.ReferenceType[Tensor] | None = None
-        self._version = -1
 
     def advance(
         self,
@@ -39,18 +37,23 @@ class State:
         sample: Tensor,
         row: Tensor | None = None,
         clip: Clip | None = None,
+        keep_noise: bool = False,
     ) -> Tensor:
-        """Row ``n`` (or ``row`` ``[B, 6 + depth]``): latents ``[B, ...]`` after it, new memory."""
+        """Row ``n`` (or ``row`` ``[B, 6 + depth]``): latents ``[B, ...]`` after it, new memory.
+
+        ``clip`` changes the data prediction; with ``keep_noise`` the noise that goes with it stays
+        that of the unclipped one, as in diffusers' DDIM.
+        """
         x, ring, backend = self._ready(sample)
         row = self._rows[n] if row is None else row.to(x.dtype).contiguous()
         f = _network_dtype(output, sample, x.dtype)
         if torch.is_grad_enabled() and (f.requires_grad or x.requires_grad):
-            return self._remember(self._differentiable(f, x, ring, row, n), sample.dtype)
+            return self._differentiable(f, x, ring, row, n).to(sample.dtype)
         if clip is not None:
-            f, row = self._clipped(n, f, x, row, clip)
+            f, row = self._clipped(n, f, x, row, clip, keep_noise)
         latents = torch.empty_like(f)
         backend(f, None, x, ring, row, latents)
-        return self._remember(latents, sample.dtype)
+        return latents.to(sample.dtype)
 
     # -- the state -------------------------------------------------------------------------------
 
@@ -59,8 +62,12 @@ class State:
         fits = x is not None and x.shape == sample.shape and x.device == sample.device
         if x is None or ring is None or backend is None or not fits:
             return self._begin(sample)
-        if not self._is_ours(sample):
-            self._x = x = x.copy_(sample) if not _tracked(x, sample) else sample.to(x.dtype)
+        if _tracked(x, sample):
+            self._x = x = sample.to(x.dtype)
+        elif sample.dtype == x.dtype:
+            x.copy_(sample)
+        else:
+            x.copy_(torch.where(sample == x.to(sample.dtype), x, sample.to(x.dtype)))
         return x, ring, backend
 
     def _begin(self, sample: Tensor) -> tuple[Tensor, Tensor, ops.Backend]:
@@ -71,18 +78,6 @@ class State:
         self._rows = list(self.plan.packed.to(device=x.device, dtype=dtype).unbind(0))
         self._x, self._ring, self._backend = x, ring, backend
         return x, ring, backend
-
-    def _is_ours(self, sample: Tensor) -> bool:
-        if self._given is None or self._given() is not sample:
-            return False
-        # inference tensors do not count their changes: they are read again, at the pipeline's dtype
-        return not sample.is_inference() and sample._version == self._version
-
-    def _remember(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
-        latents = latents.to(dtype)
-        self._given = weakref.ref(latents)
-        self._version = -1 if latents.is_inference() else latents._version
-        return latents
 
     # -- slower ways through a row ---------------------------------------------------------------
 
@@ -95,12 +90,17 @@ class State:
         return x_next
 
     def _clipped(
-        self, n: int, f: Tensor, x: Tensor, row: Tensor, clip: Clip
+        self, n: int, f: Tensor, x: Tensor, row: Tensor, clip: Clip, keep_noise: bool
     ) -> tuple[Tensor, Tensor]:
         """The row with its m formed here, from the clipped data prediction."""
         plan = self.plan
         m = row[..., 0] * x + row[..., 1] * f.to(x.dtype)
-        if plan.prediction == "data":
+        if plan.prediction == "data" and keep_noise:
+            # x' = alpha' clip(m) + sigma' (x - alpha m) / sigma, written as a x + b m'
+            a, b = float(plan.packed[n, layout.A]), float(plan.packed[n, layout.B])
+            kept = float(plan.alpha[n]) * a
+            m = (clip(m) * (b + kept) - m * kept) / b
+        elif plan.prediction == "data":
             m = clip(m)
         else:
             alpha, sigma = float(plan.alpha[n]), float(plan.sigma[n])
