@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from ..denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
+from ..support.files import only_one
 from ..support.parallel import World, restarted
 from .entry import LearnerEntry
 from .options import RunOptions
 from .registry import LEARNERS, learner, register_learner
+from .training.identity import run_identity
 from .training.monitor import Silent, TensorBoard
 
 __all__ = [
@@ -60,6 +63,8 @@ def distill(
     Raises:
         ValueError: unknown method or setting, values out of range.
         ImportError: ``tensorboard`` is asked for and missing.
+        FloatingPointError: the network's outputs are not finite.
+        RuntimeError: another process is distilling into ``output``.
     """
     entry = learner(method)
     if nfe < 1:
@@ -78,12 +83,15 @@ def distill(
         feature_network,
         cond or {},
         TensorBoard(str(tensorboard)) if watched else Silent(),
+        {} if path is None else run_identity(denoiser, cond or {}),
     )
+    lock = contextlib.nullcontext() if path is None or world.rank else only_one(path)
     training = [p for p in denoiser.parameters() if p.requires_grad]
     for parameter in training:
         parameter.requires_grad_(False)
     try:
-        solver = entry.run(denoiser, tuple(shape), options)
+        with lock:
+            solver = entry.run(denoiser, tuple(shape), options)
     finally:
         for parameter in training:
             parameter.requires_grad_(True)

@@ -23,8 +23,13 @@ class RunOptions:
     feature_network: Any = None
     cond: dict[str, Any] = dataclasses.field(default_factory=dict)
     monitor: Monitor = dataclasses.field(default_factory=Silent)
+    identity: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The model and its conditions, for the fingerprint of a checkpoint (``training.identity``)."""
 
     @property
     def checkpoint(self) -> Path | None:
-        """Where the run's checkpoint lives: beside the output."""
-        return None if self.output is None else self.output.with_suffix(".checkpoint.safetensors")
+        """Where the run's checkpoint lives: beside the output, under a name of its own."""
+        if self.output is None:
+            return None
+        stem = self.output.name.removesuffix(".safetensors")
+        return self.output.with_name(f"{stem}.checkpoint.safetensors")

@@ -1,13 +1,24 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all: the one way in which this library replaces a file."""
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import os
 import secrets
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+_ABANDONED = 24 * 3600.0
+"""Seconds after which a partial file belongs to a process that was killed."""
 
 
 @contextmanager
@@ -15,39 +26,104 @@ def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; the end of the block renames it to ``path``.
 
     A reader sees the old file or the new one, never half of one, and so does whoever comes after a
-    kill, a full disk or a loss of power: the bytes are on the disk before the name is. Several
-    processes may replace one file at once; the last one wins. Where the block fails, what it wrote
-    is removed and ``path`` is untouched.
+    kill or a full disk: bytes and folder are on the disk before the block ends. Two processes may
+    replace one file at once; the last rename stays. The file's mode is that of a new file under the
+    umask, whatever the writer in the block does.
 
-    The file's mode is that of a new file under the umask, whatever the writer in the block does.
+    Raises:
+        OSError: the system refused, in one line; what was written is removed and ``path`` is
+            untouched.
     """
+    path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.partial")
-    mode = _create(partial)
     try:
+        mode = _create(partial, path)
         yield partial
-        os.chmod(partial, mode)
-        _sync(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    with suppress(OSError):  # not every file system has folders that can be synchronised
-        _sync(path.parent)
+        _finish(partial, path, mode)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        if not _is_refusal(error):
+            raise
+        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
+        text = (
+            f"could not write {path} ({reason}): free some space or choose another output; what was "
+            "there before is untouched"
+        )
+        raise (OSError(text) if number is None else OSError(number, text)) from error
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[None]:
+    """Held by the one process that is making ``path``; the system lets go of it after a kill.
+
+    Raises:
+        RuntimeError: another process holds it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise RuntimeError(
+            f"another process is making {path}: wait for it, or choose another output"
+        ) from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text`` in UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replaces ``path`` by ``data``."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
 
 
-def _create(path: Path) -> int:
-    """Makes an empty file; returns the mode that the umask leaves it."""
-    handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Replaces ``path`` by a safetensors file."""
+    with replacing(path) as partial:
+        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the system refused to write; safetensors has an error class of its own for that."""
+    if isinstance(error, SafetensorError):
+        return "Io" in str(error) or "I/O" in str(error) or "os error" in str(error)
+    return isinstance(error, OSError)
+
+
+def _create(partial: Path, path: Path) -> int:
+    """Makes an empty file, so that a folder that is absent or read-only is found before the work;
+    returns the mode that the umask leaves it.
+    """
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*-*.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > _ABANDONED:
+                stale.unlink()
+    handle = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         return stat.S_IMODE(os.fstat(handle).st_mode)
     finally:
         os.close(handle)
+
+
+def _finish(partial: Path, path: Path, mode: int) -> None:
+    """Onto the disk, then under its name, then the folder's entry onto the disk."""
+    os.chmod(partial, mode)  # whoever wrote it may have made a file of its own
+    _sync(partial)
+    partial.replace(path)
+    with contextlib.suppress(OSError):  # not every file system has folders that can be synchronised
+        _sync(path.parent)
 
 
 def _sync(path: Path) -> None:

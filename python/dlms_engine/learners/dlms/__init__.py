@@ -46,7 +46,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         training,
         shape,
         checkpoint=options.checkpoint,
-        fingerprint=fingerprint,
+        fingerprint={**fingerprint, **options.identity},
         world=World.current(),
         monitor=options.monitor,
     )

@@ -42,7 +42,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         training,
         shape,
         checkpoint=options.checkpoint,
-        fingerprint=fingerprint,
+        fingerprint={**fingerprint, **options.identity},
         world=World.current(),
         monitor=options.monitor,
     )

@@ -37,7 +37,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         shape,
         seed=options.seed,
         checkpoint=options.checkpoint,
-        fingerprint=fingerprint,
+        fingerprint={**fingerprint, **options.identity},
         world=World.current(),
         monitor=options.monitor,
     )

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ...support.parallel import World
 from ...support.transfer import host_numbers
+from ..training.checkpoint import try_to_save
 from ..training.monitor import Monitor, Silent
 from ..training.noise import unit_noise
 from .objective import TYPICAL_LOSS, Graded, Ld3
@@ -104,17 +105,18 @@ class Ld3Loop:
         try:
             self._loop(batches, bar)
         except KeyboardInterrupt:
+            kept = True
             if (
                 self.world.size == 1
             ):  # several ranks stop at several places: the last round's counts
                 self._store.rewind()
-                self._store.save()
-            if self._store.path is not None:
+                kept = try_to_save(self._store.save, self.state.updates)
+            if kept and self._store.path is not None:
                 log.warning("interrupted: %s is saved, resume continues it", self._store.path)
             raise
         finally:
             bar.close()
-        self._store.save()
+        try_to_save(self._store.save, self.state.updates)
         self._store.load(self._store.best)
         return self.state
 
@@ -135,7 +137,7 @@ class Ld3Loop:
             late = time.monotonic() - saved > self.settings.checkpoint_seconds
             due = self.state.position == 0 if self.world.size > 1 else late
             if due:
-                self._store.save()
+                try_to_save(self._store.save, self.state.updates)
                 saved = time.monotonic()
 
     def _prepare(self, progress: bool) -> None:
@@ -158,6 +160,11 @@ class Ld3Loop:
             state.init = self.learner.choose_start(self.pairs["valid"].measure)
         self._store.best = self._store.parameters()
         first = self._validate(whole=True)
+        if not math.isfinite(first):
+            raise FloatingPointError(
+                f"the loss of the solver to start from is {first}: the network's outputs are not finite "
+                "(its dtype, its prediction type, the ends of the time range)"
+            )
         if s.loss_scale is not None:
             state.loss_scale = s.loss_scale
         elif self.learner.kind != "lpips" and first > 0:

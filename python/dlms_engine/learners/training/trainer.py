@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ...denoiser import Denoiser
 from ...support.parallel import World
 from ...support.transfer import host_numbers
-from .checkpoint import load_checkpoint, save_checkpoint
+from .checkpoint import load_checkpoint, save_checkpoint, try_to_save
 from .ema import EmaSets
 from .monitor import Monitor, Silent
 from .noise import tell_first_sample, unit_noise
@@ -114,6 +114,8 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: after a checkpoint was written, when one is configured.
+        FloatingPointError: the start or too many gradients are not finite; a checkpoint holds the
+            best so far.
         """
         if resume:
             self._resume()
@@ -134,19 +136,22 @@ class Trainer:
                 bar.set_postfix({k: f"{v:.4g}" for k, v in list(logged.items())[:3]})
                 bar.update()
                 if time.monotonic() - saved > self.settings.checkpoint_seconds:
-                    self._save()
+                    try_to_save(self._save, self.state.update)
                     saved = time.monotonic()
+        except FloatingPointError:
+            try_to_save(self._save, self.state.update)
+            raise
         except (KeyboardInterrupt, RuntimeError) as stop:
             if isinstance(stop, RuntimeError) and self.world.size == 1:
                 raise
             self._rewind()  # with several ranks an error is most often another rank's end
-            self._save()
-            if self._path is not None and self.world.rank == 0:
+            saved_now = try_to_save(self._save, self.state.update)
+            if saved_now and self._path is not None and self.world.rank == 0:
                 log.warning("interrupted: %s is saved, resume continues it", self._path)
             raise
         finally:
             bar.close()
-        self._save()
+        try_to_save(self._save, self.state.update)
         self._restore(self._best)
         return self.state
 
@@ -254,6 +259,12 @@ class Trainer:
                 self.state.best_set = f"{name}@{self.state.update}"
                 self._best = {k: v.clone() for k, v in parameters.items()}
         self._restore(raw)
+        if not math.isfinite(self.state.best_score):
+            raise FloatingPointError(
+                f"the score of the solver to start from is {found['validation/raw']}: the network's "
+                "outputs are not finite (its dtype, its prediction type, the ends of the time range); "
+                "dlms_engine.Sampler with progress on a handcrafted solver shows where"
+            )
         if not self.state.update:
             self._log({"update": 0, **found})
         return found

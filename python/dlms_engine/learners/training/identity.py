@@ -1,0 +1,81 @@
+"""What makes two runs the same run beside their settings: the model and what it is given."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..._version import __version__
+from ...denoiser import Denoiser
+
+WHOLE = 65_536
+"""Tensors of at most so many elements are read whole."""
+SAMPLED = 4_096
+"""Elements read of a larger one, evenly spread: a network of gigabytes is known in a second."""
+
+
+def run_identity(denoiser: Denoiser, cond: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON values that differ where a run is not the same: for the fingerprint of a checkpoint.
+
+    Args:
+        denoiser: its network's weights (those of large tensors at ``SAMPLED`` places), process,
+            prediction and guidance.
+        cond: what the network is given beside state and time.
+    """
+    process = json.dumps(denoiser.process.config(), sort_keys=True, default=str)
+    return {
+        "network": _network(denoiser.network),
+        "process": process if len(process) < 200 else _text(process),
+        "prediction": denoiser.prediction,
+        "sigma_data": denoiser.sigma_data,
+        "guidance_scale": denoiser.guidance_scale,
+        "unconditional": _values(denoiser.unconditional),
+        "conditions": _values(cond),
+        "version": __version__,
+    }
+
+
+def _text(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _network(network: Any) -> str:
+    if not isinstance(network, nn.Module):
+        return str(getattr(network, "__qualname__", type(network).__qualname__))
+    tensors = network.state_dict(keep_vars=True).items()
+    return f"{type(network).__name__}:{_digest((n, t) for n, t in tensors)}"
+
+
+def _values(values: Mapping[str, Any]) -> str | None:
+    if not values:
+        return None
+    pairs = [(str(name), values[name]) for name in sorted(values, key=str)]
+    return _digest(pairs)
+
+
+def _digest(pairs: Iterable[tuple[str, Any]]) -> str:
+    total = hashlib.sha256()
+    for name, value in pairs:
+        total.update(name.encode())
+        if isinstance(value, Tensor):
+            total.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            total.update(_bytes(value.detach()))
+        elif isinstance(value, Mapping):
+            total.update(str(_values(value)).encode())
+        elif not callable(value):  # a callable's text would hold an address
+            total.update(str(value).encode())
+    return total.hexdigest()[:16]
+
+
+def _bytes(value: Tensor) -> bytes:
+    if value.is_meta or value.numel() == 0 or value.is_quantized or value.layout != torch.strided:
+        return b""
+    flat = value.reshape(-1)
+    if flat.numel() > WHOLE:
+        flat = flat[:: -(-flat.numel() // SAMPLED)]
+    return flat.contiguous().cpu().view(torch.uint8).numpy().tobytes()
