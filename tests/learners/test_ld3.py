@@ -227,7 +227,7 @@ def test_checkpoint_of_other_settings_is_refused(tmp_path: Path) -> None:
     other = Ld3Loop(
         Ld3(float_problem(), settings), (16,), checkpoint=path, fingerprint={"method": "x"}
     )
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="another run"):
         other.run(resume=True, progress=False)
 
 
