@@ -12,12 +12,15 @@ namespace {
 
 struct Torch {
   PyTypeObject* tensor_type = nullptr;
+  PyTypeObject* parameter_type = nullptr;
   const DLPackExchangeAPI* api = nullptr;
 
   Torch() {
     // Kept for the life of the process, like the torch module itself.
     const py::object type = py::module_::import("torch").attr("Tensor");
     tensor_type = reinterpret_cast<PyTypeObject*>(type.inc_ref().ptr());
+    const py::object parameter = py::module_::import("torch.nn").attr("Parameter");
+    parameter_type = reinterpret_cast<PyTypeObject*>(parameter.inc_ref().ptr());
     if (!py::hasattr(type, "__dlpack_c_exchange_api__"))
       throw py::import_error("dlms_engine._C needs torch >= 2.11: no __dlpack_c_exchange_api__");
     const py::object capsule = type.attr("__dlpack_c_exchange_api__");
@@ -92,17 +95,36 @@ bool TensorView::has_shape(const int64_t* expected, int n) const {
   return true;
 }
 
-bool raw_tensor(py::handle object, RawTensor* out) {
+namespace {
+
+bool export_tensor(py::handle object, DLTensor* raw) {
   const Torch& t = torch();
-  DLTensor raw;
-  if (!PyObject_TypeCheck(object.ptr(), t.tensor_type)) return false;
-  if (t.api->dltensor_from_py_object_no_sync(object.ptr(), &raw) != 0) {
-    PyErr_Clear();
+  if (Py_TYPE(object.ptr()) != t.parameter_type && !PyObject_TypeCheck(object.ptr(), t.tensor_type))
     return false;
-  }
+  if (t.api->dltensor_from_py_object_no_sync(object.ptr(), raw) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+void take_place(const DLTensor& raw, TensorPlace* out) {
   out->data = static_cast<char*>(raw.data) + raw.byte_offset;
   out->dtype = raw.dtype.code | raw.dtype.bits << 8 | static_cast<uint32_t>(raw.dtype.lanes) << 16;
   out->device = {static_cast<int>(raw.device.device_type), raw.device.device_id};
+}
+
+} // namespace
+
+bool place_of(py::handle object, TensorPlace* out) {
+  DLTensor raw;
+  if (!export_tensor(object, &raw)) return false;
+  take_place(raw, out);
+  return true;
+}
+
+bool raw_tensor(py::handle object, RawTensor* out) {
+  DLTensor raw;
+  if (!export_tensor(object, &raw)) return false;
+  take_place(raw, out);
   out->ndim = raw.ndim;
   out->shape = raw.shape;
   out->contiguous = is_contiguous(raw);

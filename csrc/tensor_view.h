@@ -28,11 +28,14 @@ struct TensorView {
   bool has_shape(const int64_t* expected, int n) const;
 };
 
-// Where and what the memory of a tensor is, any dtype and device.
-struct RawTensor {
+// Where the memory of a tensor is, any dtype and device.
+struct TensorPlace {
   void* data = nullptr;
   uint32_t dtype = 0;         // DLPack's code, bits and lanes
   std::pair<int, int> device; // DLPack's type, and index
+};
+
+struct RawTensor : TensorPlace {
   int ndim = 0;
   const int64_t* shape = nullptr; // valid while the tensor lives
   size_t bytes = 0;
@@ -41,6 +44,7 @@ struct RawTensor {
 
 // False, without an error set, for what is not a tensor with memory of its own (a subclass that
 // wraps others).
+bool place_of(pybind11::handle object, TensorPlace* out);
 bool raw_tensor(pybind11::handle object, RawTensor* out);
 
 // TypeError unless `object` is a torch.Tensor; BufferError for one that cannot be read as memory.

@@ -134,23 +134,48 @@ class Seen {
   size_t count_ = 0;
 };
 
+// Bytes written one after the other into memory that the thread keeps for its next key.
+class Bytes {
+ public:
+  Bytes() : memory_(scratch()) {}
+  template <class T>
+  void put(const T& number) {
+    put(&number, sizeof number);
+  }
+  void put(const void* data, size_t bytes) {
+    if (memory_.size() - used_ < bytes) memory_.resize(2 * memory_.size() + bytes);
+    std::memcpy(memory_.data() + used_, data, bytes);
+    used_ += bytes;
+  }
+  std::string take() const { return std::string(memory_.data(), used_); }
+  size_t size() const { return used_; }
+
+ private:
+  static std::vector<char>& scratch() {
+    static thread_local std::vector<char> memory(1 << 14);
+    return memory;
+  }
+  std::vector<char>& memory_;
+  size_t used_ = 0;
+};
+
 class Writer {
  public:
-  explicit Writer(std::pair<int, int> device) : device_(device) { out_.reserve(4096); }
+  explicit Writer(std::pair<int, int> device) : device_(device) {}
 
   void value(PyObject* object, int depth);
   void input(PyObject* name, PyObject* tensor); // shape, dtype and device; the values are copied in
   void with_tensor_attributes(bool count) { tensor_attributes_ = count; }
-  std::string take() { return std::move(out_); }
+  std::string take() const { return out_.take(); }
   size_t size() const { return out_.size(); }
   std::string stray;
 
  private:
   template <class T>
   void raw_number(const T& number) {
-    out_.append(reinterpret_cast<const char*>(&number), sizeof number);
+    out_.put(number);
   }
-  void tag(Tag tag) { out_.push_back(tag); }
+  void tag(Tag tag) { out_.put(tag); }
   void pointer(const void* pointer) { raw_number(pointer); }
   void text(PyObject* object);
   void integer(PyObject* object);
@@ -165,7 +190,7 @@ class Writer {
   void children(PyObject* dict);
   void note_stray(PyObject* name);
 
-  std::string out_;
+  Bytes out_;
   Seen seen_;
   std::vector<PyObject*> path_; // names of the modules that are being looked at
   std::pair<int, int> device_;
@@ -182,7 +207,7 @@ void Writer::text(PyObject* object) {
   }
   tag(kText);
   raw_number(length);
-  out_.append(data, static_cast<size_t>(length));
+  out_.put(data, static_cast<size_t>(length));
 }
 
 void Writer::integer(PyObject* object) {
@@ -221,22 +246,22 @@ void Writer::mapping(PyObject* object, int depth) {
 
 // Returns where it lies.
 std::pair<int, int> Writer::tensor(PyObject* item) {
-  RawTensor raw;
-  if (raw_tensor(item, &raw)) {
+  TensorPlace place;
+  if (place_of(item, &place)) {
     tag(kTensor);
-    pointer(raw.data);
-    raw_number(raw.dtype);
-    raw_number(raw.device);
-    return raw.device;
+    pointer(place.data);
+    raw_number(place.dtype);
+    raw_number(place.device);
+    return place.device;
   }
   const bool before = tensor_attributes_;
   tensor_attributes_ = true;
   object(item, Kind::kPlainObject, 1);
   tensor_attributes_ = before;
-  const std::string place = py::str(py::handle(item).attr("device"));
+  const std::string there = py::str(py::handle(item).attr("device"));
   const std::string own =
       device_.first == kCuda ? "cuda:" + std::to_string(device_.second) : std::string("cpu");
-  return place == own ? device_ : std::make_pair(-1, -1);
+  return there == own ? device_ : std::make_pair(-1, -1);
 }
 
 void Writer::input(PyObject* name, PyObject* item) {
@@ -246,7 +271,7 @@ void Writer::input(PyObject* name, PyObject* item) {
   raw_number(raw.dtype);
   raw_number(raw.device);
   raw_number(raw.ndim);
-  out_.append(reinterpret_cast<const char*>(raw.shape), sizeof(int64_t) * raw.ndim);
+  out_.put(raw.shape, sizeof(int64_t) * raw.ndim);
 }
 
 void Writer::function(PyObject* object, int depth) {
@@ -282,7 +307,7 @@ void Writer::value(PyObject* item, int depth) {
   if (item == Py_None) return tag(kNone);
   if (PyBool_Check(item)) {
     tag(kBool);
-    return out_.push_back(item == Py_True ? 1 : 0);
+    return raw_number(static_cast<char>(item == Py_True));
   }
   if (PyLong_Check(item)) return integer(item);
   if (PyFloat_Check(item)) {
@@ -296,7 +321,7 @@ void Writer::value(PyObject* item, int depth) {
   if (PyBytes_Check(item)) {
     tag(kBytes);
     raw_number(PyBytes_GET_SIZE(item));
-    out_.append(PyBytes_AS_STRING(item), static_cast<size_t>(PyBytes_GET_SIZE(item)));
+    out_.put(PyBytes_AS_STRING(item), static_cast<size_t>(PyBytes_GET_SIZE(item)));
     return;
   }
   const Kind kind = kind_of(item);
