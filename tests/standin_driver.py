@@ -130,7 +130,7 @@ class StandinCapture:
 
     def __init__(self, driver: Standin) -> None:
         self.driver = driver
-        self.made = 0
+        self.made = self.loops = 0
         self.nbytes = 1 << 20
         self.broken: str | None = None
         self.network: Any = None
@@ -155,7 +155,32 @@ class StandinCapture:
                 output.copy_(body({name: t.clone() for name, t in buffers.items()}))
 
         graph = Graph(self.driver.graph(replay))
-        return cuda_graph_capture.Recorded(graph, buffers, output, self.nbytes)
+        return cuda_graph_capture.Recorded((graph,), buffers, output, self.nbytes)
+
+    def record_loop(self, loop, inputs, device):
+        if self.broken is not None:
+            raise cuda_graph.GraphCaptureError(f"the run cannot be captured: {self.broken}")
+        self.loops += 1
+        room = cuda_graph_capture.MAX_STEPS
+        buffers = {
+            name: t.new_full((room, *t.shape[1:]) if name in loop.per_step else t.shape, -7)
+            for name, t in inputs.items()
+        }
+        number, count = torch.zeros(2, 1, dtype=torch.int32)
+        carried: list[Any] = [None]
+
+        def first() -> None:
+            with torch.no_grad():
+                carried[0] = loop.first(buffers)
+
+        def step() -> None:
+            with torch.no_grad():
+                loop.step(buffers, carried[0], number)
+
+        graphs = tuple(Graph(self.driver.graph(each)) for each in (first, step))
+        output = buffers[loop.output]
+        recorded = cuda_graph_capture.Recorded(graphs, buffers, output, self.nbytes)
+        return recorded._replace(carried=(carried, number, count)), number, count
 
 
 @pytest.fixture
@@ -168,6 +193,9 @@ def captured(driver: Standin, monkeypatch: pytest.MonkeyPatch) -> StandinCapture
     monkeypatch.setattr(cuda_graph_capture, "capture_state", lambda device: nullcontext())
     monkeypatch.setattr(cuda_graph_capture, "warm_up", capture.warm_up)
     monkeypatch.setattr(cuda_graph_capture, "record", capture.record)
+    monkeypatch.setattr(cuda_graph_capture, "record_loop", capture.record_loop)
+    # The stand-in has the kernel itself: the library of the loop's kernel.
+    monkeypatch.setattr(cuda_graph, "loop_library", lambda: str(driver.path))
     monkeypatch.setattr(cuda_graph_capture, "device_index", lambda device: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())

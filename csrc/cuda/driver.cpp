@@ -17,14 +17,14 @@ constexpr const char* kLibrary = "libcuda.dylib";
 constexpr const char* kLibrary = "libcuda.so.1";
 #endif
 
-void* open_library(const char* path) {
+void* open_library(const char* path, const char* what) {
 #if defined(_WIN32)
-  (void)path;
+  (void)path, (void)what;
   throw DriverError("captured runs are not supported on Windows");
 #else
   // Never closed: what it gave out lives as long as the process.
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  if (library == nullptr) throw DriverError(std::string("no CUDA driver: ") + dlerror());
+  if (library == nullptr) throw DriverError(std::string(what) + ": " + dlerror());
   return library;
 #endif
 }
@@ -43,7 +43,7 @@ void* find(void* library, const char* symbol, bool required) {
 }
 
 std::unique_ptr<Driver> load(const char* path) {
-  void* library = open_library(path);
+  void* library = open_library(path, "no CUDA driver");
   auto made = std::make_unique<Driver>();
 #define DLMS_REQUIRED(member, symbol, parameters) \
   made->member = reinterpret_cast<int(*) parameters>(find(library, symbol, true));
@@ -105,6 +105,12 @@ std::string driver_problem() {
   } catch (const DriverError& error) {
     return error.what();
   }
+}
+
+void* library_symbol(const std::string& path, const char* symbol) {
+  void* function = find(open_library(path.c_str(), "cannot load"), symbol, false);
+  if (function == nullptr) throw DriverError(path + " has no " + symbol);
+  return function;
 }
 
 PrimaryContext::PrimaryContext(const Driver& driver, int ordinal) : driver_(driver) {

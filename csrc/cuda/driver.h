@@ -154,6 +154,9 @@ void use_driver(const std::string& path);
 // Why there is no driver, or an empty text.
 std::string driver_problem();
 
+// A function of a library that this process has loaded, or loads now. DriverError if there is none.
+void* library_symbol(const std::string& path, const char* symbol);
+
 // A device's primary context, the one that torch uses, retained while this lives.
 class PrimaryContext {
  public:

@@ -40,27 +40,33 @@ std::vector<GraphNode> leaves_of(const Driver& driver, const std::vector<GraphNo
 
 } // namespace
 
-GraphRun::GraphRun(Graph graph, std::vector<Span> inputs, Span output, int device)
+GraphRun::GraphRun(
+    Graph graph, std::vector<Span> inputs, Span output, int device, Ownership ownership)
     : driver_(driver()),
       device_(device),
       context_(driver_, device),
       inputs_(std::move(inputs)),
-      output_(output) {
+      output_(output),
+      graph_(ownership == Ownership::kTake ? graph : nullptr) {
+  try {
+    check_spans();
+    const ContextScope scope(driver_, context_.get());
+    if (graph_ == nullptr) driver_.check(driver_.graph_clone(&graph_, graph), "cuGraphClone");
+    add_copies();
+    driver_.check(
+        driver_.instantiate(&exec_, graph_, kAutoFreeOnLaunch), "cuGraphInstantiateWithFlags");
+  } catch (...) {
+    if (graph_ != nullptr) driver_.graph_destroy(graph_);
+    throw;
+  }
+}
+
+void GraphRun::check_spans() const {
   for (const Span& span : inputs_)
     if (span.data == nullptr || span.bytes == 0)
       throw std::invalid_argument("an input of a captured run is empty");
   if (output_.data == nullptr || output_.bytes == 0)
     throw std::invalid_argument("the output of a captured run is empty");
-  const ContextScope scope(driver_, context_.get());
-  driver_.check(driver_.graph_clone(&graph_, graph), "cuGraphClone");
-  try {
-    add_copies();
-    driver_.check(
-        driver_.instantiate(&exec_, graph_, kAutoFreeOnLaunch), "cuGraphInstantiateWithFlags");
-  } catch (...) {
-    driver_.graph_destroy(graph_);
-    throw;
-  }
 }
 
 // The copies start out bound to their own buffers and are bound anew by the first launch.
@@ -183,6 +189,19 @@ Graph loop_graph(
     throw;
   }
   return graph;
+}
+
+uintptr_t loop_kernel(const std::string& library, int device) {
+  const Driver& driver = cuda::driver();
+  const PrimaryContext context(driver, device);
+  const ContextScope scope(driver, context.get());
+  using Find = int (*)(void**);
+  const auto find = reinterpret_cast<Find>(library_symbol(library, "dlms_loop_advance"));
+  void* function = nullptr;
+  const int status = find(&function);
+  if (status != 0 || function == nullptr)
+    throw DriverError("dlms_loop_advance of " + library + ": CUDA error " + std::to_string(status));
+  return reinterpret_cast<uintptr_t>(function);
 }
 
 } // namespace dlms::cuda

@@ -19,11 +19,14 @@ struct Span {
 
 class GraphRun {
  public:
-  // graph: what a stream capture recorded. It is copied; the memory that it refers to must outlive
-  // this object. Its first nodes may read `inputs`, its last have written `output`.
-  // DriverError: the graph is empty (work of another device or stream is not recorded), or the
-  // driver refuses it.
-  GraphRun(Graph graph, std::vector<Span> inputs, Span output, int device);
+  // graph: what a stream capture recorded, or a loop_graph. It is copied, or taken over (a graph
+  // with a loop cannot be copied; it is destroyed with this object, and if this throws). The memory
+  // that it refers to must outlive this object. Its first nodes may read `inputs`, its last have
+  // written `output`. DriverError: the graph is empty (work of another device or stream is not
+  // recorded), or the driver refuses it.
+  enum class Ownership { kCopy, kTake };
+  GraphRun(Graph graph, std::vector<Span> inputs, Span output, int device,
+      Ownership ownership = Ownership::kCopy);
   ~GraphRun();
   GraphRun(const GraphRun&) = delete;
   GraphRun& operator=(const GraphRun&) = delete;
@@ -45,6 +48,7 @@ class GraphRun {
   uint64_t launches() const { return launches_.load(std::memory_order_relaxed); }
 
  private:
+  void check_spans() const;
   void add_copies();
   void bind(GraphNode node, Span& bound, const void* from, void* to, size_t bytes);
 
@@ -68,9 +72,13 @@ class GraphRun {
 // Before each launch `*counter` is set to 0; `advance` is a kernel (handle, counter, count) that
 // adds 1 to it and sets the condition to counter < count. The body reads its row at `*counter`.
 // counter, count: int32 in device memory, count >= 1. `first` runs once, before the loop; it may be
-// null. The graph is the caller's to destroy.
+// null. Both are copied. The result is the caller's to destroy, or to hand to a GraphRun.
 // DriverError: the driver has no conditional nodes (before CUDA 12.4).
 Graph loop_graph(
     Graph first, Graph body, Function advance, int* counter, const int* count, int device);
+
+// `advance` of loop_graph on a device, from the library of the CUDA operators (_ops_cuda), by its
+// path. DriverError: the library has none.
+uintptr_t loop_kernel(const std::string& library, int device);
 
 } // namespace dlms::cuda

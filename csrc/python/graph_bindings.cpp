@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "../cuda/device_ring.h"
 #include "../cuda/graph_cache.h"
 #include "../cuda/graph_run.h"
 #include "../tensor_view.h"
@@ -38,7 +39,7 @@ RawTensor memory_of(py::handle tensor, const char* what) {
 // GraphRun over torch tensors: keeps the buffers alive and checks what it is launched with.
 class TensorRun {
  public:
-  TensorRun(uintptr_t graph, const py::tuple& inputs, py::object output, int device)
+  TensorRun(uintptr_t graph, const py::tuple& inputs, py::object output, int device, bool take)
       : inputs_(inputs), output_(std::move(output)) {
     std::vector<Span> spans;
     for (const py::handle tensor : inputs) {
@@ -49,9 +50,10 @@ class TensorRun {
     const RawTensor out = memory_of(output_, "the output buffer");
     output_layout_ = {out.dtype, out.device};
     const Span span{out.data, out.bytes};
+    const auto ownership = take ? GraphRun::Ownership::kTake : GraphRun::Ownership::kCopy;
     const py::gil_scoped_release release;
-    run_ =
-        std::make_unique<GraphRun>(handle_of<cuda::Graph>(graph), std::move(spans), span, device);
+    run_ = std::make_unique<GraphRun>(
+        handle_of<cuda::Graph>(graph), std::move(spans), span, device, ownership);
   }
 
   // inputs: contiguous tensors of the buffers' dtypes and devices, at most as large; output: one
@@ -157,9 +159,11 @@ void bind_runs(py::module_& m) {
       py::arg("device"), "A stream of its own on a device, never destroyed.");
   py::class_<TensorRun>(m, "GraphRun",
       "One instantiated CUDA graph: copies its inputs in, runs, copies its result out.")
-      .def(py::init<uintptr_t, const py::tuple&, py::object, int>(), py::arg("graph"),
-          py::arg("inputs"), py::arg("output"), py::arg("device"),
-          "graph: cudaGraph_t, copied; inputs, output: the tensors that it reads and writes.")
+      .def(py::init<uintptr_t, const py::tuple&, py::object, int, bool>(), py::arg("graph"),
+          py::arg("inputs"), py::arg("output"), py::arg("device"), py::arg("take") = false,
+          "graph: cudaGraph_t, copied, or taken over if `take`; inputs, output: the tensors that "
+          "it "
+          "reads and writes.")
       .def("launch", &TensorRun::launch, py::arg("inputs"), py::arg("output"), py::arg("stream"),
           "Enqueue one run on a stream (cudaStream_t): one call of the driver, no wait.")
       .def(
@@ -173,6 +177,59 @@ void bind_runs(py::module_& m) {
           "nodes", [](TensorRun& run) { return run.run().nodes(); },
           "Nodes of the graph, copies included.")
       .def_property_readonly("launches", [](TensorRun& run) { return run.run().launches(); });
+}
+
+// As HistoryRing, over a tensor [depth, B, ...] on any device.
+class TensorRing {
+ public:
+  explicit TensorRing(py::object tensor) : tensor_(std::move(tensor)) {
+    const RawTensor raw = memory_of(tensor_, "the ring");
+    if (raw.ndim < 2) throw py::value_error("a ring is [depth, B, ...], not " + describe(tensor_));
+    const int64_t depth = raw.shape[0];
+    ring_ = std::make_unique<cuda::DeviceRing>(
+        raw.data, depth, depth < 1 ? 0 : raw.bytes / static_cast<size_t>(depth));
+  }
+  const py::object& tensor() const { return tensor_; }
+  cuda::DeviceRing& ring() { return *ring_; }
+  void push(const py::object& m) {
+    const int64_t slot = ring_->next_slot();
+    tensor_[py::int_(slot)].attr("copy_")(m);
+    ring_->wrote(slot);
+  }
+  py::object past(int64_t k) const { return tensor_[py::int_(ring_->past_slot(k))]; }
+
+ private:
+  py::object tensor_;
+  std::unique_ptr<cuda::DeviceRing> ring_;
+};
+
+void bind_loops(py::module_& m) {
+  m.def(
+      "loop_graph",
+      [](uintptr_t first, uintptr_t body, uintptr_t advance, py::handle counter, py::handle count,
+          int device) {
+        auto* at = static_cast<int*>(memory_of(counter, "the counter").data);
+        const auto* until = static_cast<const int*>(memory_of(count, "the count").data);
+        const py::gil_scoped_release release;
+        return reinterpret_cast<uintptr_t>(cuda::loop_graph(handle_of<cuda::Graph>(first),
+            handle_of<cuda::Graph>(body), handle_of<cuda::Function>(advance), at, until, device));
+      },
+      py::arg("first"), py::arg("body"), py::arg("advance"), py::arg("counter"), py::arg("count"),
+      py::arg("device"),
+      "A graph that runs `first` once and `body` count times; counter, count: int32 tensors of one "
+      "element. The result is to be handed to GraphRun(take=True).");
+  m.def("loop_kernel", &cuda::loop_kernel, py::arg("library"), py::arg("device"),
+      "The kernel of loop_graph (CUfunction) from the library of the CUDA operators.");
+  py::class_<TensorRing>(m, "DeviceHistoryRing",
+      "The last `depth` values of m in one tensor [depth, B, ...] on any device.")
+      .def(py::init<py::object>(), py::arg("tensor"))
+      .def_property_readonly("tensor", &TensorRing::tensor)
+      .def_property_readonly("depth", [](TensorRing& r) { return r.ring().depth(); })
+      .def_property_readonly("newest", [](TensorRing& r) { return r.ring().newest(); })
+      .def_property_readonly("next_slot", [](TensorRing& r) { return r.ring().next_slot(); })
+      .def("push", &TensorRing::push, py::arg("m"), "Copy m, [B, ...], over the oldest value.")
+      .def("past", &TensorRing::past, py::arg("k"), "m_{n-k}, a view [B, ...].")
+      .def("reset", [](TensorRing& r) { r.ring().reset(); });
 }
 
 void bind_cache(py::module_& m) {
@@ -221,6 +278,7 @@ void bind_cache(py::module_& m) {
 
 void bind_graphs(py::module_& module) {
   bind_runs(module);
+  bind_loops(module);
   bind_cache(module);
 }
 

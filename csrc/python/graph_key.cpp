@@ -103,6 +103,14 @@ Kind kind_of(PyObject* object) {
   return kind;
 }
 
+void prefetch(const void* object) {
+#if defined(__GNUC__)
+  __builtin_prefetch(object);
+#else
+  (void)object;
+#endif
+}
+
 // Addresses met so far: open addressing, since a large network has thousands of modules.
 class Seen {
  public:
@@ -443,6 +451,9 @@ void Writer::module(PyObject* object) {
   const Attributes& known = attributes();
   PyObject *name = nullptr, *item = nullptr, *submodules = nullptr;
   Py_ssize_t position = 0;
+  // A large network is read faster than memory answers: what is needed next is asked for first.
+  while (PyDict_Next(dict.ptr(), &position, nullptr, &item)) prefetch(item);
+  position = 0;
   while (PyDict_Next(dict.ptr(), &position, &name, &item)) {
     switch (known.of(name)) {
       case Attribute::kParameters: tensors(item, true); break;

@@ -243,3 +243,26 @@ def test_another_unconditional_branch_is_another_capture(replayed):
         got = replayed(run, noise(0), label=label)
         assert torch.equal(got, run(noise(0), label=label))
     assert replayed.made == 2
+
+
+@pytest.mark.parametrize("mode", ["always", "auto"])
+def test_one_captured_loop_serves_any_number_of_evaluations(replayed, captured, mode):
+    sampler.GRAPHS.loop = mode
+    held = make("table", "eager", TinyNetwork)
+    for nfe in (4, 3, 7):
+        grid = grids.polynomial(EDM, nfe)
+        again = Sampler(held.denoiser, solvers.ipndm(EDM, grid, order=3), backend="eager")
+        for first in (0, 5):
+            assert torch.equal(replayed(again, noise(first)), again(noise(first)))
+    if mode == "always":
+        assert captured.loops == 1 and captured.made == 0
+    else:  # whichever was measured to be faster
+        assert captured.loops == 1 and captured.made in (1, 4)
+
+
+def test_a_loop_has_a_largest_number_of_steps(replayed, captured, monkeypatch):
+    monkeypatch.setattr("dlms_engine.engine.cuda_graph_capture.MAX_STEPS", 2)
+    sampler.GRAPHS.loop = "always"
+    held = make("table", "eager", TinyNetwork)
+    assert torch.equal(replayed(held, noise(0)), held(noise(0)))
+    assert captured.loops == 0 and captured.made == 1

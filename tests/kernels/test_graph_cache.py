@@ -398,7 +398,9 @@ def test_many_threads_on_one_small_cache():
     assert stats["captures"] + stats["replays"] == 6 * 150
 
 
-@pytest.mark.parametrize("bounds", [{"max_bytes": -1}, {"max_entries": 0}, {"verify": -1}])
+@pytest.mark.parametrize(
+    "bounds", [{"max_bytes": -1}, {"max_entries": 0}, {"verify": -1}, {"loop": "sometimes"}]
+)
 def test_bad_bounds(bounds):
     with pytest.raises(ValueError, match="expected"):
         GraphCache(**bounds)

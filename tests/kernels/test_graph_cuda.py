@@ -220,6 +220,26 @@ def test_verify_finds_a_frozen_setting(cache):
             run_captured(cache, body, (), body, {"x": x})
 
 
+@pytest.mark.parametrize("nfe", [3, 5, 8])
+def test_one_captured_loop_serves_any_number_of_evaluations(cache, nfe):
+    cache.loop = "always"
+    held = make()
+    held(noise(0))
+    again = Sampler(held.denoiser, solvers.ipndm(EDM, grids.polynomial(EDM, nfe), order=3))
+    for first in range(3):
+        assert close(again(noise(first)), plainly(again, noise(first)))
+    assert cache.stats()["captures"] == 1 and cache.stats()["failures"] == 0
+
+
+def test_loop_or_unrolled_by_measurement(cache):
+    cache.loop = "auto"
+    held = make()
+    for first in range(2):
+        assert close(held(noise(first)), plainly(held, noise(first)))
+    stats = cache.stats()
+    assert stats["captures"] == 1 and stats["failures"] <= 1
+
+
 SCRIPT = """
 import torch
 from dlms_engine.engine import cuda_graph_capture as capture
@@ -245,7 +265,7 @@ with capture.CAPTURING, capture.capture_state(device):
     done = capture.record(lambda inputs: inputs["x"] * 3, {{"x": x}}, device)
 assert torch.cuda.current_stream() == torch.cuda.default_stream()
 done.inputs["x"].fill_(2.0)
-done.graph.replay()
+done.graphs[0].replay()
 assert done.output.eq(6).all()
 print("alive")
 """
@@ -308,7 +328,7 @@ def test_what_a_run_costs_the_host(cache, record_property):
     x = noise(0, 1)
     inputs = {"x": x, "rows": torch.zeros(5, 10, device="cuda"), "c": torch.zeros(5, device="cuda")}
     run = cuda_graph.CapturedRun(lambda i: i["x"].add_(1), inputs)
-    graph, buffers = run._recorded.graph, run._recorded.inputs
+    graph, buffers = run._recorded.graphs[0], run._recorded.inputs
     graph.instantiate()
 
     def replay() -> None:

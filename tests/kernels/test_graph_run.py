@@ -107,6 +107,61 @@ def test_a_failed_instantiation_leaves_nothing(driver):
     assert driver.alive() == before + 1  # the capture is its maker's
 
 
+def looped(driver: Standin):
+    """(run, graphs of its own): 10 times the start, then each row added."""
+    x, rows = torch.zeros(3), torch.zeros(8)
+    number, count = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    first = driver.graph(lambda: x.mul_(10))
+    body = driver.graph(lambda: x.add_(rows[int(number)]))
+    kernel = native.loop_kernel(str(driver.path), 0)
+    graph = native.loop_graph(first, body, kernel, number, count, 0)
+    return native.GraphRun(graph, (x, rows, count), x, 0, take=True)
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8])
+def test_a_loop_runs_its_step_as_often_as_the_count_says(driver, steps):
+    run = looped(driver)
+    for _ in range(2):
+        out, count = torch.empty(3), torch.tensor([steps], dtype=torch.int32)
+        before = driver.calls("cuGraphLaunch")
+        run.launch((torch.ones(3), torch.arange(1.0, steps + 1), count), out, 0)
+        assert torch.equal(out, torch.full((3,), 10.0 + sum(range(steps + 1))))
+        assert driver.calls("cuGraphLaunch") == before + 1
+
+
+def test_a_loop_without_a_kernel_or_a_driver_for_it(driver):
+    with pytest.raises(native.DriverError, match="has no dlms_loop_advance"):
+        native.loop_kernel("libc.so.6", 0)
+    with pytest.raises(native.DriverError, match="cannot load"):
+        native.loop_kernel("/nowhere.so", 0)
+    before = driver.alive()
+    driver.fail("cuGraphAddNode", 1)
+    try:
+        with pytest.raises(native.DriverError, match="cuGraphAddNode"):
+            looped(driver)
+    finally:
+        driver.fail("cuGraphAddNode", 0)
+    assert driver.alive() == before + 3  # first, body and first's copy in the graph, which is gone
+
+
+def test_the_ring_on_a_device():
+    memory = torch.zeros(3, 2, 4)
+    ring = native.DeviceHistoryRing(memory)
+    assert (ring.depth, ring.newest, ring.next_slot) == (3, -1, 0)
+    with pytest.raises(IndexError, match="holds nothing yet"):
+        ring.past(0)
+    for n in range(5):
+        ring.push(torch.full((2, 4), float(n)))
+    assert [ring.past(k)[0, 0].item() for k in range(3)] == [4.0, 3.0, 2.0]
+    assert memory[:, 0, 0].tolist() == [3.0, 4.0, 2.0]
+    with pytest.raises(IndexError, match="ring of 3 slots"):
+        ring.past(3)
+    ring.reset()
+    assert ring.newest == -1
+    with pytest.raises(ValueError, match="depth, B"):
+        native.DeviceHistoryRing(torch.zeros(3))
+
+
 def test_threads_share_a_run(driver):
     """Binding and launching are one step: each thread gets the result of its own inputs."""
     run, _, _ = make(driver)

@@ -15,12 +15,13 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import ops
+from ..ops import libraries
 from . import cuda_graph_capture as capture
 from .cuda_graph_cache import GraphCache, graph_key, ignore_tensor_attributes, token
 from .cuda_graph_capture import Body, GraphCaptureError, Inputs, explain
@@ -95,28 +96,26 @@ class CapturedRun:
     ) -> None:
         self.device = next(iter(inputs.values())).device
         _same_device(inputs)
+        self._index = capture.device_index(self.device)
         keys: list[Any] = []
         with capture.CAPTURING, capture.capture_state(self.device):
             try:
                 self.plain_seconds = capture.warm_up(
                     body, inputs, network, self.device, lambda: keys.append(rekey())
                 )
-            except GraphCaptureError:
-                raise
             except torch.OutOfMemoryError as exc:
                 raise GraphCaptureError(f"the run cannot be captured: {explain(exc)}") from exc
-            self.settled = keys[0] == keys[-1]
-            if not self.settled and not ignore_tensor_attributes(network):
+            if keys[0] != keys[-1] and not ignore_tensor_attributes(network):
                 raise UnsettledNetworkError(
                     "the network changes its own attributes in every run, which a graph would not"
                 )
-            recorded = capture.record(body, inputs, self.device)
-        self.nbytes = recorded.nbytes
-        self._recorded = recorded  # owns the memory that the graph refers to
-        self._index = capture.device_index(self.device)
-        buffers = tuple(recorded.inputs.values())
-        self._run = _make_run(recorded.graph, buffers, recorded.output, self._index)
+            self._recorded, self._run = self._record(body, inputs)
+        self.nbytes = self._recorded.nbytes
         self.graph_seconds = 0.0
+
+    def _record(self, body: Body, inputs: Inputs) -> tuple[capture.Recorded, Any]:
+        recorded = capture.record(body, inputs, self.device)
+        return recorded, _make_run(recorded, self._index)
 
     @property
     def nodes(self) -> int | None:
@@ -136,26 +135,84 @@ class CapturedRun:
         with torch.cuda.device(self.device):
             try:
                 self._run.upload(torch._C._cuda_getCurrentRawStream(self._index))
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-                output = self(inputs)
-                torch.cuda.synchronize()
+                output, self.graph_seconds = self._timed(inputs)
             except _DRIVER_ERRORS as exc:
                 raise GraphCaptureError(f"the captured run does not start: {exc}") from exc
-            self.graph_seconds = time.perf_counter() - start
         return output
+
+    def _timed(self, inputs: Inputs) -> tuple[Tensor, float]:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        output = self(inputs)
+        torch.cuda.synchronize()
+        return output, time.perf_counter() - start
+
+    def best_seconds(self, inputs: Inputs, runs: int = 5) -> float:
+        """The shortest of some runs, for comparing ways to run the same thing."""
+        with torch.cuda.device(self.device):
+            return min(self._timed(inputs)[1] for _ in range(runs))
+
+
+class LoopedRun(CapturedRun):
+    """One captured step under a WHILE node: one capture for any number of steps up to 64.
+
+    Args:
+        loop: what a step is; ``body`` is the same run as plain calls.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        inputs: Inputs,
+        network: Any,
+        rekey: Callable[[], Any],
+        loop: capture.Loop,
+    ) -> None:
+        self._loop = loop
+        self._counts: dict[int, Tensor] = {}
+        super().__init__(body, inputs, network, rekey)
+
+    def _record(self, body: Body, inputs: Inputs) -> tuple[capture.Recorded, Any]:
+        recorded, number, count = capture.record_loop(self._loop, inputs, self.device)
+        first, step = (graph.raw_cuda_graph() for graph in recorded.graphs)
+        buffers = (*recorded.inputs.values(), count)
+        try:
+            kernel = native.loop_kernel(loop_library(), self._index)
+            graph = native.loop_graph(first, step, kernel, number, count, self._index)
+            return recorded, native.GraphRun(
+                graph, buffers, recorded.output, self._index, take=True
+            )
+        except (native.DriverError, ValueError) as exc:
+            raise GraphCaptureError(f"the run cannot be captured as a loop: {exc}") from exc
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        steps = len(inputs[self._loop.per_step[0]])
+        count = self._counts.get(steps)
+        if count is None:
+            count = torch.tensor([steps], dtype=torch.int32, device=self.device)
+            self._counts[steps] = count
+        return super().__call__({**inputs, "steps": count})
+
+
+def loop_library() -> str:
+    """The library that holds the loop's kernel."""
+    path = libraries.find("_ops_cuda")
+    if path is None:
+        raise GraphCaptureError("a loop needs the CUDA operators, which were not built")
+    return str(path)
 
 
 class UnsettledNetworkError(GraphCaptureError):
     """The network's own attributes differ from run to run."""
 
 
-def _make_run(graph: Any, buffers: tuple[Tensor, ...], output: Tensor, index: int) -> Any:
+def _make_run(recorded: capture.Recorded, index: int) -> Any:
+    (graph,), buffers = recorded.graphs, tuple(recorded.inputs.values())
     if native is None:
         _show_once("native", f"without the compiled part ({problem}) graphs run through torch")
-        return TorchRun(graph, buffers, output)
+        return TorchRun(graph, buffers, recorded.output)
     try:
-        return native.GraphRun(graph.raw_cuda_graph(), buffers, output, index)
+        return native.GraphRun(graph.raw_cuda_graph(), buffers, recorded.output, index)
     except (native.DriverError, ValueError) as exc:  # ValueError: an input without elements
         raise GraphCaptureError(f"the run cannot be captured: {exc}") from exc
 
@@ -177,6 +234,7 @@ def run_captured(
     body: Body,
     inputs: dict[str, Tensor],
     modules: tuple[Any, ...] = (),
+    loop: capture.Loop | None = None,
 ) -> Tensor:
     """``body(inputs)``, replayed as a graph where it can be captured; the plain call elsewhere.
 
@@ -186,8 +244,16 @@ def run_captured(
     Args:
         network: owner of the graph, see ``graph_key``; ``options`` and ``modules`` too.
         inputs: named tensors on one device, the state ``"x"`` first.
+        loop: the same run step by step, for caches whose ``loop`` is not "never".
     """
-    output, reason = _try_captured(cache, network, options, body, inputs, modules)
+    run = Runnable(network, options, body, inputs, modules)
+    if loop is not None and cache.loop != "never" and native is not None:
+        output, reason = _try_captured(cache, run._replace(loop=loop))
+        if output is not None:
+            return output
+        if reason is not None and cache.loop == "always":
+            _show_once(token(network), reason)
+    output, reason = _try_captured(cache, run)
     if output is not None:
         return output
     if reason is not None:
@@ -195,27 +261,52 @@ def run_captured(
     return _plainly(body, inputs)
 
 
+class Runnable(NamedTuple):
+    """A run that may be captured."""
+
+    network: Any
+    options: tuple[Any, ...]
+    body: Body
+    inputs: dict[str, Tensor]
+    modules: tuple[Any, ...] = ()
+    loop: capture.Loop | None = None
+
+    def key(self) -> tuple[Any, str]:
+        """As ``graph_key``; a loop's does not depend on the number of steps."""
+        inputs, options = self.inputs, self.options
+        if self.loop is not None:
+            per_step = [(k, inputs[k].shape[1:], inputs[k].dtype) for k in self.loop.per_step]
+            inputs = {k: v for k, v in inputs.items() if k not in self.loop.per_step}
+            options = (*options, "loop", per_step)
+        return graph_key(self.network, inputs, options, self.modules)
+
+    def capture(self) -> CapturedRun:
+        """Raises ``GraphCaptureError``."""
+        if self.loop is None:
+            return CapturedRun(self.body, self.inputs, self.network, self._rekey)
+        steps = len(self.inputs[self.loop.per_step[0]])
+        if steps > capture.MAX_STEPS:
+            raise GraphCaptureError(f"a loop has at most {capture.MAX_STEPS} steps, not {steps}")
+        return LoopedRun(self.body, self.inputs, self.network, self._rekey, self.loop)
+
+    def _rekey(self) -> Any:
+        return self.key()[0]
+
+
 def _plainly(body: Body, inputs: Inputs) -> Tensor:
     with torch.no_grad():
         return body({**inputs, "x": inputs["x"].clone(memory_format=torch.contiguous_format)})
 
 
-def _try_captured(
-    cache: GraphCache,
-    network: Any,
-    options: tuple[Any, ...],
-    body: Body,
-    inputs: dict[str, Tensor],
-    modules: tuple[Any, ...],
-) -> tuple[Tensor | None, str | None]:
+def _try_captured(cache: GraphCache, this: Runnable) -> tuple[Tensor | None, str | None]:
     """(output, None), or (None, why there is none; None if that needs no telling)."""
-    if obstacle(next(iter(inputs.values())).device) is not None:
+    if obstacle(next(iter(this.inputs.values())).device) is not None:
         return None, None
     while True:
-        key, stray = graph_key(network, inputs, options, modules)
+        key, stray = this.key()
         run = cache.runs.find(key)
         if run is not None:
-            return _replay(cache, run, body, inputs), None
+            return _replay(cache, run, this), None
         if stray:
             return None, (
                 f"parameter {stray} is not on the state's device (offloaded?): a graph would read the "
@@ -223,30 +314,20 @@ def _try_captured(
             )
         claim, run, reason = cache.runs.claim(key)
         if claim == "found":
-            return _replay(cache, run, body, inputs), None
+            return _replay(cache, run, this), None
         if claim == "failed":
             return None, reason
         if claim == "mine":
-            return _capture(cache, key, network, options, body, inputs, modules)
+            return _capture(cache, key, this)
 
 
-def _capture(
-    cache: GraphCache,
-    key: Any,
-    network: Any,
-    options: tuple[Any, ...],
-    body: Body,
-    inputs: dict[str, Tensor],
-    modules: tuple[Any, ...],
-) -> tuple[Tensor | None, str | None]:
+def _capture(cache: GraphCache, key: Any, this: Runnable) -> tuple[Tensor | None, str | None]:
     """Ends the claim on `key`, with a graph or the reason why there is none."""
-
-    def rekey() -> Any:
-        return graph_key(network, inputs, options, modules)[0]
-
     try:
-        run = CapturedRun(body, inputs, network, rekey)
-        output = run.first(inputs)
+        run = this.capture()
+        output = run.first(this.inputs)
+        if this.loop is not None and cache.loop == "auto":
+            _prefer_loop(run, this)
     except GraphCaptureError as exc:
         cache.runs.fail(key, str(exc), isinstance(exc, UnsettledNetworkError))
         return None, str(exc)
@@ -254,16 +335,27 @@ def _capture(
         cache.runs.release(key)
         raise
     # The first run of a network may have filled in attributes that are part of the key.
-    settled = rekey()
+    settled, _ = this.key()
     cache.runs.put(key, settled, run, run.nbytes)
     cache.runs.measured(settled, run.plain_seconds, run.graph_seconds)
     return output, None
 
 
-def _replay(cache: GraphCache, run: CapturedRun, body: Body, inputs: Inputs) -> Tensor:
-    output = run(inputs)
+def _prefer_loop(looped: CapturedRun, this: Runnable) -> None:
+    """GraphCaptureError if the same run unrolled is more than 2 % faster."""
+    unrolled = this._replace(loop=None).capture()
+    unrolled.first(this.inputs)
+    ours, theirs = (run.best_seconds(this.inputs) for run in (looped, unrolled))
+    if ours > 1.02 * theirs:
+        raise GraphCaptureError(
+            f"unrolled it takes {1e6 * theirs:.0f} us, as a loop {1e6 * ours:.0f} us"
+        )
+
+
+def _replay(cache: GraphCache, run: CapturedRun, this: Runnable) -> Tensor:
+    output = run(this.inputs)
     if cache.verify and cache.stats()["replays"] % cache.verify == 0:
-        _verify(output, _plainly(body, inputs))
+        _verify(output, _plainly(this.body, this.inputs))
     return output
 
 
@@ -364,9 +456,8 @@ class GraphedLoop:
             )
         reason = obstacle(x0.device)
         if reason is None:
-            output, reason = _try_captured(
-                self.cache, self.network, self._options(), self._body, given, modules
-            )
+            this = Runnable(self.network, self._options(), self._body, given, modules)
+            output, reason = _try_captured(self.cache, this)
             if output is not None:
                 return output
         raise GraphCaptureError(f"{reason}; pass mode='auto' to run without a graph")

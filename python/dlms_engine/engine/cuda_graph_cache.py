@@ -9,7 +9,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .cuda_graph_fallback import PythonCache, python_key
 from .native import native
 
+LoopMode = Literal["never", "always", "auto"]
 DEFAULT_MAX_BYTES = 4 << 30
 DEFAULT_MAX_ENTRIES = 8
 
@@ -145,6 +146,9 @@ class GraphCache:
         verify: every ``verify``-th run of a graph is also run plainly and compared; 0 is never. For
             finding out whether something that the key does not see has changed: a difference raises
             ``StaleGraphError``.
+        loop: whether a table's run is captured as one evaluation under a WHILE node, which serves any
+            number of evaluations: ``"never"`` unrolls, one capture for each number; ``"always"``;
+            ``"auto"`` captures both and keeps the faster.
     """
 
     def __init__(
@@ -152,6 +156,7 @@ class GraphCache:
         max_bytes: int = DEFAULT_MAX_BYTES,
         max_entries: int = DEFAULT_MAX_ENTRIES,
         verify: int = 0,
+        loop: LoopMode = "never",
     ) -> None:
         if max_bytes < 0 or max_entries < 1 or verify < 0:
             raise ValueError(
@@ -161,7 +166,10 @@ class GraphCache:
         self.runs: Any = (PythonCache if native is None else native.GraphCache)(
             max_bytes, max_entries
         )
+        if loop not in ("never", "always", "auto"):
+            raise ValueError(f"loop is {loop!r}, expected 'never', 'always' or 'auto'")
         self.verify = verify
+        self.loop: LoopMode = loop
 
     def __len__(self) -> int:
         return int(self.stats()["entries"])
@@ -217,15 +225,16 @@ class GraphCache:
         self.runs.invalidate(0)
 
     # A graph belongs to this process and to these buffers: a copy starts empty.
-    def __getstate__(self) -> dict[str, int]:
+    def __getstate__(self) -> dict[str, Any]:
         return {
             "max_bytes": self.max_bytes,
             "max_entries": self.max_entries,
             "verify": self.verify,
+            "loop": self.loop,
         }
 
-    def __setstate__(self, state: dict[str, int]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GraphCache:
-        return GraphCache(self.max_bytes, self.max_entries, self.verify)
+        return GraphCache(**self.__getstate__())

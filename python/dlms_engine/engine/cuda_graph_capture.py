@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -169,10 +169,11 @@ def device_offset(device: torch.device) -> int:
 class Recorded(NamedTuple):
     """What a capture leaves."""
 
-    graph: Any  # torch.cuda.CUDAGraph: owns the pool that the recorded work lives in
+    graphs: tuple[Any, ...]  # torch.cuda.CUDAGraph: own the pool that the recorded work lives in
     inputs: dict[str, Tensor]  # what the work reads, in that pool
     output: Tensor  # what it writes
     nbytes: int  # device memory of the pool
+    carried: Any = None  # what else must live as long
 
 
 @contextmanager
@@ -255,25 +256,86 @@ def record(body: Body, inputs: Inputs, device: torch.device) -> Recorded:
     Raises:
         GraphCaptureError: it cannot be captured. The process is as before.
     """
-    index = device_index(device)
-    stream = capture_stream(device)
+    pool = _fresh_pool(device)
+    buffers: dict[str, Tensor] = {}
+
+    def work() -> Tensor:
+        buffers.update(_buffers(inputs))
+        return body(dict(buffers)).contiguous()
+
+    graph, output = _record_into(pool, device, work)
+    torch._C._cuda_clearCublasWorkspaces()
+    return Recorded((graph,), buffers, output, pool_bytes(pool))
+
+
+class Loop(NamedTuple):
+    """A run that is one step over and over, each with its row of the inputs named in ``per_step``."""
+
+    first: Callable[[Inputs], Any]  # inputs -> what the steps carry along, tensors written in place
+    step: Callable[[Inputs, Any, Tensor], None]  # inputs, carried, number of the step (int32 [1])
+    output: str  # the input that holds the result after the last step
+    per_step: tuple[str, ...]  # inputs [steps, ...]
+
+
+MAX_STEPS = 64  # of a loop
+
+
+def record_loop(
+    loop: Loop, inputs: Inputs, device: torch.device
+) -> tuple[Recorded, Tensor, Tensor]:
+    """(two graphs, the beginning and one step; the step's number; the number of steps).
+
+    Buffers of ``per_step`` inputs have room for ``MAX_STEPS``.
+    """
+    pool = _fresh_pool(device)
+    buffers: dict[str, Tensor] = {}
+    carried: list[Any] = []
+
+    def begin() -> tuple[Tensor, Tensor]:
+        buffers.update(_buffers(inputs, loop.per_step))
+        carried.append(loop.first(dict(buffers)))
+        numbers = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        return numbers[0], numbers[1]
+
+    first, (number, count) = _record_into(pool, device, begin)
+    step, _ = _record_into(pool, device, lambda: loop.step(dict(buffers), carried[0], number))
+    torch._C._cuda_clearCublasWorkspaces()
+    output = buffers[loop.output]
+    recorded = Recorded((first, step), buffers, output, pool_bytes(pool))
+    return recorded._replace(carried=(carried, number, count)), number, count
+
+
+def _buffers(inputs: Inputs, per_step: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    return {
+        name: t.new_empty((MAX_STEPS, *t.shape[1:]) if name in per_step else t.shape)
+        for name, t in inputs.items()
+    }
+
+
+def _fresh_pool(device: torch.device) -> Any:
+    """Memory for a capture, and the process made ready for it."""
     torch.cuda.synchronize(device)
     gc.collect()  # or a graph or event may be destroyed during the capture, which breaks it
     torch.cuda.empty_cache()
     # A workspace of this graph alone: two graphs that share one spoil each other's results when
     # they run at the same time.
     torch._C._cuda_clearCublasWorkspaces()
+    return torch.cuda.graph_pool_handle()
+
+
+T = TypeVar("T")
+
+
+def _record_into(pool: Any, device: torch.device, work: Callable[[], T]) -> tuple[Any, T]:
+    """(graph, what `work` returned), its GPU work captured with memory of `pool`."""
+    index = device_index(device)
+    stream = capture_stream(device)
     graph = torch.cuda.CUDAGraph(keep_graph=True)
-    pool = torch.cuda.graph_pool_handle()
     with torch.cuda.stream(stream):
         # thread_local: other threads may go on using the GPU meanwhile.
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
-            buffers = {
-                name: torch.empty_like(t, memory_format=torch.contiguous_format)
-                for name, t in inputs.items()
-            }
-            output = body(dict(buffers)).contiguous()
+            made = work()
         except BaseException as exc:
             _abandon(graph, pool, index, stream)
             if not isinstance(exc, Exception):
@@ -285,8 +347,7 @@ def record(body: Body, inputs: Inputs, device: torch.device) -> Recorded:
             _free(pool, index)
             _reset_generators(stream)
             raise GraphCaptureError(f"the run cannot be captured: {explain(exc)}") from exc
-    torch._C._cuda_clearCublasWorkspaces()
-    return Recorded(graph, buffers, output, pool_bytes(pool))
+    return graph, made
 
 
 def pool_bytes(pool: Any) -> int:

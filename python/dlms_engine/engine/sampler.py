@@ -18,6 +18,7 @@ from ..tables.table import SolverTable
 from . import cpu_loop
 from .cuda_graph import run_captured
 from .cuda_graph_cache import GraphCache, split_tensors
+from .cuda_graph_loop import table_loop
 from .dlms_steps import policy_steps
 from .steps import (
     AfterRow,
@@ -130,7 +131,10 @@ class Sampler(Versioned, nn.Module):
             ``[B, ...]`` in the state dtype, or ``(sample, trajectory)``.
         """
         place = self.denoiser.device if noise.device.type == "cpu" else noise.device
-        x = noise.to(place, self.dtype, copy=True, memory_format=torch.contiguous_format)
+        watched = return_trajectory or callback is not None or progress
+        # A captured run copies its inputs itself; every other overwrites the state.
+        copy = not self._captures(place, watched)
+        x = noise.to(place, self.dtype, copy=copy, memory_format=torch.contiguous_format)
         states: list[Tensor] = [x.clone()] if return_trajectory else []
         bar = tqdm(total=self.nfe, desc="sampling", unit="eval", leave=False) if progress else None
 
@@ -142,7 +146,6 @@ class Sampler(Versioned, nn.Module):
             if bar is not None:
                 bar.update()
 
-        watched = return_trajectory or callback is not None or progress
         x = self._run(x, after if watched else None, cond)
         if bar is not None:
             bar.close()
@@ -157,9 +160,19 @@ class Sampler(Versioned, nn.Module):
             return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
         if backend.name == "cpu" and cpu_loop.available() and x.numel():
             return self._engines.run(self._steps(x, cond), x, network_dtype, after)
-        if x.is_cuda and x.numel() and after is None and backend.name != "eager":
+        if self._captures(x.device, after is not None) and x.numel():
             return self._run_graph(x, network_dtype, backend, cond)
         return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
+
+    def _captures(self, device: torch.device, watched: bool) -> bool:
+        """Whether runs on `device` are captured where they can be."""
+        return (
+            device.type == "cuda"
+            and not watched
+            and self.denoiser.dynamic_thresholding is None
+            and not torch.compiler.is_compiling()
+            and ops.select(self.backend, device).name != "eager"
+        )
 
     def _network_dtype(self, x: Tensor) -> torch.dtype:
         """Dtype of the rows' network side, never wider than the state."""
@@ -210,7 +223,11 @@ class Sampler(Versioned, nn.Module):
             return run_plain(steps, given["x"], network_dtype, backend, None)
 
         learned = () if self._table is not None else (self.policy,)
-        return run_captured(GRAPHS, self.denoiser, options, body, inputs, learned)
+        loop = None
+        if self._table is not None and GRAPHS.loop != "never":
+            depth = self._table.depth
+            loop = table_loop(self.denoiser, depth, network_dtype, backend, rebuild)
+        return run_captured(GRAPHS, self.denoiser, options, body, inputs, learned, loop)
 
 
 def seeded_noise(
