@@ -27,7 +27,7 @@ from .formats import check_format, read_metadata, stamp
 from .networks import NETWORKS
 from .restricted import Record, UnsafeCheckpointError, read_pickle, state_dict
 
-FORMAT = "dlms_engine.edm/1"
+_FORMAT = "dlms_engine.edm/1"
 # constructor arguments of training only, or of the reference code's numerics
 IGNORED = {"label_dropout", "use_fp16", "model_type"}
 
@@ -134,7 +134,7 @@ def read_snapshot(path: str | Path) -> Snapshot:
 
 def _read_converted(path: Path) -> Snapshot:
     metadata = read_metadata(path)
-    check_format(path, metadata, FORMAT)
+    check_format(path, metadata, _FORMAT)
     return Snapshot(tensors=load_file(path), **json.loads(metadata["snapshot"]))
 
 
@@ -143,7 +143,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
     snapshot, target = read_snapshot(source), Path(target)
     snapshot.network()  # refuses what could not be used later
     described = {k: v for k, v in vars(snapshot).items() if k != "tensors"}
-    metadata = {**stamp(FORMAT), "snapshot": json.dumps(described)}
+    metadata = {**stamp(_FORMAT), "snapshot": json.dumps(described)}
     with replacing(target) as partial:
         save_file({k: v.contiguous() for k, v in snapshot.tensors.items()}, partial, metadata)
     return target

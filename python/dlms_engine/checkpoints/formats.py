@@ -15,7 +15,7 @@ from .._version import __version__
 from .restricted import UnsafeCheckpointError
 
 WRITTEN_BY = "written_by"
-ADVICE = (
+_ADVICE = (
     "It is not loaded, because that could run code. If you trust the file, take its tensors out in an "
     "environment of its own: safetensors.torch.save_file(torch.load(path, weights_only=False)"
     "['state_dict'], 'weights.safetensors'), or without ['state_dict'] if it is one itself"
@@ -77,7 +77,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as exc:  # torch raises UnpicklingError, RuntimeError, EOFError and more
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-        raise UnsafeCheckpointError(f"{path} is refused: {reason}. {ADVICE}") from exc
+        raise UnsafeCheckpointError(f"{path} is refused: {reason}. {_ADVICE}") from exc
     found = _state_dict(held)
     if found is None:
         raise ValueError(f"{path} holds {type(held).__name__}, expected a state dict of tensors")

@@ -29,9 +29,9 @@ from .guided import Noise, guided_denoiser
 from .guided_layout import ARCHITECTURE, build_settings, guided_settings
 from .restricted import UnsafeCheckpointError
 
-FORMAT = "dlms_engine.guided/1"
+_FORMAT = "dlms_engine.guided/1"
 NOISE = tuple(field.name for field in dataclasses.fields(Noise))
-KINDS = ("edm", "guided", "ldm")
+_KINDS = ("edm", "guided", "ldm")
 
 
 def kind_of(path: Path, tensors: dict[str, Tensor] | None = None) -> str:
@@ -125,7 +125,7 @@ def _described(
 ) -> tuple[dict[str, Any], Noise | None]:
     metadata = read_metadata(path) if path.suffix == ".safetensors" else {}
     if metadata.get("format", "").startswith("dlms_engine."):
-        check_format(path, metadata, FORMAT)
+        check_format(path, metadata, _FORMAT)
         if options:
             raise ValueError(f"{path} says all itself: leave {', '.join(sorted(options))} out")
         held = json.loads(metadata["checkpoint"])
@@ -178,7 +178,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
             "settings": settings,
             "noise": None if noise is None else dataclasses.asdict(noise),
         }
-        metadata = {**stamp(FORMAT), "checkpoint": json.dumps(described)}
+        metadata = {**stamp(_FORMAT), "checkpoint": json.dumps(described)}
     with replacing(target) as partial:
         save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial, metadata)
     return target

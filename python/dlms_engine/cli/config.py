@@ -11,7 +11,7 @@ import typer
 
 from ..support.files import write_text
 
-SETTINGS = "settings"
+_SETTINGS = "settings"
 _HELD = "dlms_engine.config"
 # What only a command line may say, or what says nothing about the result.
 _NOT_IN_FILES = {"as_json", "config", "help", "set_", "show_config"}
@@ -23,15 +23,15 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     """Makes the file's options the defaults of the command; options given win."""
     if path is None:
         return None
-    held = read_config(path)
+    held = _read_config(path)
     names = {str(p.name) for p in context.command.params} - _NOT_IN_FILES
-    known = sorted(names | {SETTINGS})
-    settings = held.pop(SETTINGS, None) or {}
+    known = sorted(names | {_SETTINGS})
+    settings = held.pop(_SETTINGS, None) or {}
     for key in held:
         if key not in names:
             raise ValueError(f"{path}: unknown key {key!r}; known keys: {', '.join(known)}")
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{path}: {SETTINGS} is {settings!r}, expected names with values")
+        raise ValueError(f"{path}: {_SETTINGS} is {settings!r}, expected names with values")
     context.meta[_HELD] = {str(key).replace("-", "_"): v for key, v in settings.items()}
     context.default_map = {
         key: [str(item) for item in value] if isinstance(value, list) else str(value)
@@ -55,7 +55,7 @@ ShowConfigOption = Annotated[
 ]
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     """The mapping in ``path``: JSON where the name ends in .json, else YAML; never code.
 
     Raises:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..lab.record.measure import Entry, Measured, Measurer
     from ..policies.distilled import DistilledSolver
 
-NFE = 5
+_NFE = 5
 TWICE = 10
 # Chosen for the demo's six minutes on two cores.
 TRAJECTORIES = 1_920
@@ -47,9 +47,9 @@ def demo(
     if fresh:
         for path in [*folder.glob("*.safetensors"), *folder.glob("cache/*.safetensors")]:
             path.unlink()
-    say(f"1/3  distilling DLMS with {NFE} network evaluations ({trajectories:,} trajectories)")
+    say(f"1/3  distilling DLMS with {_NFE} network evaluations ({trajectories:,} trajectories)")
     solver = _distilled(held, folder, trajectories, progress=not as_json)
-    say(f"2/3  measuring every handcrafted solver at {NFE} and {TWICE} evaluations")
+    say(f"2/3  measuring every handcrafted solver at {_NFE} and {TWICE} evaluations")
     rows, best = _compare(held, solver, folder, samples, progress=not as_json)
     say("3/3  drawing")
     pictures = _draw(held, solver, best, shown, folder)
@@ -71,7 +71,7 @@ def _silent(_text: str) -> None:
 
 
 def _path(folder: Path, trajectories: int) -> Path:
-    return folder / f"dlms-{NFE}-{trajectories}.safetensors"
+    return folder / f"dlms-{_NFE}-{trajectories}.safetensors"
 
 
 def _distilled(model: Model, folder: Path, trajectories: int, *, progress: bool) -> DistilledSolver:
@@ -93,7 +93,7 @@ def _distilled(model: Model, folder: Path, trajectories: int, *, progress: bool)
     solver = learners.distill(
         model.denoiser,
         "dlms",
-        nfe=NFE,
+        nfe=_NFE,
         shape=model.shape,
         trajectories=trajectories,
         output=path,
@@ -122,11 +122,11 @@ def _compare(
         raise ValueError("the demo needs a model with a feature network")
     pools = {
         nfe: [Entry(label, t) for label, t in handcrafted(model.denoiser.process, nfe)]
-        for nfe in (NFE, TWICE)
+        for nfe in (_NFE, TWICE)
     }
     screened = min(SCREEN, samples)
     work = screened * sum(len(pool) * nfe for nfe, pool in pools.items())
-    work += samples * (2 * ACCURATE_NFE + 2 * NFE + TWICE)
+    work += samples * (2 * ACCURATE_NFE + 2 * _NFE + TWICE)
     bar = tqdm(total=work, unit="eval", unit_scale=True, desc="comparing", disable=not progress)
 
     def advance(done: int) -> None:

@@ -12,8 +12,8 @@ import typer
 
 from .common import emit, parse_settings
 
-DTYPES = ("float32", "bfloat16", "float16")
-SOLVER_FILE = "dlms_solver.safetensors"
+_DTYPES = ("float32", "bfloat16", "float16")
+_SOLVER_FILE = "dlms_solver.safetensors"
 CONFIG_FILE = "scheduler_config.json"
 
 PipelineOption = Annotated[
@@ -41,7 +41,7 @@ DeviceOption = Annotated[
     str, typer.Option(help="With --pipeline: where its network runs, e.g. cuda.")
 ]
 DtypeOption = Annotated[
-    str, typer.Option(help=f"With --pipeline: weights of its network, one of {', '.join(DTYPES)}.")
+    str, typer.Option(help=f"With --pipeline: weights of its network, one of {', '.join(_DTYPES)}.")
 ]
 
 
@@ -63,8 +63,8 @@ class PipelineOptions:
         Raises:
             ValueError: an option of pipelines without one, or one that cannot be.
         """
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
         if self.pipeline is not None:
             if self.prompts is not None and not self.prompts.is_file():
                 raise ValueError(f"prompts: {self.prompts} is no file; one prompt a line is read")
@@ -165,7 +165,7 @@ def _lines(facts: dict[str, Any], output: Path) -> list[str]:
 def _target(output: Path, overwrite: bool) -> Path:
     """Where the solver file goes; the directory for it is made."""
     alone = output.suffix == ".safetensors"
-    target = output if alone else output / SOLVER_FILE
+    target = output if alone else output / _SOLVER_FILE
     finished = output if alone else output / CONFIG_FILE
     if not alone and output.is_file():
         raise ValueError(f"{output} is a file: a solver file's name ends in .safetensors")

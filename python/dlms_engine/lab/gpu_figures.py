@@ -27,7 +27,7 @@ class Aim:
         return value <= self.limit if self.sense == "at most" else value >= self.limit
 
 
-def in_graph(shape: list[int], key: str, scale: float = 1.0) -> Callable[[Reports], float | None]:
+def _in_graph(shape: list[int], key: str, scale: float = 1.0) -> Callable[[Reports], float | None]:
     """``key`` of the CUDA row as a node of a graph."""
 
     def value(reports: Reports) -> float | None:
@@ -97,16 +97,16 @@ def aims() -> tuple[Aim, ...]:
     speed = "DPM-Solver++(2M) step in a graph against diffusers' eager one"
     run = "5 evaluations of the embedded model at batch 1"
     return (
-        Aim("row in a graph, 1x4x64x64", "at most", 2.0, "us", in_graph(SMALL, "p50_us")),
+        Aim("row in a graph, 1x4x64x64", "at most", 2.0, "us", _in_graph(SMALL, "p50_us")),
         Aim(
-            f"{share}, 64x3x256x256", "at least", 90, "%", in_graph(LARGE, "fraction_of_copy", 100)
+            f"{share}, 64x3x256x256", "at least", 90, "%", _in_graph(LARGE, "fraction_of_copy", 100)
         ),
         Aim(
             f"{share}, 16x16x128x128, bfloat16 network",
             "at least",
             90,
             "%",
-            in_graph(LATENT, "fraction_of_copy", 100),
+            _in_graph(LATENT, "fraction_of_copy", 100),
         ),
         Aim(f"{speed}, 1x4x64x64", "at least", 30, "times faster", against_diffusers(SMALL)),
         Aim(f"{speed}, 64x3x256x256", "at least", 5, "times faster", against_diffusers(LARGE)),

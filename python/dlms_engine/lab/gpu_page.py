@@ -28,7 +28,7 @@ BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n)(.*?)(<!-- end measured -->)", 
 
 
 @dataclass(frozen=True)
-class Measured:
+class _Measured:
     """What one stage reported, and the machine it ran on."""
 
     report: Mapping[str, Any]
@@ -50,13 +50,13 @@ class Measured:
         )
 
 
-def newest(files: Iterable[Mapping[str, Any]]) -> dict[str, Measured]:
+def newest(files: Iterable[Mapping[str, Any]]) -> dict[str, _Measured]:
     """The newest report of each stage.
 
     Raises:
         ValueError: a rehearsal, which measured nothing, or a file without a GPU.
     """
-    latest: dict[str, Measured] = {}
+    latest: dict[str, _Measured] = {}
     for file in sorted(files, key=lambda f: str(f["started"])):
         machine = file.get("machine") or {}
         if file.get("rehearsal") or "gpu" not in machine:
@@ -65,7 +65,7 @@ def newest(files: Iterable[Mapping[str, Any]]) -> dict[str, Measured]:
         for entry in file["stages"]:
             report = file["results"].get(entry["stage"], {})
             said = (entry["status"], entry.get("said", ""), str(file["started"]))
-            latest[entry["stage"]] = Measured(report, machine, *said)
+            latest[entry["stage"]] = _Measured(report, machine, *said)
     return latest
 
 
@@ -85,7 +85,7 @@ def micro(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-def machine_part(stages: Mapping[str, Measured]) -> str:
+def machine_part(stages: Mapping[str, _Measured]) -> str:
     """The machine and the figures to reach."""
     first = stages.get("import")
     if first is None:
@@ -109,7 +109,7 @@ def _aim(aim: Aim, reports: Mapping[str, Any]) -> tuple[str, str, str, str] | No
     return aim.what, f"{aim.sense} {aim.limit:g} {aim.unit}", f"{value:.3g} {aim.unit}", reached
 
 
-def row_part(stages: Mapping[str, Measured]) -> str:
+def row_part(stages: Mapping[str, _Measured]) -> str:
     """One row, launched alone and inside a graph."""
     if "bench-row" not in stages or not stages["bench-row"].report.get("rows"):
         return ""
@@ -128,7 +128,7 @@ def row_part(stages: Mapping[str, Measured]) -> str:
     return _from(stages["bench-row"], table(heads, rows))
 
 
-def step_part(stages: Mapping[str, Measured]) -> str:
+def step_part(stages: Mapping[str, _Measured]) -> str:
     """A step, every way that was measured in its own column."""
     parts = []
     for name in ("bench-step", "bench-compiled"):
@@ -150,7 +150,7 @@ def step_part(stages: Mapping[str, Measured]) -> str:
     return "\n\n".join(parts)
 
 
-def loop_part(stages: Mapping[str, Measured]) -> str:
+def loop_part(stages: Mapping[str, _Measured]) -> str:
     """A whole run, on both clocks."""
     if "bench-loop" not in stages or not stages["bench-loop"].report.get("summary"):
         return ""
@@ -166,7 +166,7 @@ def loop_part(stages: Mapping[str, Measured]) -> str:
     return _from(stages["bench-loop"], table(("clock", "way", "p20, ms", "p50", "p80"), rows))
 
 
-def distil_part(stages: Mapping[str, Measured]) -> str:
+def distil_part(stages: Mapping[str, _Measured]) -> str:
     """Seconds to distil, and updates per second."""
     parts = []
     for check in stages["distil-32"].report.get("checks", ()) if "distil-32" in stages else ():
@@ -199,7 +199,7 @@ def distil_part(stages: Mapping[str, Measured]) -> str:
     return "\n\n".join(parts)
 
 
-def checks_part(stages: Mapping[str, Measured]) -> str:
+def checks_part(stages: Mapping[str, _Measured]) -> str:
     """What became of every stage that is no benchmark."""
     rows = [
         (name, stage.status, stage.said, stage.started[:10])
@@ -212,7 +212,7 @@ def checks_part(stages: Mapping[str, Measured]) -> str:
     return f"{table(('stage', 'outcome', 'what it said', 'day'), rows)}\n\n{note}"
 
 
-PARTS: dict[str, Callable[[Mapping[str, Measured]], str]] = {
+PARTS: dict[str, Callable[[Mapping[str, _Measured]], str]] = {
     "machine": machine_part,
     "row": row_part,
     "step": step_part,
@@ -222,7 +222,7 @@ PARTS: dict[str, Callable[[Mapping[str, Measured]], str]] = {
 }
 
 
-def _from(stage: Measured, text: str) -> str:
+def _from(stage: _Measured, text: str) -> str:
     return f"{text}\n\n*{stage.source}*"
 
 

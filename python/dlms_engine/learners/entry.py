@@ -12,7 +12,7 @@ from .options import RunOptions
 from .settings import hints
 from .training.settings import TrainerSettings
 
-Run = Callable[[Denoiser, tuple[int, ...], RunOptions], DistilledSolver]
+_Run = Callable[[Denoiser, tuple[int, ...], RunOptions], DistilledSolver]
 """(denoiser, shape of one sample, options) -> the distilled solver."""
 
 
@@ -36,7 +36,7 @@ class LearnerEntry:
     """
 
     name: str
-    run: Run
+    run: _Run
     settings: type[Any]
     trained: bool = False
     trajectories: str | None = "trajectories"

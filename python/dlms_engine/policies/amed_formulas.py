@@ -22,7 +22,7 @@ from ..tables.trace import Form
 from .amed_predictor import Choice
 
 Solver = Literal["amed", "ddim", "dpm_solver_2", "ipndm", "dpm_solver_pp"]
-SOLVERS = {"amed": 1, "ddim": 1, "dpm_solver_2": 2, "ipndm": 4, "dpm_solver_pp": 3}
+_SOLVERS = {"amed": 1, "ddim": 1, "dpm_solver_2": 2, "ipndm": 4, "dpm_solver_pp": 3}
 """solver -> outputs it reads at most."""
 MULTISTEP = ("ipndm", "dpm_solver_pp")
 
@@ -48,9 +48,9 @@ class AmedBase:
     afs: bool = False
 
     def __post_init__(self) -> None:
-        if self.solver not in SOLVERS:
-            raise ValueError(f"solver is {self.solver!r}, expected one of {sorted(SOLVERS)}")
-        highest = SOLVERS[self.solver]
+        if self.solver not in _SOLVERS:
+            raise ValueError(f"solver is {self.solver!r}, expected one of {sorted(_SOLVERS)}")
+        highest = _SOLVERS[self.solver]
         if self.order is not None and self.solver not in MULTISTEP:
             raise ValueError(
                 f"order is {self.order}, but {self.solver} has a fixed order: leave it out"
@@ -63,7 +63,7 @@ class AmedBase:
     @property
     def reads(self) -> int:
         """Outputs a sub-step combines at most."""
-        return SOLVERS[self.solver] if self.order is None else self.order
+        return _SOLVERS[self.solver] if self.order is None else self.order
 
     @property
     def multistep(self) -> bool:

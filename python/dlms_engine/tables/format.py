@@ -23,7 +23,7 @@ from torch import Tensor
 from .._version import __version__
 from ..processes import Process, from_config
 
-FORMAT = "dlms-solver"
+_FORMAT = "dlms-solver"
 VERSION = 1
 MAX_BYTES = 1 << 20
 HEADER_KEYS = {"format", "version", "kind", "process", "settings", "distilled", "training"}
@@ -78,7 +78,7 @@ def serialize(record: SolverRecord) -> bytes:
     """The one byte string of a record: safetensors, entries by name, keys sorted."""
     description = canonical(
         {
-            "format": FORMAT,
+            "format": _FORMAT,
             "version": VERSION,
             "kind": record.kind,
             "process": record.process.config(),
@@ -184,11 +184,11 @@ def _describe(path: Path, text: str, tensors: dict[str, Tensor]) -> SolverRecord
 def _check_version(path: Path, description: Mapping[str, Any]) -> None:
     """Before the keys, which another version may have changed."""
     found = (description.get("format"), description.get("version"))
-    if found == (FORMAT, VERSION) and not isinstance(found[1], bool):
+    if found == (_FORMAT, VERSION) and not isinstance(found[1], bool):
         return
     newer = isinstance(found[1], int) and found[1] > VERSION
     raise SolverFileError(
-        f"{path}: format and version are {found!r}, expected {(FORMAT, VERSION)!r}, which "
+        f"{path}: format and version are {found!r}, expected {(_FORMAT, VERSION)!r}, which "
         f"dlms_engine {__version__} reads: "
         + ("a newer file needs a newer dlms_engine" if newer else "distil the solver again")
     )

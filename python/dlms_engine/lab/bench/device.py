@@ -31,7 +31,7 @@ from dlms_engine import ops
 from dlms_engine.lab.bench.timing import commit, finish, json_options, save
 from dlms_engine.ops import layout, libraries, reference
 
-CASES = (
+_CASES = (
     ((1, 4, 64, 64), "float32"),
     ((64, 3, 256, 256), "float32"),
     ((16, 16, 128, 128), "bfloat16"),
@@ -40,7 +40,7 @@ CASES = (
 """Shapes and network dtypes, the figures to reach first."""
 WARM_BYTES = 1 << 23
 """Rows that move more than this are timed cold only: they do not stay in the cache."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -283,11 +283,11 @@ def main(argv: list[str] | None = None) -> int:
     start, bandwidth = time.monotonic(), copy_bandwidth()
     report: dict[str, Any] = {"benchmark": "device", "machine": machine()}
     report |= {"copy_bytes_per_s": bandwidth, "rows": [], "not_measured": []}
-    for shape, dtype in CASES:
+    for shape, dtype in _CASES:
         if time.monotonic() - start > args.seconds:
             report["not_measured"].append({"shape": shape, "network_dtype": dtype})
             continue
-        results = measure(shape, DTYPES[dtype], args.depth, bandwidth)
+        results = measure(shape, _DTYPES[dtype], args.depth, bandwidth)
         torch.cuda.empty_cache()
         report["rows"] += [asdict(r) for r in results]
         save(report, args)

@@ -29,14 +29,14 @@ from dlms_engine.lab.bench.timing import conditions, finish, json_options, save
 from dlms_engine.learners import LEARNERS, RunOptions
 from dlms_engine.processes import EDM
 
-NFE = 5
+_NFE = 5
 MODELS = ("embedded", "unet-32")
 SHORT: dict[str, Any] = {"validation_samples": 8, "validation_steps": 8}
 TRAINED: dict[str, Any] = {"trajectories": 1 << 20, "validate_every": 0, **SHORT}
 """More updates than there is time for; validation only where a run begins."""
 
 
-class Case(NamedTuple):
+class _Case(NamedTuple):
     """What is timed."""
 
     label: str
@@ -45,17 +45,17 @@ class Case(NamedTuple):
     trained: bool = True  # update by update; else the whole call
 
 
-def cases(batch: int) -> tuple[Case, ...]:
+def cases(batch: int) -> tuple[_Case, ...]:
     """Every learner; DLMS in both of its phases."""
     shared = {**TRAINED, "batch": batch}
     return (
-        Case("dlms", "dlms", {**shared, "last_step": "bottleneck"}),
-        Case("dlms, endpoint phase", "dlms", {**shared, "endpoint_share": 1.0}),
-        Case("amed", "amed", shared),
-        Case("free_table", "free_table", shared),
-        Case("ld3", "ld3", {"batch": 2, "train": 64, "validation": 4, "rounds": 1 << 20}),
-        Case("dode", "dode", {"batch": batch}, False),
-        Case("gits", "gits", {"batch": batch, "points": 21}, False),
+        _Case("dlms", "dlms", {**shared, "last_step": "bottleneck"}),
+        _Case("dlms, endpoint phase", "dlms", {**shared, "endpoint_share": 1.0}),
+        _Case("amed", "amed", shared),
+        _Case("free_table", "free_table", shared),
+        _Case("ld3", "ld3", {"batch": 2, "train": 64, "validation": 4, "rounds": 1 << 20}),
+        _Case("dode", "dode", {"batch": batch}, False),
+        _Case("gits", "gits", {"batch": batch, "points": 21}, False),
     )
 
 
@@ -94,7 +94,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def load(name: str, device: torch.device) -> tuple[Denoiser, tuple[int, ...]]:
+def _load(name: str, device: torch.device) -> tuple[Denoiser, tuple[int, ...]]:
     """The model on ``device`` and the shape of a sample."""
     if name == "embedded":
         from dlms_engine.models.embedded import IMAGE_SHAPE, load_embedded
@@ -113,7 +113,7 @@ def load(name: str, device: torch.device) -> tuple[Denoiser, tuple[int, ...]]:
 
 
 def time_case(
-    denoiser: Denoiser, shape: tuple[int, ...], case: Case, seconds: float
+    denoiser: Denoiser, shape: tuple[int, ...], case: _Case, seconds: float
 ) -> dict[str, Any]:
     """Updates (or whole calls) per second, by the median."""
     run = LEARNERS[case.method].run
@@ -124,7 +124,7 @@ def time_case(
         count = settings.pop("trajectories", None) if case.trained else settings["batch"]
         silent: dict[str, Any] = {"output": None, "resume": False, "progress": False, "seed": 0}
         extra: dict[str, Any] = {"monitor": clock} if case.trained else {}
-        return RunOptions(nfe=NFE, trajectories=count, settings=settings, **silent, **extra)
+        return RunOptions(nfe=_NFE, trajectories=count, settings=settings, **silent, **extra)
 
     if case.trained:
         with contextlib.suppress(Enough):
@@ -148,11 +148,11 @@ def time_case(
     }
 
 
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row a model and learner."""
     device = torch.device(args.device)
     for name in args.models:
-        denoiser, shape = load(name, device)
+        denoiser, shape = _load(name, device)
         for case in cases(args.batch):
             if args.methods and case.method not in args.methods:
                 continue
@@ -181,20 +181,20 @@ def main(argv: list[str] | None = None) -> int:
         "benchmark": "distill",
         "machine": machine() if cuda else conditions(),
         "backends": ops.available(args.device),
-        "nfe": NFE,
+        "nfe": _NFE,
         "seconds": args.seconds,
         "rows": [],
     }
-    for row in rows(args):
+    for row in _rows(args):
         report["rows"].append(row)
         save(report, args)  # a run that is cut short has given what it measured
         if not args.json:
-            show(row)
+            _show(row)
     finish(report, args)
     return int(any("error" in row for row in report["rows"]))
 
 
-def show(row: dict[str, Any]) -> None:
+def _show(row: dict[str, Any]) -> None:
     """One line of the table."""
     said = row.get("error") or f"{row['updates_per_s']:8.2f} a second ({row['unit']})"
     print(f"{row['model']:10} {row['method']:22} batch {row['batch']:3}: {said}", flush=True)

@@ -53,7 +53,7 @@ class PlainNetwork(nn.Module):
         return torch.tanh(self.last(x))
 
 
-def make_denoiser(network: str, device: str) -> Denoiser:
+def _make_denoiser(network: str, device: str) -> Denoiser:
     """The embedded model (needs diffusers) or `PlainNetwork`, as a denoiser."""
     if network == "embedded":
         from dlms_engine.models.embedded import load_embedded
@@ -137,7 +137,7 @@ class Clocks:
         return Clocks(interleaved_walls, interleaved_events if device == "cuda" else None)
 
 
-def measure(
+def _measure(
     network: str, device: str, batch: int, nfe: int, repeats: int, clocks: Clocks | None = None
 ) -> dict[str, Any]:
     """Milliseconds of each way to run: ``milliseconds`` and ``back_to_back`` {way: times}.
@@ -146,7 +146,7 @@ def measure(
     RuntimeError if the engine's sample differs from the eager one by more than rounding.
     """
     clocks = clocks or Clocks.on(device)
-    denoiser = make_denoiser(network, device)
+    denoiser = _make_denoiser(network, device)
     table = solvers.ipndm(denoiser.process, grids.polynomial(denoiser.process, nfe))
     noise = seeded_noise(range(batch), SHAPE, denoiser.process.t_max, device=device)
     eager, engine = (Sampler(denoiser, table, backend=b).to(device) for b in ("eager", "auto"))
@@ -214,7 +214,7 @@ def report(args: argparse.Namespace, clocks: Clocks | None = None) -> dict[str, 
     network = args.network
     if network == "auto":
         network = "plain" if absent else "embedded"
-    found = measure(network, args.device, args.batch, args.nfe, args.repeats, clocks)
+    found = _measure(network, args.device, args.batch, args.nfe, args.repeats, clocks)
     settings = {key: getattr(args, key) for key in ("device", "batch", "nfe", "repeats")}
     settings["network"] = network
     result: dict[str, Any] = {

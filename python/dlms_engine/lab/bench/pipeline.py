@@ -29,9 +29,9 @@ from dlms_engine.lab.bench.loop import wall_times
 from dlms_engine.lab.bench.timing import conditions, finish, json_options
 from dlms_engine.processes import EDM
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 CHECK_EVALUATIONS, CHECK_RMSE = 40, 0.05
-Run = Callable[[Tensor], Tensor]
+_Run = Callable[[Tensor], Tensor]
 
 
 def make_network(model: str, device: str, dtype: torch.dtype) -> tuple[nn.Module, tuple[int, ...]]:
@@ -64,7 +64,7 @@ def make_denoiser(network: nn.Module, policy: Any) -> Denoiser:
     return Denoiser(network, process, sigma_data=embedded.SIGMA_DATA, features=tap)
 
 
-def diffusers_run(network: nn.Module, nfe: int) -> Run:
+def diffusers_run(network: nn.Module, nfe: int) -> _Run:
     """Noise ``sigma_max * z`` ``[B, ...]`` -> samples, as a diffusers pipeline would do it.
 
     Raises:
@@ -117,7 +117,7 @@ def check(denoiser: Denoiser, rival: nn.Module, shape: tuple[int, ...], device: 
     return off
 
 
-def measure(
+def _measure(
     denoiser: Denoiser,
     policy: Any,
     shape: tuple[int, ...],
@@ -135,7 +135,7 @@ def measure(
     process, nfe = denoiser.process, int(policy.nfe)
     noise = seeded_noise(range(batch), shape, process.t_max, device=device)
     sampler = Sampler(denoiser, policy).to(device)
-    ways: dict[str, Run] = {"dlms_engine": lambda x: sampler(x)}
+    ways: dict[str, _Run] = {"dlms_engine": lambda x: sampler(x)}
     ways |= {name: diffusers_run(network, nfe) for name, network in rivals.items()}
     found = {}
     for name, run in ways.items():
@@ -167,9 +167,9 @@ def solver_of(path: Path | None, nfe: int) -> tuple[str, Any]:
     return f"{getattr(held, 'method', 'table')}-{policy.nfe}", policy
 
 
-def report(args: argparse.Namespace) -> dict[str, Any]:
+def _report(args: argparse.Namespace) -> dict[str, Any]:
     """Everything, as JSON."""
-    network, shape = make_network(args.model, args.device, DTYPES[args.dtype])
+    network, shape = make_network(args.model, args.device, _DTYPES[args.dtype])
     label, policy = solver_of(args.solver, args.nfe)
     # Copies, so that nobody's network carries the hook that a learned solver needs.
     rivals = {"diffusers": copy.deepcopy(network)}
@@ -185,7 +185,7 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
     batches = {}
     off = check(denoiser, rivals["diffusers"], shape, args.device)
     for batch in args.batches:
-        found = measure(denoiser, policy, shape, args.device, batch, args.repeats, rivals)
+        found = _measure(denoiser, policy, shape, args.device, batch, args.repeats, rivals)
         own = found["dlms_engine"]["images_per_second"]
         rate = {n: own / t["images_per_second"] for n, t in found.items() if n != "dlms_engine"}
         batches[str(batch)] = {"ways": found, "times_the_speed_of": rate}
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="dlms bench pipeline", description="Noise to image.")
     parser.add_argument("--model", default="embedded", help="embedded or a benchmark model")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="default: bfloat16 on a GPU")
     parser.add_argument("--solver", type=Path, help="solver file; default: iPNDM")
     parser.add_argument("--nfe", type=int, default=5, help="without a solver file")
     parser.add_argument("--batches", default="1,64,1024", help="batch sizes, with commas")
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.batches = [int(batch) for batch in args.batches.split(",")]
-    found = report(args)
+    found = _report(args)
     if finish(found, args):
         return 0
     said = found["settings"]

@@ -38,7 +38,7 @@ TRAIN_STEPS = 1000
 BETAS = (1e-4, 0.02)
 """Ends of the linear beta schedule that diffusers' schedulers have by default."""
 
-STATE = ("_step_index", "model_outputs", "timestep_list", "lower_order_nums", "last_sample")
+_STATE = ("_step_index", "model_outputs", "timestep_list", "lower_order_nums", "last_sample")
 
 
 def absence() -> str | None:
@@ -125,7 +125,7 @@ class Stepper:
                 self.scheduler.scale_model_input(latent, t)
                 latent = self.scheduler.step(output(f, n), t, latent, return_dict=False)[0]
         self._t = self.scheduler.timesteps[AT]
-        state = {k: v for k, v in vars(self.scheduler).items() if k in STATE}
+        state = {k: v for k, v in vars(self.scheduler).items() if k in _STATE}
         self._sets = [_Set(f.clone(), latent.clone(), _clone(state)) for _ in range(sets)]
 
     def compiled(self, backend: str) -> Stepper:

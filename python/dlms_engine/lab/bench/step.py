@@ -25,7 +25,7 @@ from dlms_engine.ops import layout
 from . import device, rivals, step_cuda, timing
 
 SHAPES = ((1, 4, 64, 64), (8, 4, 128, 128), (64, 3, 32, 32))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DEPTH = 2
 LOOP_ROWS = 20
 ROUNDS = 9
@@ -40,8 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     cases = []
     with torch.inference_mode():
         for shape in SHAPES[: 1 if options.quick else None]:
-            for dtype in DTYPES:
-                cases.append(measure(shape, dtype, options.rounds or ROUNDS, options.seconds))
+            for dtype in _DTYPES:
+                cases.append(_measure(shape, dtype, options.rounds or ROUNDS, options.seconds))
                 if not options.json:
                     _print_case(cases[-1])
     report: dict[str, Any] = {
@@ -55,9 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(shape: tuple[int, ...], dtype: str, rounds: int, seconds: float) -> dict[str, Any]:
+def _measure(shape: tuple[int, ...], dtype: str, rounds: int, seconds: float) -> dict[str, Any]:
     """All candidates on one shape and network dtype."""
-    f = torch.randn(shape).to(DTYPES[dtype])
+    f = torch.randn(shape).to(_DTYPES[dtype])
     x = torch.randn(shape)
     candidates = _engine_calls(x, f)
     target = torch.empty_like(x)

@@ -35,13 +35,13 @@ from .step_report import (
     to_reach,
 )
 
-CASES = ((SMALL, "float32"), (LARGE, "float32"), (LATENT, "bfloat16"))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CASES = ((SMALL, "float32"), (LARGE, "float32"), (LATENT, "bfloat16"))
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROUNDS, NODES, SETS = 20, 200, 1024
 AGREE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest difference of two ways, relative to the largest entry, that is rounding."""
 
-Run = Callable[[int], object]
+_Run = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ class Tools:
     place: str = "cuda"
     backends: tuple[str, ...] = ("cuda", "triton")
     compiler: str | None = "inductor"  # None: the steps of diffusers are not compiled
-    timer: Callable[[Sequence[Run], int], list[list[float]]] = device.interleaved_events
-    capture: Callable[[list[device.Problem], ops.Backend, int], Run] = device.capture_rows
+    timer: Callable[[Sequence[_Run], int], list[list[float]]] = device.interleaved_events
+    capture: Callable[[list[device.Problem], ops.Backend, int], _Run] = device.capture_rows
     bandwidth: Callable[[], float] = device.copy_bandwidth
 
 
@@ -67,7 +67,7 @@ class Way:
 
     solver: str
     name: str
-    run: Run
+    run: _Run
     nbytes: int
     steps: int = 1
     stepper: rivals.Stepper | None = None  # of a compiled way: it counts its graphs
@@ -125,7 +125,7 @@ class Case:
     def _nbytes(self, solver: str) -> int:
         weights = rivals.rows(solver)[rivals.AT][layout.B :]
         history = int(weights.count_nonzero()) - 1
-        return device.row_bytes(self.shape, DTYPES[self.dtype].itemsize, history)
+        return device.row_bytes(self.shape, _DTYPES[self.dtype].itemsize, history)
 
     # -- the engine's ways ------------------------------------------------------------------------
 
@@ -134,7 +134,7 @@ class Case:
         depth = layout.depth_of(rivals.rows(solver).shape[1])
         make = device.Problem.make
         problems = [
-            make(self.shape, DTYPES[self.dtype], depth, self.tools.place)
+            make(self.shape, _DTYPES[self.dtype], depth, self.tools.place)
             for _ in range(self._sets(nbytes))
         ]
         for name in self.tools.backends:
@@ -184,7 +184,7 @@ class Case:
         off = rivals.disagreement(solver, *small, rivals.rows(solver))
         if not off <= AGREE["float32"]:
             raise Absent(f"its step differs from the engine's by {off:.1e} of the largest entry")
-        f = f.to(DTYPES[self.dtype])
+        f = f.to(_DTYPES[self.dtype])
         per_set = 4 * f.nbytes  # network output, state and two kept outputs
         return rivals.Stepper(solver, x, f, self._sets(per_set))
 
@@ -237,7 +237,7 @@ def run(tools: Tools, options: argparse.Namespace, machine: dict[str, Any]) -> i
     """Measures, prints and writes; after each case the JSON holds what there is so far."""
     torch.manual_seed(0)
     gpu, found = str(machine["gpu"]), list[dict[str, Any]]()
-    chosen = CASES[:1] if options.quick else CASES
+    chosen = _CASES[:1] if options.quick else _CASES
     report: dict[str, Any] = {
         "benchmark": "step",
         "device": tools.place,

@@ -16,11 +16,11 @@ EAGER, COMPILED, IN_GRAPH = "diffusers eager", "diffusers torch.compile", "in gr
 def ratios(rows: list[dict[str, Any]]) -> None:
     """`times_in_graph`: each way's median over that of the engine's in-graph step."""
     for row in rows:
-        ours = in_graph(rows, row["solver"])
+        ours = _in_graph(rows, row["solver"])
         row["times_in_graph"] = row["p50_us"] / ours["p50_us"] if ours else None
 
 
-def in_graph(rows: list[dict[str, Any]], solver: str) -> dict[str, Any] | None:
+def _in_graph(rows: list[dict[str, Any]], solver: str) -> dict[str, Any] | None:
     """The in-graph step of the backend that "auto" prefers: CUDA's, Triton's where there is none."""
     found = [r for r in rows if r["solver"] == solver and r["way"].endswith(IN_GRAPH)]
     return found[0] if found else None
@@ -39,7 +39,7 @@ def to_reach(cases: Sequence[dict[str, Any]]) -> list[targets.Target]:
         value, reason = None, "this shape was not measured"
         if case is not None:
             named = [r for r in case["rows"] if (r["solver"], r["way"]) == (solver, rival)]
-            row = in_graph(case["rows"], solver) if rival is None else next(iter(named), None)
+            row = _in_graph(case["rows"], solver) if rival is None else next(iter(named), None)
             value = None if row is None else row[key]
             reason = "" if value is not None else _why(case, solver, rival)
         return targets.Target(f"{what}, {size}", limit, sense, unit, value, reason)

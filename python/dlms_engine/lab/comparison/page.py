@@ -15,7 +15,7 @@ from .. import plots
 from ..record.report import number
 from ..record.rows import rank
 
-Row = Mapping[str, Any]
+_Row = Mapping[str, Any]
 
 COLUMNS = (
     "NFE", "solver", "endpoint RMSE", "distance to accurate", "distance to data", "builds on",
@@ -37,7 +37,7 @@ img { max-width: 100%; }
 """
 
 
-def conditions(result: Mapping[str, Any]) -> str:
+def _conditions(result: Mapping[str, Any]) -> str:
     """One paragraph: what was measured, and how."""
     s, floors = result["settings"], result["floors"]
     return (
@@ -59,15 +59,15 @@ def markdown(result: Mapping[str, Any]) -> str:
         if row["learned"]:
             cells[1] = f"**{cells[1]}**"
         lines.append("| " + " | ".join(cells) + " |")
-    return f"{conditions(result)}\n\n" + "\n".join(lines) + "\n"
+    return f"{_conditions(result)}\n\n" + "\n".join(lines) + "\n"
 
 
-def ordered(rows: Sequence[Row]) -> list[Row]:
+def ordered(rows: Sequence[_Row]) -> list[_Row]:
     """By evaluations, then by distance to accurate samples; what was refused comes last."""
     return sorted(rows, key=lambda row: (row["nfe"], rank(row.get("excess_accurate"))))
 
 
-def base_of(row: Row, rows: Sequence[Row]) -> Row | None:
+def base_of(row: _Row, rows: Sequence[_Row]) -> _Row | None:
     """The handcrafted row that ``row`` builds on."""
     for other in rows:
         same = other["nfe"] == row["nfe"] and not other["learned"]
@@ -76,7 +76,7 @@ def base_of(row: Row, rows: Sequence[Row]) -> Row | None:
     return None
 
 
-def _cells(row: Row, rows: Sequence[Row]) -> list[str]:
+def _cells(row: _Row, rows: Sequence[_Row]) -> list[str]:
     if "refused" in row:
         return [str(row["nfe"]), str(row["solver"]), "-", "-", "-", str(row["refused"]), "", "", ""]
     base = base_of(row, rows)
@@ -136,7 +136,7 @@ def page(result: Mapping[str, Any], folder: Path, *, command: str = "") -> Path:
         f"<title>Solvers compared</title><style>{STYLE}</style></head><body>",
         "<h1>Solvers compared</h1>",
         f"<p><code>{html.escape(command)}</code></p>" if command else "",
-        f"<p>{html.escape(conditions(result))}</p>",
+        f"<p>{html.escape(_conditions(result))}</p>",
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>",
         *(_figure(path) for path in figures),
         "</body></html>",

@@ -27,7 +27,7 @@ from ..record.store import Store
 from .contestants import Contestant
 from .distilled import Distilled, Workshop
 
-FORMAT = "dlms_engine.comparison/1"
+_FORMAT = "dlms_engine.comparison/1"
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ class _Run:
 
     def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {
-            "format": FORMAT,
+            "format": _FORMAT,
             "settings": {**asdict(self.settings), "nfes": list(self.settings.nfes)},
             "torch": torch.__version__,
             "floors": dict(self._floors.values),

@@ -11,7 +11,7 @@ from ...evaluation.frechet import LABEL
 from .. import plots
 from .rows import best, figure, rank
 
-Row = Mapping[str, Any]
+_Row = Mapping[str, Any]
 
 
 def markdown(record: Mapping[str, Any]) -> str:
@@ -37,7 +37,7 @@ def markdown(record: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _finals(rows: Sequence[Row], nfes: Sequence[int]) -> str:
+def _finals(rows: Sequence[_Row], nfes: Sequence[int]) -> str:
     lines = [
         "| NFE | solver | endpoint RMSE | distance to accurate | distance to data |",
         "|---:|---|---:|---:|---:|",
@@ -51,7 +51,7 @@ def _finals(rows: Sequence[Row], nfes: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-def _matrix(rows: Sequence[Row], nfes: Sequence[int], by: str) -> str:
+def _matrix(rows: Sequence[_Row], nfes: Sequence[int], by: str) -> str:
     """Solvers against nfe, the best mean rank first."""
     cells: dict[str, dict[int, str]] = {}
     ranks: dict[str, list[float]] = {}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...support.files import replacing
 
-FORMAT = "dlms_engine.record/1"
+_FORMAT = "dlms_engine.record/1"
 
 
 class Store:
@@ -36,7 +36,7 @@ class Store:
         try:
             with safetensors.safe_open(str(path), framework="pt") as opened:
                 metadata = opened.metadata() or {}
-                if metadata.get("format") != FORMAT or metadata.get("key") != _text(key):
+                if metadata.get("format") != _FORMAT or metadata.get("key") != _text(key):
                     return None
                 return {held: opened.get_tensor(held) for held in opened.keys()}  # noqa: SIM118
         except safetensors.SafetensorError:  # damaged: computed anew
@@ -46,7 +46,7 @@ class Store:
         """Replaces what is saved as ``name``."""
         kept = {held: tensor.detach().cpu().contiguous() for held, tensor in tensors.items()}
         with replacing(self._path(name)) as partial:
-            save_file(kept, partial, {"format": FORMAT, "key": _text(key)})
+            save_file(kept, partial, {"format": _FORMAT, "key": _text(key)})
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.safetensors"

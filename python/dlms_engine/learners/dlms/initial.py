@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from ..training.start_times import StartTimes
     from .settings import DlmsSettings
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
-ADAMS_BASHFORTH = (
+_ADAMS_BASHFORTH = (
     (1.0,),
     (3 / 2, -1 / 2),
     (23 / 12, -16 / 12, 5 / 12),
@@ -47,7 +47,7 @@ def initial_scales(times: StartTimes, scale_range: float, gain: float) -> Tensor
     bound = 0.95 * scale_range
     worst = float(wanted.abs().max()) if len(wanted) else 0.0
     if worst > bound:
-        log.warning(
+        _log.warning(
             "the grid's network times are up to %.0f %% off their grid times, scale_range=%g keeps "
             "%.0f %%: set scale_range=%.2g to start from them exactly",
             100 * worst, scale_range, 100 * bound, worst / 0.9,
@@ -65,7 +65,7 @@ def _row(
     if settings.init == "ddim":
         return (1.0,)
     if settings.init in ("ab", "ipndm"):
-        return ADAMS_BASHFORTH[min(available, 4) - 1]
+        return _ADAMS_BASHFORTH[min(available, 4) - 1]
     # DPM-Solver++ with lower order at the end, as the handcrafted solver has it
     order = min(available, 3, settings.steps - n + 1)
     lambdas = process.lambda_(grid)

@@ -12,7 +12,7 @@ from ...processes import EDM, Process, VPDiscrete, grids
 from ...tables.table import Prediction
 from ..training.start_times import GridSource, start_times
 
-SOLVERS = ("ddim", "ipndm", "deis", "dpm_solver_pp", "dpm_solver", "edm")
+_SOLVERS = ("ddim", "ipndm", "deis", "dpm_solver_pp", "dpm_solver", "edm")
 HIGHEST = {"ddim": 1, "ipndm": 4, "deis": 4, "dpm_solver_pp": 3, "dpm_solver": 3, "edm": 1}
 USUAL = {"ddim": 1, "ipndm": 4, "deis": 4, "dpm_solver_pp": 2, "dpm_solver": 2, "edm": 1}
 
@@ -60,7 +60,7 @@ class DodeSettings:
     chunk: int = 100
 
     def __post_init__(self) -> None:
-        _one_of("solver", self.solver, SOLVERS)
+        _one_of("solver", self.solver, _SOLVERS)
         _one_of("prediction", self.prediction, (None, "data", "noise"))
         _one_of("formulation", self.formulation, ("difference", "sep", "all", "two"))
         _one_of("alignment", self.alignment, ("interval", "official"))
