@@ -22,6 +22,16 @@ BY_STRING = {
     "dlms_engine.cli.common": "the user's own module:function",
 }
 
+KERNELS = {"fused_row", "fused_row_", "fused_row_backward"}
+"""An operator and its reference have one name: ``ops`` and ``ops.reference``."""
+
+TWICE = {
+    "FORMAT", "Form", "Inputs", "Kind", "NAMES", "Output", "PREDICTIONS", "Plan", "available", "check",
+    "explain", "folder", "is_flow", "load", "load_checkpoint", "log", "network_of", "record",
+    "register", "select", "show", "solve", "to_reach",
+}  # fmt: skip
+"""Names that two modules still define; none may be added."""
+
 
 def test_imports_point_down() -> None:
     assert layout.climbs(PACKAGE, ORDER) == []
@@ -44,6 +54,16 @@ def test_names_imported_on_first_use_are_known_to_type_checkers() -> None:
         for alias in node.names
     }
     assert seen == set(dlms_engine.__all__)
+
+
+def test_the_top_level_is_the_list_of_parts() -> None:
+    assert layout.entries(PACKAGE) == sorted(ORDER)
+
+
+def test_a_public_name_is_defined_once() -> None:
+    names = layout.public_names(PACKAGE)
+    twice = {name: homes for name, homes in names.items() if len(homes) > 1}
+    assert {k: v for k, v in twice.items() if k not in KERNELS | TWICE} == {}
 
 
 # -- planted faults ------------------------------------------------------------------------------
@@ -102,6 +122,22 @@ def test_a_circle_is_seen(files: Plant, size: int, tmp_path: Path) -> None:
 def test_an_import_by_string_is_seen(call: str, tmp_path: Path) -> None:
     package = planted(tmp_path, {"low/cellar.py": f"import importlib\n{call}"})
     assert layout.string_imports(package) == ["house.low.cellar"]
+
+
+def test_a_name_defined_twice_is_seen(tmp_path: Path) -> None:
+    files = {
+        "low/a.py": "def beam(): ...",
+        "high/b.py": "beam: int = 1\n_own = 2",
+        "low/c.py": "_own = 1",
+    }
+    names = layout.public_names(planted(tmp_path, files))
+    assert sorted(names["beam"]) == ["house.high.b", "house.low.a"]
+    assert "_own" not in names
+
+
+def test_a_loose_module_is_seen(tmp_path: Path) -> None:
+    package = planted(tmp_path, {"loose.py": "", "_hidden.py": ""})
+    assert layout.entries(package) == ["high", "loose", "low"]
 
 
 def test_the_checks_see_this_package() -> None:

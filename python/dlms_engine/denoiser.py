@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .processes import Process
 from .support.versioned import Versioned
 
-Prediction = Literal["data", "noise", "velocity", "flow", "edm"]
+NetworkPrediction = Literal["data", "noise", "velocity", "flow", "edm"]
 PREDICTIONS = ("data", "noise", "velocity", "flow", "edm")
 
 
@@ -84,7 +84,7 @@ class Denoiser(Versioned, nn.Module):
         self,
         network: Callable[..., Any],
         process: Process,
-        prediction: Prediction = "edm",
+        prediction: NetworkPrediction = "edm",
         *,
         sigma_data: float = 0.5,
         features: str | None = None,
@@ -107,7 +107,7 @@ class Denoiser(Versioned, nn.Module):
             )
         self.network = network
         self.process = process
-        self.prediction: Prediction = prediction
+        self.prediction: NetworkPrediction = prediction
         self.sigma_data = float(sigma_data)
         self.guidance_scale = guidance_scale
         self.unconditional = dict(unconditional or {})

@@ -46,7 +46,7 @@ def result(started: str = "2026-01-02T03:04:05Z", row_us: float = 1.5, **more: A
         "bench-loop": {
             "settings": {"network": "embedded", "batch": 1},
             "captured": True,
-            "summary": {"milliseconds": loop.summary(times)},
+            "summary": {"milliseconds": loop.loop_summary(times)},
         },
         "bench-step": {
             "cases": [{"shape": [1, 4, 64, 64], "network_dtype": "float32", "rows": step_rows()}]
@@ -128,6 +128,6 @@ def test_the_command_line(tmp_path, capsys):
     shutil.copy(gpu_page.PAGE, copy)
     (tmp_path / "gpu-x.json").write_text(json.dumps(result(row_us=1.75)))
     arguments = [str(copy), str(tmp_path / "gpu-x.json")]
-    assert gpu_page.main(["--check", *arguments]) == 1 and "stale" in capsys.readouterr().out
-    assert gpu_page.main(arguments) == 0 == gpu_page.main(["--check", *arguments])
+    assert gpu_page.make_page(["--check", *arguments]) == 1 and "stale" in capsys.readouterr().out
+    assert gpu_page.make_page(arguments) == 0 == gpu_page.make_page(["--check", *arguments])
     assert re.search(r"\| 1\.75 us \| reached \|", copy.read_text())

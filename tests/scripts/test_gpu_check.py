@@ -259,7 +259,7 @@ def test_every_benchmark_understands_its_options(tmp_path, monkeypatch):
         for each in group.stages:
             if each.name.startswith("bench") and not each.name.endswith("cpu"):
                 *_, options = each.commands[0][:3], each.commands[0][3:]
-                assert bench.main(list(options)) == 2, each.name  # argparse would exit
+                assert bench.main_bench(list(options)) == 2, each.name  # argparse would exit
 
 
 def test_every_file_with_a_gpu_test_is_run():

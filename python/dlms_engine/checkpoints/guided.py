@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..denoiser import Denoiser, Prediction
+from ..denoiser import Denoiser, NetworkPrediction
 from ..processes import EDM, Process, VPDiscrete
 
 SCHEDULES = ("linear", "cosine")
@@ -56,7 +56,7 @@ class Noise:
         return VPDiscrete(betas=ddpm_betas(self.noise_schedule, self.diffusion_steps))
 
     @property
-    def prediction(self) -> Prediction:
+    def prediction(self) -> NetworkPrediction:
         """What the network predicts."""
         return "edm" if self.kind == "edm" else "noise"
 

@@ -34,7 +34,7 @@ NOISE = tuple(field.name for field in dataclasses.fields(Noise))
 _KINDS = ("edm", "guided", "ldm")
 
 
-def kind_of(path: Path, tensors: dict[str, Tensor] | None = None) -> str:
+def checkpoint_kind(path: Path, tensors: dict[str, Tensor] | None = None) -> str:
     """``"edm"`` (snapshot), ``"guided"`` (U-Net or classifier) or ``"ldm"`` (latent diffusion).
 
     Raises:
@@ -86,7 +86,7 @@ def load_checkpoint(
         ValueError: not such a checkpoint, unknown or contradicting options.
     """
     path = Path(path)
-    found = kind_of(path)
+    found = checkpoint_kind(path)
     if found == "edm":
         if options or classifier is not None:
             extra = sorted(options) or ["classifier"]
@@ -164,7 +164,7 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
             raise ValueError(f"EDM snapshots take no options: leave {sorted(options)[0]} out")
         return edm.convert(source, target)
     tensors = read_tensors(source)
-    found = kind_of(source, tensors)
+    found = checkpoint_kind(source, tensors)
     metadata: dict[str, str] = {}
     written = read_metadata(source) if source.suffix == ".safetensors" else {}
     if written.get("format", "").startswith("dlms_engine."):
@@ -186,8 +186,8 @@ def convert_checkpoint(source: str | Path, target: str | Path, **options: Any) -
 
 __all__ = [
     "UnsafeCheckpointError",
+    "checkpoint_kind",
     "convert_checkpoint",
-    "kind_of",
     "load_checkpoint",
     "load_network",
 ]

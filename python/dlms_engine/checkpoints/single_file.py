@@ -13,7 +13,7 @@ except ImportError as exc:
     ) from exc
 
 from .formats import read_tensors
-from .load import kind_of
+from .load import checkpoint_kind
 
 
 def load_single_file(
@@ -38,7 +38,7 @@ def load_single_file(
     """
     path = Path(path)
     tensors = read_tensors(path)  # refuses pickled code before anyone else opens the file
-    if kind_of(path, tensors) != "ldm":
+    if checkpoint_kind(path, tensors) != "ldm":
         raise ValueError(
             f"{path} is no latent-diffusion checkpoint: use "
             "dlms_engine.checkpoints.load.load_checkpoint"

@@ -18,11 +18,11 @@ app = typer.Typer(
     epilog="--debug, anywhere, shows the traceback of an error.",
 )
 app.command()(demo.demo)
-app.command()(distill.distill)
+app.command("distill")(distill.distill_command)
 app.command()(sample.sample)
-app.command()(convert.convert)
-app.command()(evaluate.evaluate)
-app.command()(compare.compare)
+app.command("convert")(convert.convert_command)
+app.command("evaluate")(evaluate.evaluate_command)
+app.command("compare")(compare.compare_command)
 app.command()(inspect.inspect)
 app.command()(export.export)
 app.command(

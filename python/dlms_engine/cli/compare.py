@@ -12,7 +12,7 @@ import typer
 from .common import JsonOption, ModelOption, emit, load_model, parse_seeds
 
 
-def compare(
+def compare_command(
     nfes: Annotated[str, typer.Option(help="Evaluations to compare: numbers and ranges.")] = "3-10",
     methods: Annotated[
         str | None,

@@ -119,7 +119,7 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def show(configuration: Mapping[str, Any], as_json: bool) -> None:
+def show_configuration(configuration: Mapping[str, Any], as_json: bool) -> None:
     """Prints it as YAML, or as JSON."""
     if as_json:
         typer.echo(json.dumps(configuration))

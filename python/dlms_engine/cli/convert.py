@@ -10,7 +10,7 @@ import typer
 from .common import JsonOption, SetOption, emit, parse_settings
 
 
-def convert(
+def convert_command(
     source: Annotated[
         Path, typer.Argument(help="EDM .pkl, guided-diffusion .pt, or latent-diffusion .ckpt.")
     ],
@@ -28,10 +28,10 @@ def convert(
         raise ValueError(f"{source} is no file")
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists: choose another name, or give --overwrite")
-    from ..checkpoints.load import convert_checkpoint, kind_of
+    from ..checkpoints.load import checkpoint_kind, convert_checkpoint
 
     written = convert_checkpoint(source, output, **parse_settings(set_))
-    found = kind_of(written)
+    found = checkpoint_kind(written)
     use = (
         f"dlms_engine.checkpoints.single_file.load_single_file({str(output)!r})"
         if found == "ldm"

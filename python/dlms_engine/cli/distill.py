@@ -22,7 +22,7 @@ from .common import (
 )
 
 
-def distill(
+def distill_command(
     context: typer.Context,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Solver file to write.")
@@ -68,7 +68,7 @@ def distill(
     full = resolved(method, nfe, settings, trajectories=trajectories, seed=seed)
     found = configs.configuration(context, full)
     if show_config:
-        configs.show(found, as_json)
+        configs.show_configuration(found, as_json)
         return
     if output is None:
         raise ValueError("no place for the solver: give --output FILE.safetensors")

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 CACHE = Path("~/.cache/dlms_engine/evaluate")
 
 
-def evaluate(
+def evaluate_command(
     solver: Annotated[
         list[Path] | None, typer.Option(help="Solver file; with --record, may be given many times.")
     ] = None,
@@ -193,9 +193,9 @@ def _record(
     )
     if not leads():
         return
-    text = report.markdown(result)
+    text = report.record_markdown(result)
     (folder / "record.md").write_text(text, encoding="utf-8")
-    pictures = report.draw(result, folder)
+    pictures = report.draw_record(result, folder)
     emit(result, as_json, [text, *(str(path) for path in pictures), str(folder / "record.json")])
 
 

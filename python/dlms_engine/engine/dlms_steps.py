@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..denoiser import Denoiser
 from ..ops import designer_row
-from ..ops.designer_row import LEVELS, NETWORKS, PROCESSES, Kernels, Parameters, RowConfig
+from ..ops.designer_row import LEVELS, NETWORK_CODES, PROCESS_CODES, Kernels, Parameters, RowConfig
 from ..policies.dlms import DesignerPolicy
 from ..processes import EDM, VP, Cosine, RectifiedFlow
 from ..processes.base import Process
@@ -145,9 +145,9 @@ def row_config(denoiser: Denoiser, policy: DesignerPolicy) -> RowConfig:
         afs=int(settings.afs),
         log=int(settings.coordinate == "log"),
         frozen=int(settings.time_range == 0),
-        process=PROCESSES.index(process.name),
+        process=PROCESS_CODES.index(process.name),
         noise=int(settings.prediction == "noise"),
-        network=NETWORKS.index(denoiser.prediction),
+        network=NETWORK_CODES.index(denoiser.prediction),
         level=LEVELS.index(level),
     )
 

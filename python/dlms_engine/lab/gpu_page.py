@@ -244,7 +244,7 @@ def filled(page: str, files: Sequence[Mapping[str, Any]]) -> str:
     return BLOCK.sub(part, page)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def make_page(arguments: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m dlms_engine.lab.gpu_page", description=__doc__)
     parser.add_argument("page", type=Path, nargs="?", default=PAGE)
@@ -262,4 +262,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(make_page())

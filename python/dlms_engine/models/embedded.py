@@ -26,7 +26,7 @@ SIGMA_DATA = 0.5
 SIGMA_MIN, SIGMA_MAX = 0.002, 80.0
 C_NOISE_SCALE = 100.0
 """The U-Net's timestep is ``C_NOISE_SCALE * c_noise``; ``examples/train_embedded.py`` trains so."""
-FEATURES = 64
+_FEATURES = 64
 """Number of features per image of :class:`FeatureNetwork`."""
 
 BOTTLENECK = "unet.mid_block"
@@ -74,11 +74,11 @@ class FeatureNetwork(nn.Module):
     to the images. Features are scaled to a mean variance of 1 over the training images.
     """
 
-    num_features = FEATURES
+    num_features = _FEATURES
 
     def __init__(self) -> None:
         super().__init__()
-        widths = (3, 32, 64, 96, 96, FEATURES)
+        widths = (3, 32, 64, 96, 96, _FEATURES)
         self.convolutions = nn.ModuleList(
             nn.Conv2d(before, after, 3, padding=1, bias=False)
             for before, after in itertools.pairwise(widths)

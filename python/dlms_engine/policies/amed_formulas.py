@@ -21,7 +21,7 @@ from ..solvers.ipndm import ADAMS_BASHFORTH
 from ..tables.trace import Form
 from .amed_predictor import Choice
 
-Solver = Literal["amed", "ddim", "dpm_solver_2", "ipndm", "dpm_solver_pp"]
+AmedSolver = Literal["amed", "ddim", "dpm_solver_2", "ipndm", "dpm_solver_pp"]
 _SOLVERS = {"amed": 1, "ddim": 1, "dpm_solver_2": 2, "ipndm": 4, "dpm_solver_pp": 3}
 """solver -> outputs it reads at most."""
 MULTISTEP = ("ipndm", "dpm_solver_pp")
@@ -41,7 +41,7 @@ class AmedBase:
         afs: the first evaluation is the analytic x / sqrt(alpha^2 + sigma^2).
     """
 
-    solver: Solver = "amed"
+    solver: AmedSolver = "amed"
     order: int | None = None
     prediction: Literal["data", "noise"] = "data"
     lower_order_final: bool = True

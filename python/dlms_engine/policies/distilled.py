@@ -16,7 +16,7 @@ from ..tables.file import (
     DISTILLED_KEYS,
     SolverFileError,
     read_solver,
-    rebuild,
+    rebuild_policy,
     record_of,
     write_record,
 )
@@ -119,5 +119,5 @@ def load_solver(path: str | os.PathLike[str]) -> Any:
         OSError: the file cannot be read.
     """
     record = read_solver(path)
-    policy = rebuild(Path(path), record)
+    policy = rebuild_policy(Path(path), record)
     return policy if record.distilled is None else DistilledSolver(policy, **record.distilled)

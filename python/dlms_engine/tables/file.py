@@ -111,7 +111,7 @@ def write_record(target: Path, record: SolverRecord) -> Path:
     """
     raw = serialize(record)
     check_size(target, len(raw))
-    rebuild(target, record)
+    rebuild_policy(target, record)
     with replacing(target) as partial:
         partial.write_bytes(raw)
     return target
@@ -170,7 +170,7 @@ def _float64(name: str, value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float64).contiguous()
 
 
-def rebuild(path: Path, record: SolverRecord) -> Any:
+def rebuild_policy(path: Path, record: SolverRecord) -> Any:
     """The policy in ``record``, without what holds it.
 
     Raises:

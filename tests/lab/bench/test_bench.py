@@ -36,11 +36,11 @@ def test_json_is_a_flag_and_output_a_file(
 ) -> None:
     path = tmp_path / "out.json"
     threads = torch.get_num_threads()
-    assert bench.main([what, *QUICK[what], "--json", "--output", str(path)]) == 0
+    assert bench.main_bench([what, *QUICK[what], "--json", "--output", str(path)]) == 0
     printed: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert printed == json.loads(path.read_text(encoding="utf-8"))
     assert printed["benchmark"] == what
-    assert bench.main([what, *QUICK[what]]) == 0
+    assert bench.main_bench([what, *QUICK[what]]) == 0
     table = capsys.readouterr().out
     with pytest.raises(json.JSONDecodeError):
         json.loads(table)
@@ -49,4 +49,4 @@ def test_json_is_a_flag_and_output_a_file(
 
 def test_each_module_is_one_of_them() -> None:
     assert {what.value for what in bench.What} == {*QUICK, "distill"}
-    assert bench.main(["magic"]) == 2
+    assert bench.main_bench(["magic"]) == 2

@@ -15,7 +15,9 @@ import torch
 from dlms_engine import ops
 from dlms_engine.lab.bench import device, rivals, step, step_cuda, step_report, targets
 
-needs_diffusers = pytest.mark.skipif(not rivals.available(), reason="diffusers is not installed")
+needs_diffusers = pytest.mark.skipif(
+    not rivals.available_rivals(), reason="diffusers is not installed"
+)
 PRICES = {"eager": 100.0, "compile": 40.0, "launch": 5.0, "graph": 1.5}
 MACHINE = {"gpu": "NVIDIA H200", "driver": "1"}
 COPY = 4e12
@@ -74,18 +76,18 @@ def ways(found: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 @needs_diffusers
-@pytest.mark.parametrize("name", step_report.SOLVERS)
+@pytest.mark.parametrize("name", step_report.TIMED_SOLVERS)
 def test_both_take_the_same_step(name: str) -> None:
     """The engine's rows give diffusers' state; those of the other solver do not."""
     torch.manual_seed(0)
     x, f = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
     assert rivals.disagreement(name, x, f, rivals.rows(name)) < 2e-6
-    other = next(n for n in step_report.SOLVERS if n != name)
+    other = next(n for n in step_report.TIMED_SOLVERS if n != name)
     assert rivals.disagreement(name, x, f, rivals.rows(other)) > 10 * step_cuda.AGREE["float32"]
 
 
 @needs_diffusers
-@pytest.mark.parametrize("name", step_report.SOLVERS)
+@pytest.mark.parametrize("name", step_report.TIMED_SOLVERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sets_and_compiled_steps_are_the_same_step(name: str, dtype: torch.dtype) -> None:
     rivals.forget_compiled()
@@ -110,7 +112,7 @@ def test_every_way_of_both_solvers(dtype: str) -> None:
     expected = {backend, f"{backend} in graph", step_report.EAGER, step_report.COMPILED}
     assert found["absent"] == []
     rows = ways(found)
-    assert set(rows) == {(solver, way) for solver in step_report.SOLVERS for way in expected}
+    assert set(rows) == {(solver, way) for solver in step_report.TIMED_SOLVERS for way in expected}
     for (solver, way), row in rows.items():
         network = 2 if dtype == "bfloat16" else 4
         history = 1 if solver == "DPM++2M" else 2
@@ -269,7 +271,7 @@ def test_report_grows_case_by_case(
     given = tools(timer=Watching(), compiler=None)
     assert step_cuda.run(given, options("--rounds", "2", "--output", str(path)), MACHINE) == 0
     text = capsys.readouterr().out
-    assert "absent: --no-compile was given" in text or not rivals.available()
+    assert "absent: --no-compile was given" in text or not rivals.available_rivals()
     assert "to reach:" in text and "not measured" in text and "driver 1" in text
     assert seen[0] is None and len(seen[1]["cases"]) == 1 and not seen[1]["complete"]
     report = json.loads(path.read_text())
@@ -287,9 +289,9 @@ def test_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     called = []
     monkeypatch.setattr(step.step_cuda, "main", lambda given: called.append(given) or 0)
     monkeypatch.setattr(step.device, "no_gpu", lambda program: True)
-    assert step.main(["--device", "cuda"]) == 2 and not called
+    assert step.bench_step(["--device", "cuda"]) == 2 and not called
     monkeypatch.setattr(step.device, "no_gpu", lambda program: False)
-    assert step.main(["--device", "cuda"]) == 0 and called[0].device == "cuda"
+    assert step.bench_step(["--device", "cuda"]) == 0 and called[0].device == "cuda"
 
 
 class FakeEvents:
@@ -340,7 +342,7 @@ def test_a_figure_comes_with_its_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     found = device.machine()
     assert found["gpu"] == "NVIDIA H200" and found["commit"] == "1234567-dirty"
     assert {"driver", "torch", "cuda", "triton", "python"} <= set(found)
-    assert (found["diffusers"] is not None) or not rivals.available()
+    assert (found["diffusers"] is not None) or not rivals.available_rivals()
     assert device._version("no-such-package") is None
 
 
@@ -393,7 +395,7 @@ def test_no_shape_is_begun_after_the_time(
     monkeypatch.setattr(device, "measure", measure)
     monkeypatch.setattr(device, "machine", lambda: {"gpu": "none"})
     monkeypatch.setattr(device.time, "monotonic", lambda: float(next(now)))
-    assert device.main(["--seconds", "50", "--output", str(path)]) == 0
+    assert device.bench_device(["--seconds", "50", "--output", str(path)]) == 0
     report = json.loads(path.read_text())
     assert written == [0, 1] and len(report["rows"]) == 2  # each shape is on disk at once
     assert report["not_measured"][1] == {"shape": [64, 3, 32, 32], "network_dtype": "float32"}

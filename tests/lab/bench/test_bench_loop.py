@@ -113,7 +113,7 @@ def test_report_of_a_gpu_judges_the_targets(
 ) -> None:
     times = dict(zip(loop.WAYS, ([30.0], [10.0], [9.9]), strict=True))
     found = {"captured": True, "milliseconds": times, "back_to_back": times}
-    monkeypatch.setattr(loop, "measure", lambda *given: found)
+    monkeypatch.setattr(loop, "_measure", lambda *given: found)
     monkeypatch.setattr(loop, "machine", lambda: {"gpu": "NVIDIA H200"})
     monkeypatch.setattr(loop.rivals, "absence", lambda: None)
     result = loop.report(arguments(network="auto", device="cuda", batch=1, nfe=5))
@@ -135,5 +135,5 @@ def test_a_sample_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_bad_repeats_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        loop.main(["--repeats", "0"])
+        loop.bench_loop(["--repeats", "0"])
     assert "--repeats is 0" in capsys.readouterr().err

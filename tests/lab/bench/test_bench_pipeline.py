@@ -19,7 +19,7 @@ pytest.importorskip("diffusers")
 def test_both_ways_end_at_the_same_image() -> None:
     network, shape = pipeline.make_network("embedded", "cpu", torch.float32)
     denoiser = pipeline.make_denoiser(network, pipeline.solver_of(None, 5)[1])
-    assert pipeline.check(denoiser, network, shape, "cpu") < 0.02
+    assert pipeline.check_pipeline(denoiser, network, shape, "cpu") < 0.02
 
 
 def test_another_model_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,7 +28,7 @@ def test_another_model_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = pipeline.make_denoiser(network, pipeline.solver_of(None, 5)[1])
     monkeypatch.setattr(pipeline.embedded, "SIGMA_DATA", 1.0)
     with pytest.raises(RuntimeError, match="different models"):
-        pipeline.check(denoiser, network, shape, "cpu")
+        pipeline.check_pipeline(denoiser, network, shape, "cpu")
 
 
 def test_report_of_a_solver_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,7 +36,10 @@ def test_report_of_a_solver_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
     table = solvers.ddim(process, grids.polynomial(process, 2))
     save_solver(tmp_path / "two.safetensors", table)
     options = ["--no-compile", "--batches", "1,2", "--repeats", "2"]
-    assert pipeline.main([*options, "--solver", str(tmp_path / "two.safetensors"), "--json"]) == 0
+    assert (
+        pipeline.bench_pipeline([*options, "--solver", str(tmp_path / "two.safetensors"), "--json"])
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     assert found["settings"]["nfe"] == 2
     assert set(found["batches"]) == {"1", "2"}
@@ -51,6 +54,6 @@ def test_report_of_a_solver_file(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 def test_unknown_model_and_absent_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="expected one of embedded, cifar10-32"):
-        pipeline.main(["--model", "magic"])
+        pipeline.bench_pipeline(["--model", "magic"])
     monkeypatch.setattr(pipeline, "no_gpu", lambda program: True)
-    assert pipeline.main(["--device", "cuda"]) == 2
+    assert pipeline.bench_pipeline(["--device", "cuda"]) == 2

@@ -17,7 +17,7 @@ from dlms_engine.engine.sampler import Sampler
 from dlms_engine.lab.comparison import CONTESTANTS, STUDIES, CompareSettings, choose, compare
 from dlms_engine.lab.comparison import distilled as workshop
 from dlms_engine.lab.comparison.budget import affordable, counted
-from dlms_engine.lab.comparison.contestants import Base, Contestant
+from dlms_engine.lab.comparison.contestants import BuildsOn, Contestant
 from dlms_engine.lab.comparison.page import draw, markdown, page
 from dlms_engine.lab.record.measure import Entry, Measurer
 from dlms_engine.lab.record.store import Store
@@ -26,11 +26,14 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("matplotlib")
 SIZES: dict[str, Any] = {"samples": 8, "exact_samples": 6, "exact_nfe": 12, "accurate_nfe": 8}
 SIZES |= {"screen_samples": 2, "shown": 4, "batch": 4, "budget": 6_000}
-IPNDM = Base("ipndm", order=4, afs="dockhorn")
+IPNDM = BuildsOn("ipndm", order=4, afs="dockhorn")
 FREE = Contestant("free", "free_table", {"validation_samples": 4, "batch": 8}, IPNDM, batch=8)
-DODE = Contestant("dode", "dode", {"scale": 3}, Base("ddim"), scales=False, trajectories=16)
+DODE = Contestant("dode", "dode", {"scale": 3}, BuildsOn("ddim"), scales=False, trajectories=16)
 HEUN_LIKE = Contestant(
-    "amed", "amed", {"solver": "amed", "afs": False, "validation_samples": 4}, Base("dpm_solver_2")
+    "amed",
+    "amed",
+    {"solver": "amed", "afs": False, "validation_samples": 4},
+    BuildsOn("dpm_solver_2"),
 )
 
 

@@ -10,13 +10,13 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ...denoiser import Denoiser, Preconditioning, Prediction
+from ...denoiser import Denoiser, NetworkPrediction, Preconditioning
 from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
 from ...processes import as_float64 as f64
 
 Kind = Literal["vp", "flow", "edm"]
 
-PREDICTIONS: dict[str, Prediction] = {
+PREDICTIONS: dict[str, NetworkPrediction] = {
     "epsilon": "noise",
     "sample": "data",
     "v_prediction": "velocity",
@@ -151,7 +151,7 @@ class NoiseModel:
             raise ValueError(f"prediction_type is {name!r}, expected one of {sorted(PREDICTIONS)}")
         kind = kind_of(config)
         process: Process
-        prediction: Prediction = PREDICTIONS[name]
+        prediction: NetworkPrediction = PREDICTIONS[name]
         sigma_data = 0.5
         sign = 1.0
         if kind == "flow":

@@ -21,25 +21,25 @@ def benchmark(what: What, arguments: list[str]) -> int:
     if what is What.step:
         from . import step
 
-        return step.main(arguments)
+        return step.bench_step(arguments)
     if what is What.loop:
         from . import loop
 
-        return loop.main(arguments)
+        return loop.bench_loop(arguments)
     if what is What.device:
         from . import device
 
-        return device.main(arguments)
+        return device.bench_device(arguments)
     if what is What.pipeline:
         from . import pipeline
 
-        return pipeline.main(arguments)
+        return pipeline.bench_pipeline(arguments)
     from . import distill
 
-    return distill.main(arguments)
+    return distill.bench_distill(arguments)
 
 
-def main(arguments: list[str]) -> int:
+def main_bench(arguments: list[str]) -> int:
     """Runs the benchmark named first with the arguments that follow; returns its exit status."""
     names = [what.value for what in What]
     if not arguments or arguments[0] not in names:
@@ -52,4 +52,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main_bench(sys.argv[1:]))

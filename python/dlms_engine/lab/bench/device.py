@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from dlms_engine import ops
-from dlms_engine.lab.bench.timing import commit, finish, json_options, save
+from dlms_engine.lab.bench.timing import commit, finish_report, json_options, save_report
 from dlms_engine.ops import layout, libraries, reference
 
 _CASES = (
@@ -163,7 +163,7 @@ class Problem:
         backend.fused_row_(self.f, None, self.x, self.ring, self.row, self.network_input)
 
 
-def check(backend: ops.Backend, problem: Problem) -> None:
+def check_device(backend: ops.Backend, problem: Problem) -> None:
     """RuntimeError unless the backend gives the reference's bits on this problem."""
     want = reference.fused_row(problem.f, None, problem.x, problem.ring, problem.row)
     got = backend.fused_row(problem.f, None, problem.x, problem.ring, problem.row)
@@ -212,7 +212,7 @@ def ways(
     backend = ops.select(name, "cuda")
     for kind in slots if name != "eager" else ():
         with ring_slots(kind):
-            check(backend, problems[0])
+            check_device(backend, problems[0])
             for used in (problems, problems[:1]) if warm else (problems,):
                 label = f"{name} in a graph" + (f", {kind}" if kind else "")
                 label += "" if used is problems else ", warm"
@@ -271,7 +271,7 @@ def no_gpu(program: str) -> bool:
     return True
 
 
-def main(argv: list[str] | None = None) -> int:
+def bench_device(argv: list[str] | None = None) -> int:
     """Command line. Status 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="dlms bench device", description="One row on a GPU.")
     parser.add_argument("--depth", type=int, default=3, help="history slots")
@@ -290,10 +290,10 @@ def main(argv: list[str] | None = None) -> int:
         results = measure(shape, _DTYPES[dtype], args.depth, bandwidth)
         torch.cuda.empty_cache()
         report["rows"] += [asdict(r) for r in results]
-        save(report, args)
+        save_report(report, args)
         if not args.json:
             _show(results)
-    if not finish(report, args):
+    if not finish_report(report, args):
         print(f"copy {bandwidth / 1e12:.2f} TB/s on {report['machine']['gpu']}")
         for case in report["not_measured"]:
             print(f"not measured, the time is over: {case['shape']} {case['network_dtype']}")
@@ -312,4 +312,4 @@ def _show(results: Sequence[Timing]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(bench_device())

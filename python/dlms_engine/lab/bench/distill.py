@@ -25,7 +25,7 @@ from torch import nn
 from dlms_engine import ops
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
-from dlms_engine.lab.bench.timing import conditions, finish, json_options, save
+from dlms_engine.lab.bench.timing import conditions, finish_report, json_options, save_report
 from dlms_engine.learners import LEARNERS, RunOptions
 from dlms_engine.processes import EDM
 
@@ -164,7 +164,7 @@ def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield row | {"error": f"{type(error).__name__}: {error}"}
 
 
-def main(argv: list[str] | None = None) -> int:
+def bench_distill(argv: list[str] | None = None) -> int:
     """Command line. Status 2 if the device is not there, 1 if a learner failed."""
     parser = argparse.ArgumentParser(prog="dlms bench distill", description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -187,10 +187,10 @@ def main(argv: list[str] | None = None) -> int:
     }
     for row in _rows(args):
         report["rows"].append(row)
-        save(report, args)  # a run that is cut short has given what it measured
+        save_report(report, args)  # a run that is cut short has given what it measured
         if not args.json:
             _show(row)
-    finish(report, args)
+    finish_report(report, args)
     return int(any("error" in row for row in report["rows"]))
 
 
@@ -201,4 +201,4 @@ def _show(row: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(bench_distill())

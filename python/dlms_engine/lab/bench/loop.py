@@ -27,7 +27,7 @@ from dlms_engine.lab.bench import rivals
 from dlms_engine.lab.bench.device import interleaved_events, machine, no_gpu, quantiles
 from dlms_engine.lab.bench.targets import Target, as_json
 from dlms_engine.lab.bench.targets import show as show_targets
-from dlms_engine.lab.bench.timing import conditions, finish, json_options
+from dlms_engine.lab.bench.timing import conditions, finish_report, json_options
 from dlms_engine.processes import EDM
 
 SHAPE = (3, 16, 16)
@@ -176,7 +176,7 @@ def _measure(
     return found
 
 
-def summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+def loop_summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Quantiles in milliseconds, the eager loop's time over the engine's, and the overhead."""
     found: dict[str, Any] = {
         way: dict(zip(("p20", "p50", "p80"), quantiles(each), strict=True))
@@ -226,7 +226,7 @@ def report(args: argparse.Namespace, clocks: Clocks | None = None) -> dict[str, 
         "absent": [{"what": "embedded model", "reason": absent}] if absent else [],
         **found,
         "summary": {
-            key: summary(found[key]) for key in ("milliseconds", "back_to_back") if found[key]
+            key: loop_summary(found[key]) for key in ("milliseconds", "back_to_back") if found[key]
         },
     }
     if args.device == "cuda":
@@ -262,7 +262,7 @@ def show(result: dict[str, Any]) -> None:
         show_targets([Target(**{n: t[n] for n in names}) for t in held], result["machine"]["gpu"])
 
 
-def main(argv: list[str] | None = None) -> int:
+def bench_loop(argv: list[str] | None = None) -> int:
     """Command line. Status 2 if the device is not there."""
     parser = argparse.ArgumentParser(prog="dlms bench loop", description="A whole sampling run.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -282,10 +282,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.device == "cuda" and no_gpu(parser.prog):
         return 2
     result = report(args)
-    if not finish(result, args):
+    if not finish_report(result, args):
         show(result)
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(bench_loop())

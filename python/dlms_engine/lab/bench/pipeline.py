@@ -26,7 +26,7 @@ from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler, seeded_noise
 from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
 from dlms_engine.lab.bench.loop import wall_times
-from dlms_engine.lab.bench.timing import conditions, finish, json_options
+from dlms_engine.lab.bench.timing import conditions, finish_report, json_options
 from dlms_engine.processes import EDM
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -96,7 +96,9 @@ def diffusers_run(network: nn.Module, nfe: int) -> _Run:
     return run
 
 
-def check(denoiser: Denoiser, rival: nn.Module, shape: tuple[int, ...], device: str) -> float:
+def check_pipeline(
+    denoiser: Denoiser, rival: nn.Module, shape: tuple[int, ...], device: str
+) -> float:
     """RMSE between both ways at ``CHECK_EVALUATIONS`` evaluations of DPM-Solver++.
 
     Raises:
@@ -183,7 +185,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         ):
             each.compile(dynamic=False, mode=mode)
     batches = {}
-    off = check(denoiser, rivals["diffusers"], shape, args.device)
+    off = check_pipeline(denoiser, rivals["diffusers"], shape, args.device)
     for batch in args.batches:
         found = _measure(denoiser, policy, shape, args.device, batch, args.repeats, rivals)
         own = found["dlms_engine"]["images_per_second"]
@@ -208,7 +210,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
+def bench_pipeline(argv: list[str] | None = None) -> int:
     """Command line. Status 2 if the device is not there."""
     parser = argparse.ArgumentParser(prog="dlms bench pipeline", description="Noise to image.")
     parser.add_argument("--model", default="embedded", help="embedded or a benchmark model")
@@ -226,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     args.batches = [int(batch) for batch in args.batches.split(",")]
     found = _report(args)
-    if finish(found, args):
+    if finish_report(found, args):
         return 0
     said = found["settings"]
     print(
@@ -242,4 +244,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(bench_pipeline())

@@ -60,14 +60,14 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def available() -> bool:
+def available_rivals() -> bool:
     """Whether diffusers is installed."""
     return absence() is None
 
 
 def version() -> str | None:
     """Version of diffusers, or None."""
-    if not available():
+    if not available_rivals():
         return None
     import diffusers
 

@@ -31,11 +31,11 @@ LOOP_ROWS = 20
 ROUNDS = 9
 
 
-def main(arguments: list[str] | None = None) -> int:
+def bench_step(arguments: list[str] | None = None) -> int:
     """Measures, prints a table, and with --json the figures; returns the exit status."""
     options = _parse(arguments)
     if options.device == "cuda":
-        return 2 if device.no_gpu("dlms bench step") else step_cuda.main(options)
+        return 2 if device.no_gpu("dlms bench step") else step_cuda.bench_step_cuda(options)
     torch.set_num_threads(options.threads)
     cases = []
     with torch.inference_mode():
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
         "unit": "microseconds per step, lowest of the round medians",
         "cases": cases,
     }
-    if not timing.finish(report, options):
+    if not timing.finish_report(report, options):
         print("\n" + ", ".join(f"{k} {v}" for k, v in report["conditions"].items()))
     return 0
 
@@ -62,7 +62,7 @@ def _measure(shape: tuple[int, ...], dtype: str, rounds: int, seconds: float) ->
     candidates = _engine_calls(x, f)
     target = torch.empty_like(x)
     candidates["copy"] = lambda: target.copy_(x)
-    if rivals.available():
+    if rivals.available_rivals():
         for name in rivals.RIVALS:
             candidates[name] = rivals.step_call(name, x, f)
     times = timing.interleaved(candidates, rounds=rounds, seconds=seconds)
@@ -154,4 +154,4 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(bench_step())

@@ -29,7 +29,7 @@ from .step_report import (
     LARGE,
     LATENT,
     SMALL,
-    SOLVERS,
+    TIMED_SOLVERS,
     print_case,
     ratios,
     to_reach,
@@ -96,7 +96,7 @@ class Case:
         rivals.forget_compiled()
         bandwidth = self.tools.bandwidth()
         with torch.no_grad():
-            for solver in SOLVERS:
+            for solver in TIMED_SOLVERS:
                 self._engine(solver)
                 self._rivals(solver)
             before = [way.stepper.graphs if way.stepper else 0 for way in self.ways]
@@ -144,7 +144,7 @@ class Case:
                 for way in (name, f"{name} {IN_GRAPH}"):
                     self._miss(solver, way, str(error))
                 continue
-            device.check(backend, problems[0])
+            device.check_device(backend, problems[0])
 
             def launch(i: int, backend: ops.Backend = backend) -> None:
                 problems[i % len(problems)].step(backend)
@@ -224,7 +224,7 @@ def _row(way: Way, times: Sequence[float], bandwidth: float) -> dict[str, Any]:
     return row if way.stepper is None else {**row, "graphs": way.stepper.graphs}
 
 
-def main(options: argparse.Namespace) -> int:
+def bench_step_cuda(options: argparse.Namespace) -> int:
     """`options` as `bench.step` parses them; the GPU is there."""
     properties = torch.cuda.get_device_properties(0)
     tools = Tools(
@@ -252,10 +252,10 @@ def run(tools: Tools, options: argparse.Namespace, machine: dict[str, Any]) -> i
         reached = to_reach(found)
         report["targets"] = targets.as_json(reached, gpu)
         report["complete"] = len(found) == len(chosen)
-        timing.save(report, options)
+        timing.save_report(report, options)
         if not options.json:
             print_case(found[-1])
-    if not timing.finish(report, options):
+    if not timing.finish_report(report, options):
         targets.show(reached, gpu)
         print("\n" + ", ".join(f"{k} {v}" for k, v in machine.items()))
     return 0

@@ -9,7 +9,7 @@ from typing import Any
 from . import targets
 
 SMALL, LARGE, LATENT = (1, 4, 64, 64), (64, 3, 256, 256), (16, 16, 128, 128)
-SOLVERS = ("DPM++2M", "UniPC-2")
+TIMED_SOLVERS = ("DPM++2M", "UniPC-2")
 EAGER, COMPILED, IN_GRAPH = "diffusers eager", "diffusers torch.compile", "in graph"
 
 
@@ -28,7 +28,7 @@ def _in_graph(rows: list[dict[str, Any]], solver: str) -> dict[str, Any] | None:
 
 def to_reach(cases: Sequence[dict[str, Any]]) -> list[targets.Target]:
     """The figures to reach, from the DPM-Solver++(2M) rows of the cases measured."""
-    solver = SOLVERS[0]
+    solver = TIMED_SOLVERS[0]
 
     def make(
         what: str, limit: float, shape: tuple[int, ...], key: str, unit: str, rival: str | None

@@ -103,7 +103,7 @@ def json_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
 
 
-def save(report: dict[str, Any], options: argparse.Namespace) -> str:
+def save_report(report: dict[str, Any], options: argparse.Namespace) -> str:
     """Writes the report where ``--output`` says; returns its JSON."""
     text = json.dumps(report, indent=2)
     if options.output:
@@ -111,9 +111,9 @@ def save(report: dict[str, Any], options: argparse.Namespace) -> str:
     return text
 
 
-def finish(report: dict[str, Any], options: argparse.Namespace) -> bool:
+def finish_report(report: dict[str, Any], options: argparse.Namespace) -> bool:
     """Writes the report where ``--output`` says; prints it and is True with ``--json``."""
-    text = save(report, options)
+    text = save_report(report, options)
     if options.json:
         print(text)
     return bool(options.json)

@@ -16,7 +16,7 @@ from ...tables.table import SolverTable
 
 
 @dataclass(frozen=True)
-class Base:
+class BuildsOn:
     """The handcrafted solver a learner starts from, at the same number of evaluations.
 
     Attributes:
@@ -59,13 +59,13 @@ class Contestant:
     label: str
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
-    base: Base | None = None
+    base: BuildsOn | None = None
     scales: bool = True
     trajectories: int | None = None
     batch: int = 32
 
 
-IPNDM = Base("ipndm", order=4, afs="dockhorn")
+IPNDM = BuildsOn("ipndm", order=4, afs="dockhorn")
 
 
 def _of_preset(label: str, name: str, **changes: Any) -> Contestant:
@@ -78,29 +78,31 @@ def _of_preset(label: str, name: str, **changes: Any) -> Contestant:
 
 def _contestants() -> dict[str, Contestant]:
     # AMED takes an analytical first step at odd counts only, two evaluations a step
-    dpm_solver_pp = Base("dpm_solver_pp", "logsnr", 3, "odd")
+    dpm_solver_pp = BuildsOn("dpm_solver_pp", "logsnr", 3, "odd")
     ipndm = dataclasses.replace(IPNDM, afs="odd")
     # on iPNDM the search does not beat the rho-7 grid here, on DDIM it does
     searched = {"solver": "ddim", "gamma": [0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15]}
-    midpoint = Base("dpm_solver_2", grid="time_uniform", afs="odd")
+    midpoint = BuildsOn("dpm_solver_2", grid="time_uniform", afs="odd")
     return {
         "dlms": _of_preset("dlms", "dlms-embedded", base=IPNDM),
         "dlms-local": _of_preset("dlms-local", "dlms-embedded-local", base=IPNDM),
         "dlms-literal": _of_preset(
             "dlms-literal",
             "dlms-embedded-literal",
-            base=Base("ipndm", "time_uniform", 4, "dockhorn"),
+            base=BuildsOn("ipndm", "time_uniform", 4, "dockhorn"),
         ),
         "amed": _of_preset("amed", "amed-embedded", base=midpoint),
         "amed-plugin": _of_preset("amed-plugin", "amed-plugin-embedded", base=dpm_solver_pp),
         "amed-plugin-ipndm": _of_preset(
             "amed-plugin-ipndm", "amed-plugin-ipndm-embedded", base=ipndm
         ),
-        "ld3": _of_preset("ld3", "ld3-embedded", base=Base("unipc", "logsnr", 3)),
+        "ld3": _of_preset("ld3", "ld3-embedded", base=BuildsOn("unipc", "logsnr", 3)),
         "dode": Contestant(
-            "dode", "dode", {"solver": "ddim"}, Base("ddim"), scales=False, trajectories=256
+            "dode", "dode", {"solver": "ddim"}, BuildsOn("ddim"), scales=False, trajectories=256
         ),
-        "gits": Contestant("gits", "gits", searched, Base("ddim"), scales=False, trajectories=96),
+        "gits": Contestant(
+            "gits", "gits", searched, BuildsOn("ddim"), scales=False, trajectories=96
+        ),
         "free_table": _of_preset("free_table", "free-table-embedded", base=IPNDM),
     }
 

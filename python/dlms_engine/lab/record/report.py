@@ -14,7 +14,7 @@ from .rows import best, figure, rank
 _Row = Mapping[str, Any]
 
 
-def markdown(record: Mapping[str, Any]) -> str:
+def record_markdown(record: Mapping[str, Any]) -> str:
     """The tables of a record, with the conditions they were measured under."""
     settings, rows = record["settings"], record["rows"]
     floors = record["floors"]["full"]
@@ -76,7 +76,7 @@ def number(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
 
 
-def draw(record: Mapping[str, Any], folder: Path) -> list[Path]:
+def draw_record(record: Mapping[str, Any], folder: Path) -> list[Path]:
     """Quality against NFE, one picture a figure; returns what was written."""
     names = {
         "rmse": "endpoint RMSE",

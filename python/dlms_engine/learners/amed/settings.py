@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ...policies.amed_formulas import AmedBase, Solver
+from ...policies.amed_formulas import AmedBase, AmedSolver
 from ...processes import Process
 from ...processes.grids import GRIDS, named_grid
 from ...solvers import make_solver
@@ -47,7 +47,7 @@ class AmedSettings:
     """
 
     nfe: int = 5
-    solver: Solver = "amed"
+    solver: AmedSolver = "amed"
     order: int | None = None
     prediction: Literal["data", "noise"] = "data"
     lower_order_final: bool = True

@@ -28,7 +28,7 @@ class Correction(NamedTuple):
     x: tuple[float, ...]
 
 
-class Recorder(Protocol):
+class FormulaRecorder(Protocol):
     """What a program runs on."""
 
     corrections: list[Correction]

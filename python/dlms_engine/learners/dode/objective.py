@@ -23,7 +23,7 @@ from ...support.parallel import World
 from ...tables.table import SolverTable
 from ..training.start_times import refine
 from .fit import Correction, Fit, Replay
-from .programs import heun, multistep, singlestep
+from .programs import heun_program, multistep_program, singlestep
 from .settings import DodeSettings, official_grid, student_grid
 
 
@@ -85,11 +85,11 @@ def _run(recorder: Replay, process: Process, grid: Tensor, settings: DodeSetting
     prediction = settings.resolved_prediction(process)
     with_first = prediction == "noise" if settings.first_step is None else settings.first_step
     if settings.solver == "edm":
-        end = heun(recorder, process, grid, settings.nfe)
+        end = heun_program(recorder, process, grid, settings.nfe)
     elif settings.solver == "dpm_solver":
         end = singlestep(recorder, process, grid, settings, with_first)
     else:
-        end = multistep(recorder, base_table(process, grid, settings), settings, with_first)
+        end = multistep_program(recorder, base_table(process, grid, settings), settings, with_first)
     own = [getattr(c, settings.convention) for c in recorder.corrections]
     table = recorder.trace.table(
         end,

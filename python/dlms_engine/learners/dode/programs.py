@@ -14,7 +14,7 @@ from ...solvers.common import make_nodes, noise_step
 from ...solvers.exponential import ExponentialStep, lambdas, phi, predicted
 from ...tables.table import SolverTable
 from ...tables.trace import Form
-from .fit import Recorder
+from .fit import FormulaRecorder
 from .settings import DodeSettings
 
 
@@ -23,8 +23,8 @@ def surrogate(process: Process, t: Tensor, x: Form) -> Form:
     return x / torch.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
 
 
-def multistep(
-    recorder: Recorder, base: SolverTable, settings: DodeSettings, with_first: bool
+def multistep_program(
+    recorder: FormulaRecorder, base: SolverTable, settings: DodeSettings, with_first: bool
 ) -> Form:
     """D-DDIM, D-iPNDM, D-DEIS, D-DPM-Solver++: x' = a x + c dbar, dbar a mean of predictions.
 
@@ -60,7 +60,11 @@ def _directions(
 
 
 def singlestep(
-    recorder: Recorder, process: Process, grid: Tensor, settings: DodeSettings, with_first: bool
+    recorder: FormulaRecorder,
+    process: Process,
+    grid: Tensor,
+    settings: DodeSettings,
+    with_first: bool,
 ) -> Form:
     """D-DPM-Solver-2 and -3 (Lu et al. 2022a, Algorithms 4 and 5), or their data form.
 
@@ -113,7 +117,7 @@ def _second(step: ExponentialStep) -> Tensor:
     return -step.scale * step.u * phi(2, step.u)
 
 
-def heun(recorder: Recorder, process: Process, grid: Tensor, nfe: int) -> Form:
+def heun_program(recorder: FormulaRecorder, process: Process, grid: Tensor, nfe: int) -> Form:
     """D-EDM: Heun in sigma / alpha on data predictions, a lambda for each stage.
 
     As in the public code: the first slope of the average is the plain one, the second is taken at

@@ -17,7 +17,7 @@ from ...processes import Process
 Coordinate = Literal["lambda", "time"]
 
 
-class Times(NamedTuple):
+class GridTimes(NamedTuple):
     """float64 ``[N + 1]``, decreasing grid and the times the network is told."""
 
     grid: Tensor
@@ -143,10 +143,10 @@ class LearnedGrid(nn.Module):
             return self.process.lambda_(asked) - self.process.lambda_(inner)
         return asked - inner
 
-    def forward(self) -> Times:
+    def forward(self) -> GridTimes:
         """The grid and the network times, differentiable in both parameters."""
         grid = softmax_grid(self.process, self.logits, self.coordinate, self.t_max, self.t_min)
         asked = decoupled_times(
             self.process, grid, self.offsets, self.coordinate, window=self.window
         )
-        return Times(grid, asked)
+        return GridTimes(grid, asked)
