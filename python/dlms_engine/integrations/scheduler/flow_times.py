@@ -17,13 +17,13 @@ from torch import Tensor
 from .noise import make_alphas_cumprod, make_betas
 from .spread import modifier_of, spread
 
-Config = Mapping[str, Any]
-GRIDS = ("flow_match", "unipc", "dpm_solver_pp", "deis")
+_Config = Mapping[str, Any]
+_GRIDS = ("flow_match", "unipc", "dpm_solver_pp", "deis")
 BELOW_ONE = 1e-6  # UniPC keeps its first level this far below pure noise
 
 
 def flow_times(
-    config: Config, steps: int | None, custom: Tensor | None, mu: float | None
+    config: _Config, steps: int | None, custom: Tensor | None, mu: float | None
 ) -> tuple[Tensor, float]:
     """``[steps]`` noise levels, equal to the process times, and that of the finished sample.
 
@@ -35,8 +35,8 @@ def flow_times(
         ValueError: ``mu`` is missing, an unknown ``flow_grid`` or ``time_shift_type``.
     """
     grid = config.get("flow_grid") or "flow_match"
-    if grid not in GRIDS:
-        raise ValueError(f"flow_grid is {grid!r}, expected one of {GRIDS}")
+    if grid not in _GRIDS:
+        raise ValueError(f"flow_grid is {grid!r}, expected one of {_GRIDS}")
     if config.get("use_dynamic_shifting") and mu is None and grid in ("flow_match", "unipc"):
         raise ValueError("use_dynamic_shifting is set: set_timesteps needs mu")
     if grid == "flow_match":
@@ -60,7 +60,7 @@ def is_default(sigmas: Tensor) -> bool:
     return torch.allclose(sigmas, expected, atol=1e-6)
 
 
-def static_shift(config: Config) -> float:
+def static_shift(config: _Config) -> float:
     """``shift`` (FlowMatch classes) or ``flow_shift`` (multistep classes), 1 without either."""
     values = {float(v) for k in ("shift", "flow_shift") if (v := config.get(k)) is not None}
     if len(values) > 1:
@@ -69,7 +69,7 @@ def static_shift(config: Config) -> float:
 
 
 def _flow_match(
-    config: Config, steps: int | None, custom: Tensor | None, mu: float | None
+    config: _Config, steps: int | None, custom: Tensor | None, mu: float | None
 ) -> Tensor:
     dynamic = bool(config.get("use_dynamic_shifting"))
     shift = static_shift(config)
@@ -90,7 +90,7 @@ def _flow_match(
 
 
 def _unipc(
-    config: Config, steps: int | None, custom: Tensor | None, mu: float | None
+    config: _Config, steps: int | None, custom: Tensor | None, mu: float | None
 ) -> tuple[Tensor, float]:
     if config.get("use_karras_sigmas"):
         return _unipc_karras(config, steps, custom)
@@ -106,7 +106,9 @@ def _unipc(
     return sigmas, _end(config, sigmas)
 
 
-def _unipc_karras(config: Config, steps: int | None, custom: Tensor | None) -> tuple[Tensor, float]:
+def _unipc_karras(
+    config: _Config, steps: int | None, custom: Tensor | None
+) -> tuple[Tensor, float]:
     """Karras levels of sigma / alpha in the range of the config, or of its betas, as flow levels."""
     if custom is None:
         bar = make_alphas_cumprod(config, make_betas(config)).double()
@@ -120,7 +122,7 @@ def _unipc_karras(config: Config, steps: int | None, custom: Tensor | None) -> t
     return sigmas, _end(config, sigmas)
 
 
-def _ends(config: Config, sigmas: Tensor) -> tuple[float, float]:
+def _ends(config: _Config, sigmas: Tensor) -> tuple[float, float]:
     """``sigma_max`` and ``sigma_min`` of the config, or the first and last of ``sigmas``."""
     high, low = config.get("sigma_max"), config.get("sigma_min")
     return (
@@ -129,7 +131,7 @@ def _ends(config: Config, sigmas: Tensor) -> tuple[float, float]:
     )
 
 
-def _end(config: Config, sigmas: Tensor | None) -> float:
+def _end(config: _Config, sigmas: Tensor | None) -> float:
     kind = config.get("final_sigmas_type") or "zero"
     if kind not in ("zero", "sigma_min"):
         raise ValueError(f"final_sigmas_type is {kind!r}, expected 'zero' or 'sigma_min'")
@@ -141,7 +143,7 @@ def _end(config: Config, sigmas: Tensor | None) -> float:
     return float(((1 - bar) / bar) ** 0.5)
 
 
-def _between(config: Config, steps: int | None) -> Tensor:
+def _between(config: _Config, steps: int | None) -> Tensor:
     """The multistep classes' levels: the ends of ``steps`` + 1 equal parts below 1 - 1 / N."""
     assert steps is not None
     lowest = 1.0 / int(config["num_train_timesteps"])
@@ -152,7 +154,7 @@ def _shifted(sigmas: Tensor, shift: float) -> Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def _stretched(config: Config, sigmas: Tensor) -> Tensor:
+def _stretched(config: _Config, sigmas: Tensor) -> Tensor:
     """``shift_terminal``: the last level is moved there, the others in proportion."""
     if not config.get("shift_terminal") or float(sigmas[-1]) >= 1:
         return sigmas
@@ -160,7 +162,7 @@ def _stretched(config: Config, sigmas: Tensor) -> Tensor:
     return 1 - rest * ((1 - float(config["shift_terminal"])) / rest[-1])
 
 
-def _dynamic(config: Config, mu: float | None, sigmas: Tensor) -> Tensor:
+def _dynamic(config: _Config, mu: float | None, sigmas: Tensor) -> Tensor:
     kind = str(config.get("time_shift_type") or "exponential")
     if kind not in ("exponential", "linear"):
         raise ValueError(f"time_shift_type is {kind!r}, expected 'exponential' or 'linear'")

@@ -16,7 +16,7 @@ from .flow_times import flow_times
 from .noise import NoiseModel
 from .spread import modifier_of, spread
 
-Config = Mapping[str, Any]
+_Config = Mapping[str, Any]
 TINY = 1e-9  # relative length of a last step that a config asks to be of length zero
 
 
@@ -38,7 +38,7 @@ class Times:
 
 
 def run_times(
-    config: Config,
+    config: _Config,
     model: NoiseModel,
     solver: str,
     steps: int | None,
@@ -81,15 +81,15 @@ def run_times(
         grid, end = flow_times(config, steps, custom, mu)
         if config.get("invert_sigmas"):
             told = None  # diffusers makes them of the inverted levels again
-        return finish(model, grid, end, told)
+        return _finish(model, grid, end, told)
     end_time = _end(config, model, solver)
     if told is not None:
-        return finish(model, model.time(told), end_time)
+        return _finish(model, model.time(told), end_time)
     if custom is not None:
-        return finish(model, model.process.inverse_sigma(custom), end_time)
+        return _finish(model, model.process.inverse_sigma(custom), end_time)
     assert steps is not None
     if model.kind == "edm":
-        return finish(model, _edm_times(config, model, steps), end_time)
+        return _finish(model, _edm_times(config, model, steps), end_time)
     return _vp_times(config, model, solver, steps, end_time)
 
 
@@ -101,7 +101,7 @@ def vector(values: Sequence[float] | Tensor, name: str) -> Tensor:
     return made
 
 
-def _end(config: Config, model: NoiseModel, solver: str) -> float:
+def _end(config: _Config, model: NoiseModel, solver: str) -> float:
     """Process time of the finished sample: 0, or that of the smallest training level."""
     kind = config.get("final_sigmas_type") or "zero"
     if kind not in ("zero", "sigma_min"):
@@ -112,7 +112,7 @@ def _end(config: Config, model: NoiseModel, solver: str) -> float:
     return 0.0 if kind == "zero" else model.process.t_min
 
 
-def finish(
+def _finish(
     model: NoiseModel,
     times: Tensor,
     end: float,
@@ -135,24 +135,24 @@ def finish(
 # -- variance preserving and EDM ------------------------------------------------------------------
 
 
-def _vp_times(config: Config, model: NoiseModel, solver: str, steps: int, end: float) -> Times:
+def _vp_times(config: _Config, model: NoiseModel, solver: str, steps: int, end: float) -> Times:
     process = model.process
     assert isinstance(process, VPDiscrete)
     modifier = modifier_of(config)
     if modifier is None:
         indices = _indices(config, process, solver, steps)
         stride = process.levels // steps if solver == "ddim" and steps <= process.levels else None
-        return finish(model, model.time(indices), end, stride=stride)
+        return _finish(model, model.time(indices), end, stride=stride)
     ends = torch.tensor([1.0, 1 / process.levels], dtype=torch.float64)
     high, low = process.sigma_over_alpha(ends).tolist()
     high, low = config.get("sigma_max") or high, config.get("sigma_min") or low
     times = process.inverse_sigma(spread(modifier, float(high), float(low), steps, config))
     if end > 0 and solver in ("unipc", "deis"):  # they end at their own last level
         end = float(times[-1])
-    return finish(model, times, end)
+    return _finish(model, times, end)
 
 
-def _indices(config: Config, process: VPDiscrete, solver: str, steps: int) -> Tensor:
+def _indices(config: _Config, process: VPDiscrete, solver: str, steps: int) -> Tensor:
     """Training indices by ``timestep_spacing`` (Lin et al. 2024, Table 2); whole if they can be."""
     levels, spacing = process.levels, config["timestep_spacing"]
     last = levels - _clipped(config, process)
@@ -178,7 +178,7 @@ def _indices(config: Config, process: VPDiscrete, solver: str, steps: int) -> Te
     return whole if bool((whole.diff() < 0).all()) else exact
 
 
-def _clipped(config: Config, process: VPDiscrete) -> int:
+def _clipped(config: _Config, process: VPDiscrete) -> int:
     """Levels dropped at the noisy end (needed by cosine schedules)."""
     lowest = config.get("lambda_min_clipped")
     if lowest is None or lowest == -math.inf:
@@ -187,6 +187,6 @@ def _clipped(config: Config, process: VPDiscrete) -> int:
     return int((process.lambda_(t) < lowest).sum())
 
 
-def _edm_times(config: Config, model: NoiseModel, steps: int) -> Tensor:
+def _edm_times(config: _Config, model: NoiseModel, steps: int) -> Tensor:
     kind = f"{config.get('sigma_schedule') or 'karras'}_sigmas"
     return spread(kind, model.process.t_max, model.process.t_min, steps, config)
