@@ -8,7 +8,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from triton import knobs
-from triton.language.extra import libdevice
 
 if knobs.runtime.interpret:
 
@@ -34,13 +33,22 @@ else:
 
     @triton.jit
     def mul(a, b):  # type: ignore[no-untyped-def]
-        """A * b, rounded before it is added to anything.
+        """A * b, rounded before it is added to anything, denormal numbers kept.
 
-        A plain product would become half of a fused multiply-add, with other bits than the eager
-        reference. (The launch option enable_fp_fusion=False says the same for a whole kernel, but
-        torch.compile does not pass it on.)
+        A plain product would become half of a fused multiply-add, and libdevice's mul_rn flushes
+        denormals to zero: both have other bits than the eager reference. (The launch options
+        enable_fp_fusion and enable_reflect_ftz say the same for a whole kernel, but torch.compile
+        does not pass them on.)
         """
-        return libdevice.mul_rn(a, b)
+        if b.dtype == tl.float64:
+            product = tl.inline_asm_elementwise(
+                "mul.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, is_pure=True, pack=1
+            )
+        else:
+            product = tl.inline_asm_elementwise(
+                "mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1
+            )
+        return product
 
     @triton.jit  # type: ignore[untyped-decorator]
     def to_network(v, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
@@ -49,9 +57,9 @@ else:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def ring_slot(row, depth: tl.constexpr):  # type: ignore[no-untyped-def]
+def ring_slot(number, depth: tl.constexpr):  # type: ignore[no-untyped-def]
     """The row's slot modulo the depth: inside the ring whatever the row holds."""
-    slot = tl.load(row + 5).to(tl.int32) % depth
+    slot = number.to(tl.int32) % depth
     return (slot + depth) % depth
 
 
@@ -61,6 +69,39 @@ def mixed_branches(f, f_cond, guidance, guided: tl.constexpr):  # type: ignore[n
     if guided:
         return f + mul(guidance, f_cond - f)
     return f
+
+
+GROUP: tl.constexpr = tl.constexpr(4)
+"""Slots of the ring that are loaded before the first of them is used."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def history(  # type: ignore[no-untyped-def]
+    ring, row, slot, total, inside, first: tl.constexpr, depth: tl.constexpr, block: tl.constexpr
+):
+    """(b_k, m_{n-k}) for first <= k < min(first + GROUP, depth), as two tuples.
+
+    A weight of exactly zero: masked off, so the slot is not read.
+    """
+    weights = ()
+    past = ()
+    for k in tl.static_range(first, min(first + GROUP, depth)):
+        b = tl.load(row + 6 + k)
+        at = ((slot - k + depth) % depth).to(tl.int64) * total
+        # Broadcast first: the interpreter loses the type of a scalar comparison when it is broadcast.
+        wanted = inside & (tl.broadcast_to(b, [block]) != 0)
+        weights = weights + (b,)
+        past = past + (tl.load(ring + at, mask=wanted, other=0.0),)
+    return weights, past
+
+
+@triton.jit
+def add_history(x_next, weights, past):  # type: ignore[no-untyped-def]
+    """x_next + sum of b_k m_{n-k}, in the order of k, without the terms of weight zero."""
+    for k in tl.static_range(len(past)):
+        b = weights[k]
+        x_next = tl.where(b != 0, x_next + mul(b, past[k]), x_next)
+    return x_next
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -79,44 +120,51 @@ def fused_row_kernel(  # type: ignore[no-untyped-def]
     row_stride,  # numbers between the rows of two samples, 0 when all share one
     DEPTH: tl.constexpr,
     GUIDED: tl.constexpr,
+    EACH: tl.constexpr,  # a row for each sample
     M_TO_RING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Forward: one program is BLOCK elements of one sample."""
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    lane = (program - sample * blocks) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    sample = program // blocks if EACH else 0  # in 32 bits: 64 are a long subroutine
+    lane = (program - sample * blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < n
-    at = sample * n + lane
-    row = row_ptr + sample * row_stride
+    at = lane
+    row = row_ptr
+    if EACH:
+        at += sample.to(tl.int64) * n
+        row += sample.to(tl.int64) * row_stride
 
+    # All loads before their first use, or each would be a wait of its own.
+    c_skip = tl.load(row)
+    c_out = tl.load(row + 1)
+    a = tl.load(row + 2)
+    c_in = tl.load(row + 3)
+    guidance = tl.load(row + 4)
+    slot = ring_slot(tl.load(row + 5), DEPTH)
+    b0 = tl.load(row + 6)
     x = tl.load(x_ptr + at, mask=inside)
-    f = tl.load(f_ptr + at, mask=inside).to(x.dtype)
+    f = tl.load(f_ptr + at, mask=inside)
     f_cond = f
     if GUIDED:
-        f_cond = tl.load(f_cond_ptr + at, mask=inside).to(x.dtype)
-    slot = ring_slot(row, DEPTH)
+        f_cond = tl.load(f_cond_ptr + at, mask=inside)
+    weights, past = history(ring_ptr + at, row, slot, total, inside, 1, DEPTH, BLOCK)
 
-    output = mixed_branches(f, f_cond, tl.load(row + 4), GUIDED)
-    m = mul(tl.load(row), x) + mul(tl.load(row + 1), output)
-    x_next = mul(tl.load(row + 2), x)
-    b0 = tl.load(row + 6)
+    output = mixed_branches(f.to(x.dtype), f_cond.to(x.dtype), guidance, GUIDED)
+    m = mul(c_skip, x) + mul(c_out, output)
+    x_next = mul(a, x)
     x_next = tl.where(b0 != 0, x_next + mul(b0, m), x_next)
-    for k in tl.static_range(1, DEPTH):
-        b = tl.load(row + 6 + k)
-        past_at = ((slot - k + DEPTH) % DEPTH).to(tl.int64) * total + at
-        # A weight of exactly zero: masked off, so the slot is not read. (Broadcast first: the
-        # interpreter loses the type of a scalar comparison when it is broadcast.)
-        wanted = inside & (tl.broadcast_to(b, [BLOCK]) != 0)
-        past = tl.load(ring_ptr + past_at, mask=wanted, other=0.0)
-        x_next = tl.where(b != 0, x_next + mul(b, past), x_next)
+    x_next = add_history(x_next, weights, past)
+    for first in tl.static_range(1 + GROUP, DEPTH, GROUP):
+        weights, past = history(ring_ptr + at, row, slot, total, inside, first, DEPTH, BLOCK)
+        x_next = add_history(x_next, weights, past)
 
     m_at = at
     if M_TO_RING:
         m_at = slot.to(tl.int64) * total + at
     tl.store(m_ptr + m_at, m, mask=inside)
     tl.store(x_next_ptr + at, x_next, mask=inside)
-    scaled = mul(tl.load(row + 3), x_next)
+    scaled = mul(c_in, x_next)
     tl.store(input_ptr + at, to_network(scaled, input_ptr.dtype.element_ty), mask=inside)
 
 
@@ -169,7 +217,7 @@ def fused_row_backward_kernel(  # type: ignore[no-untyped-def]
     grad_input = tl.load(grad_input_ptr + at, mask=inside, other=0.0).to(x.dtype)
     grad_next = tl.load(grad_x_next_ptr + at, mask=inside, other=0.0)
     grad_m = tl.load(grad_m_ptr + at, mask=inside, other=0.0)
-    slot = ring_slot(row, DEPTH)
+    slot = ring_slot(tl.load(row + 5), DEPTH)
     c_skip = tl.load(row)
     c_out = tl.load(row + 1)
     a = tl.load(row + 2)
