@@ -15,9 +15,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DTYPES = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "fp16"), ("fp64", "fp64"))
 """(state, network) dtypes, as in ops/reference.py."""
 
-CASES = ((1, False), (3, True), (4, False))
-"""(depth, guided) that are compiled; the kernels differ in nothing else."""
+CASES = ((1, False, False), (3, True, True), (3, False, False), (4, False, False), (6, False, True))
+"""(depth, guided, a row for each sample) that are compiled."""
 
+MOST_WAITS = 2.7
+"""Serial waits for memory of a forward row of 2 to 4 slots that all samples share; a row for each
+sample comes after a division."""
 
 DESIGNERS = (
     # label, parameters, row, c_noise, what differs from DESIGNER
@@ -49,7 +52,10 @@ def load_device(name: str = "device") -> ModuleType:
 
 
 def _signature(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> dict[str, str]:
-    return {n: "constexpr" if n in constants else types.get(n, "i64") for n in kernel.arg_names}
+    return {
+        n: "constexpr" if n in constants else types.get(n, "i32" if n == "blocks" else "i64")
+        for n in kernel.arg_names
+    }
 
 
 def _types(kernel: Any, state: str, network: str) -> dict[str, str]:
@@ -67,11 +73,11 @@ def variants(device: ModuleType) -> list[tuple[str, Any, dict[str, str], dict[st
     """(label, kernel, signature, constants) of everything that is compiled."""
     found = []
     for state, network in DTYPES:
-        for depth, guided in CASES:
+        for depth, guided, each in CASES:
             shared = {"DEPTH": depth, "GUIDED": guided, "BLOCK": 1024}
-            label = f"<{state},{network},{depth}{',guided' if guided else ''}>"
+            label = f"<{state},{network},{depth}{',guided' * guided}{',each' * each}>"
             forward = device.fused_row_kernel
-            constants = {**shared, "M_TO_RING": True}
+            constants = {**shared, "M_TO_RING": True, "EACH": each}
             types = _types(forward, state, network)
             signature = _signature(forward, types, constants)
             found.append((f"triton.fused_row{label}", forward, signature, constants))
@@ -108,7 +114,11 @@ def designer_variants(
 
 
 def compile_one(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], arch: int, warps: int
+    kernel: Any,
+    signature: dict[str, str],
+    constants: dict[str, Any],
+    arch: int,
+    options: dict[str, int],
 ) -> Any:
     """The compiled kernel; `.asm` holds its ptx and its cubin."""
     import triton
@@ -121,7 +131,14 @@ def compile_one(
         if name.endswith("_ptr") or (name in ("n", "total") and signature[name] == "i64")
     }
     source = ASTSource(kernel, signature, constants, divisible)
-    return triton.compile(source, GPUTarget("cuda", arch, 32), {"num_warps": warps})
+    return triton.compile(source, GPUTarget("cuda", arch, 32), options)
+
+
+def options(device: ModuleType, label: str) -> dict[str, int]:
+    """How a kernel is compiled when it is launched."""
+    if label.startswith("triton.fused_row<"):
+        return dict(device.FORWARD[8 if "<fp64" in label else 4])
+    return dict(device.BACKWARD) if "backward" in label else {"num_warps": 4}
 
 
 def assemble(ptx: str, arch: int) -> str:
@@ -154,10 +171,31 @@ def contracted(label: str, ptx: str) -> str | None:
     return f"{label}: {len(found)} fused multiply-adds" if found else None
 
 
+def flushed(label: str, ptx: str) -> str | None:
+    """The operations of rows that flush denormal numbers to zero, or None; the designer's rows may."""
+    found = [] if "designer" in label else re.findall(r"\b[a-z0-9.]+\.ftz\b[a-z0-9.]*", ptx)
+    return f"{label}: {len(found)} flush denormals to zero, {found[0]}" if found else None
+
+
+def waits(label: str, cubin: bytes) -> str | None:
+    """Serial waits for memory above what a forward row of 2 to 4 slots may take, or None."""
+    from serial_waits import disassemble, parse, round_trips
+
+    if not re.match(r"triton\.fused_row<fp32,\w+,[234](,guided)?>", label):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        (code,) = parse(disassemble(path)).values()
+    count = round_trips(code)
+    return f"{label}: {count:.2f} serial waits for memory" if count > MOST_WAITS else None
+
+
 def triton_report(arches: tuple[int, ...]) -> list[dict[str, Any]]:
     """Resources of every kernel for every architecture, as keyword arguments of `Resources`.
 
-    RuntimeError if a kernel does not compile, gives no cubin or contracts the state's arithmetic.
+    RuntimeError if a kernel does not compile, gives no cubin, contracts the state's arithmetic, flushes
+    denormals or waits for memory too often.
     ModuleNotFoundError without Triton; RuntimeError under TRITON_INTERPRET=1.
     """
     from compile_kernels import parse_report
@@ -166,16 +204,20 @@ def triton_report(arches: tuple[int, ...]) -> list[dict[str, Any]]:
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: unset it to compile the Triton kernels")
     found = []
-    every = variants(load_device()) + designer_variants(load_device("designer_device"))
+    rows = load_device()
+    every = variants(rows) + designer_variants(load_device("designer_device"))
     for label, kernel, signature, constants in every:
-        warps = 8 if "backward" in label else 4
         for arch in arches:
-            compiled = compile_one(kernel, signature, constants, arch, warps)
+            compiled = compile_one(kernel, signature, constants, arch, options(rows, label))
             if not compiled.asm.get("cubin"):
                 raise RuntimeError(f"{label} for sm_{arch}: no cubin")
-            fault = contracted(label, compiled.asm["ptx"])
+            ptx = compiled.asm["ptx"]
+            fault = contracted(label, ptx) or flushed(label, ptx)
             if fault:
                 raise RuntimeError(f"sm_{arch}: {fault}; use mul() in kernels/triton/device.py")
+            fault = waits(label, compiled.asm["cubin"]) if arch == 90 else None
+            if fault:
+                raise RuntimeError(f"sm_{arch}: {fault}, at most {MOST_WAITS} are allowed")
             reports = parse_report(assemble(compiled.asm["ptx"], arch), arch)
             if len(reports) != 1:
                 raise RuntimeError(f"{label} for sm_{arch}: {len(reports)} kernels in the report")

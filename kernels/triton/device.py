@@ -74,6 +74,12 @@ def mixed_branches(f, f_cond, guidance, guided: tl.constexpr):  # type: ignore[n
 GROUP: tl.constexpr = tl.constexpr(4)
 """Slots of the ring that are loaded before the first of them is used."""
 
+FORWARD = {4: {"num_warps": 4, "maxnreg": 64}, 8: {"num_warps": 4, "maxnreg": 128}}
+"""How the forward kernel is compiled, by the bytes of a number of the state. With a bound on its
+registers the assembler uses them; without one it saves them and moves each load to its first use."""
+BACKWARD = {"num_warps": 8, "maxnreg": 128}
+"""The same of the backward kernel, which spills on sm_80 without a bound."""
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def history(  # type: ignore[no-untyped-def]
@@ -90,8 +96,8 @@ def history(  # type: ignore[no-untyped-def]
         at = ((slot - k + depth) % depth).to(tl.int64) * total
         # Broadcast first: the interpreter loses the type of a scalar comparison when it is broadcast.
         wanted = inside & (tl.broadcast_to(b, [block]) != 0)
-        weights = weights + (b,)
-        past = past + (tl.load(ring + at, mask=wanted, other=0.0),)
+        weights = weights + (b,)  # noqa: RUF005  Triton has no unpacking
+        past = past + (tl.load(ring + at, mask=wanted, other=0.0),)  # noqa: RUF005
     return weights, past
 
 

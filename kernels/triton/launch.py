@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 from dlms_engine.kernels.triton import device
 from torch import Tensor
 
@@ -22,6 +23,14 @@ BLOCK = 1024
 NUM_WARPS = 4
 SUM_BLOCK = 128
 MAX_PROGRAMS = 2**31 - 1
+# One configuration, so nothing is tuned: this is how a bound on the registers passes torch.compile.
+FORWARD = {
+    size: triton.autotune([triton.Config({}, **options)], key=[])(device.fused_row_kernel)
+    for size, options in device.FORWARD.items()
+}
+BACKWARD = triton.autotune([triton.Config({}, **device.BACKWARD)], key=[])(
+    device.fused_row_backward_kernel
+)
 
 
 def fused_row(
@@ -80,7 +89,7 @@ def _forward(
     n = x.numel() // samples
     blocks = -(-n // BLOCK)
     with _on(x):
-        wrap(device.fused_row_kernel)[(_programs(samples * blocks),)](
+        wrap(FORWARD[x.element_size()])[(_programs(samples * blocks),)](
             f,
             cond,
             x,
@@ -93,9 +102,9 @@ def _forward(
             row.shape[1] if each else 0,
             DEPTH=ring.shape[0],
             GUIDED=f_cond is not None,
+            EACH=each,
             M_TO_RING=m_to_ring,
             BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
         )
 
 
@@ -125,7 +134,7 @@ def fused_row_backward(
     cond = f if f_cond is None else _aligned(f_cond)
     gradients = (_aligned(grad_x_next), _aligned(grad_m), _aligned(grad_input))
     with _on(x):
-        wrap(device.fused_row_backward_kernel)[(_programs(samples * blocks),)](
+        wrap(BACKWARD)[(_programs(samples * blocks),)](
             *gradients,
             f,
             cond,
@@ -144,7 +153,6 @@ def fused_row_backward(
             DEPTH=ring.shape[0],
             GUIDED=f_cond is not None,
             BLOCK=BLOCK,
-            num_warps=2 * NUM_WARPS,
         )
         if row.dim() == 2:
             grad_row = _sum_middle(partial, row.dtype, wrap)

@@ -189,24 +189,48 @@ def test_triton_kernels(tmp_path, arch):
     done = run_script([script, "--triton", "--arch", str(arch), "--json", str(report)])
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
-    assert len(found) == 40 and {r["arch"] for r in found} == {arch}
+    assert len(found) == 56 and {r["arch"] for r in found} == {arch}
+
+
+FAULTS = {
+    "contracted": (r"product = tl.inline_asm_elementwise\([^)]*\)", "product = a * b"),
+    "flushed": (
+        r"product = tl.inline_asm_elementwise\([^)]*\)",
+        "product = libdevice.mul_rn(a, b)",
+    ),
+    "waits": (r', "maxnreg": 64', ""),
+}
+WORDS = {
+    "contracted": "fused multiply-adds",
+    "flushed": "flush denormals",
+    "waits": "serial waits for memory",
+}
 
 
 @needs_triton
-def test_a_contracted_kernel_would_be_found(tmp_path):
-    """Without `mul` the compiler contracts: the check on the assembly sees it."""
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_triton_kernel_would_be_found(tmp_path, fault):
+    """Without `mul`, with libdevice's product, without a bound on the registers."""
     source = (ROOT / "kernels" / "triton" / "device.py").read_text()
-    assert "return libdevice.mul_rn(a, b)" in source
+    old, new = FAULTS[fault]
+    assert re.search(old, source)
     folder = tmp_path / "kernels" / "triton"
     folder.mkdir(parents=True)
-    (folder / "device.py").write_text(source.replace("libdevice.mul_rn(a, b)", "a * b"))
+    changed = re.sub(old, new, source).replace(
+        "from triton import knobs\n",
+        "from triton import knobs\nfrom triton.language.extra import libdevice\n",
+    )
+    (folder / "device.py").write_text(changed)
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
         "import pathlib, compile_triton as c\n"
         f"c.ROOT = pathlib.Path({str(tmp_path)!r})\n"
-        "label, kernel, signature, constants = c.variants(c.load_device())[0]\n"
-        "compiled = c.compile_one(kernel, signature, constants, 90, 4)\n"
-        "print(c.contracted(label, compiled.asm['ptx']))\n"
+        "device = c.load_device()\n"
+        "label, kernel, signature, constants = c.variants(device)[6]\n"
+        "options = c.options(device, label)\n"
+        "asm = c.compile_one(kernel, signature, constants, 90, options).asm\n"
+        f"code = asm['cubin' if {fault == 'waits'} else 'ptx']\n"
+        f"print(c.{fault}(label, code))\n"
     )
     done = run_script(["-c", code])
-    assert "fused multiply-adds" in done.stdout, done.stdout + done.stderr
+    assert WORDS[fault] in done.stdout, done.stdout + done.stderr
