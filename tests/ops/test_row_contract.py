@@ -187,6 +187,7 @@ def test_choice_of_backend(monkeypatch, caplog):
         assert ops.select("auto").name == "eager"
         ops.select("auto")
     assert [r.message.startswith("no compiled backend for cpu") for r in caplog.records] == [True]
+    assert caplog.records[0].levelno == logging.WARNING and "dlms doctor" in caplog.text
     with pytest.raises(ops.BackendUnavailable):
         ops.select("cpu")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from .._version import __version__
-from . import bench, compare, convert, demo, distill, evaluate, export, inspect, sample
+from . import bench, compare, convert, demo, distill, doctor, evaluate, export, inspect, sample
 
 app = typer.Typer(
     name="dlms",
@@ -25,6 +25,7 @@ app.command("evaluate")(evaluate.evaluate_command)
 app.command("compare")(compare.compare_command)
 app.command()(inspect.inspect)
 app.command()(export.export)
+app.command()(doctor.doctor)
 app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
 )(bench.bench)

@@ -110,11 +110,38 @@ def select(name: str = "auto", device: torch.device | str | None = None) -> Back
     return _backends[name]
 
 
+def advice(kind: str) -> str:
+    """What to do where tensors on ``kind`` ("cpu", "cuda", ...) have no compiled backend; may be "".
+
+    "" where there is none for this kind of device, so that nothing is missing.
+    """
+    if kind not in ("cpu", "cuda"):
+        return ""
+    compiler = " and a C++17 compiler (g++, clang++)" if kind == "cpu" else ""
+    return (
+        f"reinstall dlms_engine where torch >= 2.11{compiler} can be had; `dlms doctor` shows more"
+    )
+
+
+def missing(name: str) -> str:
+    """Why the backend ``name`` cannot be had, "" if it can."""
+    return _missing.get(name, "")
+
+
 def _tell_fallback(kind: str) -> None:
-    if kind not in _told:
-        _told.add(kind)
-        reasons = "; ".join(f"{name}: {why}" for name, why in _missing.items())
-        log.info("no compiled backend for %s tensors, running eager torch (%s)", kind, reasons)
+    if kind in _told:
+        return
+    _told.add(kind)
+    reasons = "; ".join(f"{name}: {why}" for name, why in _missing.items())
+    # Many times slower than what was meant to be installed: that must be seen without asking.
+    level = logging.WARNING if advice(kind) else logging.INFO
+    log.log(
+        level,
+        "no compiled backend for %s tensors, running eager torch (%s)%s",
+        kind,
+        reasons,
+        f"; {advice(kind)}" if advice(kind) else "",
+    )
 
 
 register_backend(
