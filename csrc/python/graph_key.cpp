@@ -176,7 +176,7 @@ class Writer {
   void with_tensor_attributes(bool count) { tensor_attributes_ = count; }
   std::string take() const { return out_.take(); }
   size_t size() const { return out_.size(); }
-  std::string stray;
+  std::string stray; // the first parameter that is not on the run's device
 
  private:
   template <class T>
@@ -483,9 +483,11 @@ KeyAnswer graph_key(uint64_t owner, const py::dict& inputs, py::handle options, 
   writer.value(options.ptr(), 0);
   answer.key.coarse = writer.size();
   writer.with_tensor_attributes(tensor_attributes);
-  for (const py::handle item : modules) writer.value(item.ptr(), 0);
+  for (const py::handle item : modules) {
+    writer.value(item.ptr(), 0);
+    if (answer.stray.empty() && item.is(modules[py::int_(0)])) answer.stray = writer.stray;
+  }
   answer.key.bytes = writer.take();
-  answer.stray = std::move(writer.stray);
   return answer;
 }
 

@@ -71,8 +71,9 @@ def python_key(
     for item in modules:
         if isinstance(item, nn.Module):
             pictures.extend(_picture(item, tensor_attributes))
-            away = (n for n, p in item.named_parameters() if p.device != device)
-            stray = stray or next(away, "")
+            if item is modules[0]:
+                away = (n for n, p in item.named_parameters() if p.device != device)
+                stray = next(away, "")
         else:
             pictures.append(_settings(item, tensor_attributes))
             for value in getattr(item, "__dict__", {}).values():
