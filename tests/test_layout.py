@@ -28,7 +28,7 @@ KERNELS = {"fused_row", "fused_row_", "fused_row_backward"}
 TWICE = {
     "FORMAT", "Form", "Inputs", "Kind", "NAMES", "Output", "PREDICTIONS", "Plan", "available", "check",
     "explain", "folder", "is_flow", "Loop", "load", "load_checkpoint", "log", "network_of", "record",
-    "register", "select", "show", "solve", "to_reach",
+    "register", "select", "solve",
 }  # fmt: skip
 """Names that two modules still define; none may be added."""
 

@@ -74,11 +74,6 @@ def figures(reports: Mapping[str, Any]) -> Iterator[str]:
         for row in reports.get(stage, {}).get("rows", ()):
             rate = row.get("error") or f"{row['updates_per_s']:9.2f} a second ({row['unit']})"
             yield f"learn {row['device']:<5} {row['model']:<9}{row['method']:<22} {rate}"
-    for name in ("bench-step", "bench-loop"):
-        for target in reports.get(name, {}).get("targets", ()):
-            value = target["measured"]
-            shown = target["reason"] if value is None else f"{value:.4g} {target['unit']}"
-            yield f"aim   {target['verdict']:<12} {target['what']}: {shown}"
 
 
 def failures(reports: Mapping[str, Any]) -> Iterator[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,15 +25,11 @@ from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import GRAPHS, Sampler, seeded_noise
 from dlms_engine.lab.bench import rivals
 from dlms_engine.lab.bench.device import interleaved_events, machine, no_gpu, quantiles
-from dlms_engine.lab.bench.targets import Target, as_json
-from dlms_engine.lab.bench.targets import show as show_targets
 from dlms_engine.lab.bench.timing import conditions, finish_report, json_options
 from dlms_engine.processes import EDM
 
 SHAPE = (3, 16, 16)
 WAYS = EAGER, ENGINE, BARE = "eager loop", "engine", "bare network"
-MEANT_FOR = {"network": "embedded", "batch": 1, "nfe": 5}
-"""Settings that the figures to reach are meant for."""
 
 
 class PlainNetwork(nn.Module):
@@ -190,24 +186,6 @@ def loop_summary(times: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     }
 
 
-def to_reach(
-    settings: Mapping[str, Any], captured: bool | None, one_run: Mapping[str, Any], absent: str
-) -> list[Target]:
-    """The figures to reach on a GPU; `absent` says why the embedded model cannot be had, or ""."""
-    reason = absent
-    if not reason and any(settings[key] != value for key, value in MEANT_FOR.items()):
-        reason = "it is meant for 5 evaluations of the embedded model at batch 1"
-    if not reason and not captured:
-        reason = "the run was not captured as a CUDA graph: the log says why"
-    gain = None if reason else float(one_run["times_faster_than_eager"])
-    over = None if reason else 100 * float(one_run["overhead"])
-    what = "5 evaluations of the embedded model, batch 1"
-    return [
-        Target(f"{what}, against the eager loop", 3.0, "at least", "times faster", gain, reason),
-        Target(f"{what}, above the bare network", 2.0, "at most", "%", over, reason),
-    ]
-
-
 def report(args: argparse.Namespace, clocks: Clocks | None = None) -> dict[str, Any]:
     """Everything, as JSON."""
     absent = rivals.absence() or ""
@@ -229,10 +207,6 @@ def report(args: argparse.Namespace, clocks: Clocks | None = None) -> dict[str, 
             key: loop_summary(found[key]) for key in ("milliseconds", "back_to_back") if found[key]
         },
     }
-    if args.device == "cuda":
-        one_run = result["summary"]["milliseconds"]
-        reached = to_reach(settings, found["captured"], one_run, absent)
-        result["targets"] = as_json(reached, str(result["machine"]["gpu"]))
     return result
 
 
@@ -256,10 +230,6 @@ def show(result: dict[str, Any]) -> None:
         )
     if result["captured"] is False:
         print("the engine's run was NOT captured as a CUDA graph")
-    if "targets" in result:
-        held = result["targets"]
-        names = [field.name for field in fields(Target)]
-        show_targets([Target(**{n: t[n] for n in names}) for t in held], result["machine"]["gpu"])
 
 
 def bench_loop(argv: list[str] | None = None) -> int:
