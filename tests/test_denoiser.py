@@ -45,6 +45,7 @@ def raw_network(kind: str, process: processes.Process):
             "noise": noise,
             "velocity": alpha * noise - sigma * data,
             "flow": noise - data,
+            "reverse_flow": data - noise,
         }[kind]
 
     return network

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from .denoiser import Denoiser
     from .engine.export import export_sampler
     from .engine.sampler import Sampler, seeded_noise
+    from .evaluation.check import check
     from .integrations.diffusers import accelerate
     from .lab import plots
     from .learners import distill
+    from .learners.start import recommend
     from .models import embedded
     from .ops import BackendUnavailable
     from .policies.distilled import load_solver, save
@@ -38,9 +40,11 @@ _HOME = {
     "Sampler": "engine.sampler",
     "SolverTable": "tables.table",
     "accelerate": "integrations.diffusers",
+    "check": "evaluation.check",
     "distill": "learners",
     "export_sampler": "engine.export",
     "load_solver": "policies.distilled",
+    "recommend": "learners.start",
     "save": "policies.distilled",
     "seeded_noise": "engine.sampler",
 }
@@ -64,6 +68,7 @@ __all__ = [
     "SolverTable",
     "__version__",
     "accelerate",
+    "check",
     "distill",
     "embedded",
     "evaluation",
@@ -75,6 +80,7 @@ __all__ = [
     "ops",
     "plots",
     "processes",
+    "recommend",
     "save",
     "seeded_noise",
     "solvers",

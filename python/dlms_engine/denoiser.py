@@ -11,11 +11,15 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .processes import Process
+from .processes import EDM, Process, RectifiedFlow
 from .support.versioned import Versioned
 
-NetworkPrediction = Literal["data", "noise", "velocity", "flow", "edm"]
-PREDICTIONS = ("data", "noise", "velocity", "flow", "edm")
+NetworkPrediction = Literal["data", "noise", "velocity", "flow", "reverse_flow", "edm"]
+PREDICTIONS = ("data", "noise", "velocity", "flow", "reverse_flow", "edm")
+BLIND_AT_NOISE = ("noise", "edm")
+"""Predictions that say nothing about the data where alpha = 0."""
+TimeInput = Callable[[Tensor], Tensor] | Literal["t", "reversed", "sigma", "log_sigma"]
+TIME_INPUTS = ("t", "reversed", "sigma", "log_sigma")
 
 
 class Preconditioning(NamedTuple):
@@ -63,37 +67,46 @@ class Denoiser(Versioned, nn.Module):
         network: any callable; ``x`` is ``[B, ...]``, ``c_noise`` is ``[B]``.
         process: alpha, sigma and time range of the model.
         prediction: what the network returns: ``"data"`` (E[x0 | x], called with t itself),
-            ``"noise"``, ``"velocity"`` (alpha * noise - sigma * data), ``"flow"`` (noise - data) or
-            ``"edm"`` (Karras et al. 2022, Table 1, c_noise = ln(sigma) / 4).
+            ``"noise"``, ``"velocity"`` (alpha * noise - sigma * data), ``"flow"`` (noise - data),
+            ``"reverse_flow"`` (data - noise, of models whose data lie at their own t = 1) or
+            ``"edm"`` (Karras et al. 2022, Table 1, c_noise = ln(sigma) / 4). None is what is usual
+            for the process: edm for EDM, flow for RectifiedFlow, noise for the others.
         sigma_data: standard deviation of the data, EDM preconditioning only.
         features: path of the module inside ``network`` whose output is the bottleneck
             (``"mid_block"``, ``"unet.mid_block"``); None turns the tap off.
         guidance_scale: classifier-free guidance, F = F_uncond + scale * (F_cond - F_uncond);
             one network call on the doubled batch ``[uncond; cond]``.
         unconditional: keyword tensors of the unconditional branch (needed with guidance).
-        time_input: maps t ``[B]`` to the network's time argument when the default is not right
-            (defaults: t for data, flow; the model's index for ``VPDiscrete``; ln(sigma)/4 for edm).
+        time_input: what the network is told of the time t ``[B]`` when the default is not right
+            (defaults: t for data, flow; the model's index for ``VPDiscrete``; ln(sigma)/4 for edm):
+            ``"t"``, ``"reversed"`` (1 - t: data at 1), ``"sigma"`` (sigma / alpha), ``"log_sigma"``
+            (its logarithm) or a function of t.
+        time_scale: factor of a ``time_input`` given by name, such as 1000.
         dynamic_thresholding: quantile in (0, 1] of |data prediction| per sample used to clip it
             (Saharia et al. 2022); None (default) is off. It changes the ODE: pixel models only.
 
     Raises:
-        ValueError: unknown prediction, feature path not found, guidance without ``unconditional``.
+        ValueError: unknown prediction or time input, a feature path not found, guidance without
+            ``unconditional``. A noise or edm prediction where alpha = 0 determines nothing: it is
+            refused when such a time comes.
     """
 
     def __init__(
         self,
         network: Callable[..., Any],
         process: Process,
-        prediction: NetworkPrediction = "edm",
+        prediction: NetworkPrediction | None = None,
         *,
         sigma_data: float = 0.5,
         features: str | None = None,
         guidance_scale: float | None = None,
         unconditional: Mapping[str, Tensor] | None = None,
-        time_input: Callable[[Tensor], Tensor] | None = None,
+        time_input: TimeInput | None = None,
+        time_scale: float | None = None,
         dynamic_thresholding: float | None = None,
     ) -> None:
         super().__init__()
+        prediction = usual_prediction(process) if prediction is None else prediction
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {prediction!r}, expected one of {PREDICTIONS}")
         if guidance_scale is not None and not unconditional:
@@ -113,7 +126,7 @@ class Denoiser(Versioned, nn.Module):
         self.unconditional = dict(unconditional or {})
         self.dynamic_thresholding = dynamic_thresholding
         self._moved: dict[Any, tuple[Tensor, int, Tensor]] = {}
-        self._time_input = time_input
+        self._time_input = _time_function(process, time_input, time_scale)
         self._tap = FeatureTap()
         self.features = features
         self._owner = Owner()
@@ -184,6 +197,8 @@ class Denoiser(Versioned, nn.Module):
         """
         t = t.to(torch.float64)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        if self.prediction in BLIND_AT_NOISE:
+            self._refuse_blind(alpha)
         one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
         c_in = one
         if self.prediction == "edm":
@@ -206,8 +221,21 @@ class Denoiser(Versioned, nn.Module):
         else:
             norm = alpha + sigma
             c_skip, c_out = (one, -sigma) if prediction == "data" else (one, alpha)
-            c_skip, c_out = c_skip / norm, c_out / norm
+            sign = -1.0 if self.prediction == "reverse_flow" else 1.0
+            c_skip, c_out = c_skip / norm, sign * c_out / norm
         return Preconditioning(c_skip, c_out, c_in, self._noise_level(t))
+
+    def _refuse_blind(self, alpha: Tensor) -> None:
+        """Only where looking costs nothing: not on a GPU, not inside a trace."""
+        if alpha.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if bool((alpha == 0).any()):
+            name = type(self.process).__name__
+            raise ValueError(
+                f"prediction is {self.prediction!r} and alpha is 0 at t = {self.process.t_max}: the "
+                "state is pure noise there and such a prediction does not determine the data; "
+                f"start at {name}(t_max=0.999), or choose another prediction"
+            )
 
     # -- calls ------------------------------------------------------------------------------
 
@@ -292,6 +320,44 @@ class Denoiser(Versioned, nn.Module):
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """E[x0 | x_t = x], same shape and dtype as ``x``."""
         return self.predict(x, t, "data", **cond)
+
+
+class NamedTime:
+    """A time argument by name, as a function of t that can be copied and pickled."""
+
+    def __init__(self, process: Process, name: str, scale: float) -> None:
+        self.process, self.name, self.scale = process, name, scale
+
+    def __call__(self, t: Tensor) -> Tensor:
+        if self.name == "t":
+            return self.scale * t
+        if self.name == "reversed":
+            return self.scale * (1 - t)
+        ratio = self.process.sigma_over_alpha(t)
+        return self.scale * (ratio if self.name == "sigma" else torch.log(ratio))
+
+
+def _time_function(
+    process: Process, given: TimeInput | None, scale: float | None
+) -> Callable[[Tensor], Tensor] | None:
+    if isinstance(given, str):
+        if given not in TIME_INPUTS:
+            raise ValueError(
+                f"time_input is {given!r}, expected a function of t or one of {TIME_INPUTS}"
+            )
+        return NamedTime(process, given, 1.0 if scale is None else float(scale))
+    if scale is not None:
+        raise ValueError(
+            f"time_scale is {scale}: it goes with a time_input by name, one of {TIME_INPUTS}"
+        )
+    return given
+
+
+def usual_prediction(process: Process) -> Prediction:
+    """What networks on ``process`` mostly return."""
+    if isinstance(process, EDM):
+        return "edm"
+    return "flow" if isinstance(process, RectifiedFlow) else "noise"
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from dlms_engine.solvers import registry
 
 TINY = ("--model", "cli_model:tiny")
 QUICK = (
+    "--method=dlms",
     "--trajectories=32",
     *(
         f"--set={pair}"
@@ -159,7 +160,7 @@ def test_distill_draws_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("sample", "--solver", "absent.safetensors", *TINY), "absent.safetensors"),
         (("sample", "--model", "nowhere"), "module:function"),
         (("sample", "--model", "cli_model:absent"), "absent"),
-        (("sample", "--model", "cli_model:wrong"), "expected a pair"),
+        (("sample", "--model", "cli_model:wrong"), "expected (denoiser, shape)"),
         (("distill", "--output", "s.safetensors", "--set", "lr", *TINY), "key=value"),
         (("distill", "--output", "s.safetensors", "--set", "colour=1", *TINY), "known settings"),
         (("distill", "--output", "s.safetensors", "--method", "magic", *TINY), "magic"),

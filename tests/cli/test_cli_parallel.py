@@ -78,7 +78,16 @@ def test_the_record_is_written_once_and_the_same(tmp_path: Path) -> None:
 def test_distill_writes_once_and_resumes_by_itself_when_started_again(tmp_path: Path) -> None:
     """A process that dies once (a stand-in network kills it) costs nothing but time."""
     settings = ("batch=8", "validation_samples=4", "validation_steps=8", "checkpoint_seconds=0")
-    words = ("distill", "--nfe", 3, "--trajectories", 64, *(f"--set={s}" for s in settings))
+    words = (
+        "distill",
+        "--method",
+        "dlms",
+        "--nfe",
+        3,
+        "--trajectories",
+        64,
+        *(f"--set={s}" for s in settings),
+    )
     whole = tmp_path / "whole.safetensors"
     facts = answer(dlms(2, *words, *TINY, "--output", whole, "--json"))
     assert facts["solver"] == str(whole) and whole.with_suffix(".config.json").exists()

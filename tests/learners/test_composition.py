@@ -126,6 +126,15 @@ def test_the_command_line_takes_a_solver_file(tmp_path: Path, monkeypatch) -> No
     ld3 = ["train=2", "validation=2", "rounds=1", "rounds_times=0", "loss=l2", "teacher_nfe=6"]
     main([*tiny, "--method", "ld3", "-o", "ld3.safetensors", *(f"--set={s}" for s in ld3)])
     chosen = ["grid=ld3.safetensors", "afs=false", *quick]
-    main([*tiny, "--trajectories=16", "-o", "s.safetensors", *(f"--set={s}" for s in chosen)])
+    main(
+        [
+            *tiny,
+            "--method=dlms",
+            "--trajectories=16",
+            "-o",
+            "s.safetensors",
+            *(f"--set={s}" for s in chosen),
+        ]
+    )
     grid = load_solver("ld3.safetensors").policy.grid
     assert torch.equal(load_solver("s.safetensors").policy.designer.grid, grid)

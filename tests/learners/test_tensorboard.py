@@ -92,7 +92,8 @@ def test_a_resumed_run_goes_on_in_the_same_curve(tmp_path: Path, monkeypatch) ->
 def test_the_command_line_has_it(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="needs the tensorboard package")
     settings = [f"--set={k}={v}" for k, v in QUICK["dlms"].items() if k != "trajectories"]
-    main(["distill", "--model", "cli_model:tiny", "--nfe", "3", "--trajectories", "16", "--json",
+    main(["distill", "--model", "cli_model:tiny", "--method", "dlms", "--nfe", "3",
+          "--trajectories", "16", "--json",
           "-o", str(tmp_path / "s.safetensors"), "--tensorboard", str(tmp_path / "events"),
           *settings])  # fmt: skip
     assert len(curves(tmp_path / "events")["loss"]) == 2

@@ -5,7 +5,19 @@ from __future__ import annotations
 import typer
 
 from .._version import __version__
-from . import bench, compare, convert, demo, distill, doctor, evaluate, export, inspect, sample
+from . import (
+    bench,
+    compare,
+    convert,
+    demo,
+    distill,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    recommend,
+    sample,
+)
 
 app = typer.Typer(
     name="dlms",
@@ -18,6 +30,7 @@ app = typer.Typer(
     epilog="--debug, anywhere, shows the traceback of an error.",
 )
 app.command()(demo.demo)
+app.command()(recommend.recommend)
 app.command("distill")(distill.distill_command)
 app.command()(sample.sample)
 app.command("convert")(convert.convert_command)

@@ -26,7 +26,8 @@ ModelOption = Annotated[
     str,
     typer.Option(
         help="'embedded', 'emoji', 'emoji-flow', 'cifar10-32' (see docs/benchmark_model.md), or "
-        "module:function in the current folder or installed; it returns (denoiser, sample shape)."
+        "module:function in the current folder or installed; it returns (denoiser, sample shape) "
+        "or (denoiser, sample shape, conditions)."
     ),
 ]
 SolverOption = Annotated[Path | None, typer.Option(help="Solver file written by dlms distill.")]
@@ -49,12 +50,16 @@ SetOption = Annotated[
 
 @dataclass(frozen=True)
 class Model:
-    """A model the commands work on; ``features`` and ``reference`` serve the Frechet distance."""
+    """A model the commands work on; ``features`` and ``reference`` serve the Frechet distance.
+
+    ``conditions`` are the network's keyword arguments, see ``learners.start.Conditions``.
+    """
 
     denoiser: Denoiser
     shape: tuple[int, ...]
     features: nn.Module | None = None
     reference: ReferenceStatistics | None = None
+    conditions: Any = None
 
 
 def load_model(spec: str) -> Model:
@@ -89,9 +94,12 @@ def load_model(spec: str) -> Model:
     found = function()
     if isinstance(found, Model):
         return found
-    if not isinstance(found, tuple) or len(found) != 2:
-        raise ValueError(f"model {spec!r} returned {type(found).__name__}, expected a pair")
-    return Model(found[0], tuple(found[1]))
+    if not isinstance(found, tuple) or len(found) not in (2, 3):
+        raise ValueError(
+            f"model {spec!r} returned {type(found).__name__}, expected (denoiser, shape) or "
+            "(denoiser, shape, conditions)"
+        )
+    return Model(found[0], tuple(found[1]), conditions=found[2] if len(found) == 3 else None)
 
 
 def _embedded() -> Model:

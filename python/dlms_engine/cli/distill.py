@@ -28,8 +28,12 @@ def distill_command(
         Path | None, typer.Option("--output", "-o", help="Solver file to write.")
     ] = None,
     method: Annotated[
-        str, typer.Option(help="Learner: dlms, amed, ... (an unknown one lists them).")
-    ] = "dlms",
+        str | None,
+        typer.Option(
+            help="Learner: auto (the default: never worse than the best handcrafted solver), dlms, "
+            "amed, ... (an unknown one lists them)."
+        ),
+    ] = None,
     nfe: NfeOption = 5,
     model: ModelOption = "embedded",
     trajectories: Annotated[
@@ -43,6 +47,17 @@ def distill_command(
         ),
     ] = None,
     set_: SetOption = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Of method auto: minutes (10, 90s, 2h) or network evaluations of one sample "
+            "(50000calls, 50k)."
+        ),
+    ] = None,
+    conditions: Annotated[
+        Path | None,
+        typer.Option(help="Safetensors file of the network's keyword tensors, a row a sample."),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint beside OUTPUT.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing OUTPUT.")] = False,
     pipeline: pipelines.PipelineOption = None,
@@ -61,7 +76,13 @@ def distill_command(
     """Distil a sampler of NFE network evaluations; the network stays frozen."""
     if preset is None and pipeline is None and model == "embedded" and method == "dlms":
         preset = "dlms-embedded"
-    method, trajectories, settings = _settings(context, method, preset, trajectories, set_)
+    if method is None and preset is None:
+        method = "auto" if pipeline is None else "dlms"
+    method, trajectories, settings = _settings(context, method or "", preset, trajectories, set_)
+    if budget is not None:
+        if method != "auto":
+            raise ValueError(f"--budget {budget}: method {method} takes --trajectories instead")
+        settings["budget"] = budget
     from ..learners.registry import resolved
     from ..support.parallel import restarted
 
@@ -101,6 +122,7 @@ def distill_command(
         progress=not as_json,
         seed=seed,
         feature_network=held.features,
+        cond=held.conditions if conditions is None else conditions,
         tensorboard=tensorboard,
         **settings,
     )
@@ -125,7 +147,7 @@ def distill_command(
         as_json,
         [
             f"{output}: {method} with {solver.nfe} evaluations, {seconds:.0f} s",
-            *(f"  best {key}: {value}" for key, value in solver.best.items()),
+            *(f"  best {key}: {value}" for key, value in solver.best.items() if key != "report"),
             f"  try it: dlms sample --solver {output} --output samples.png",
         ],
     )

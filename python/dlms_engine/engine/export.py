@@ -111,6 +111,9 @@ class SamplerModule(nn.Module):
             self._read = (weights != 0).any(1).tolist()
         else:
             sampler.policy.start(1, device)  # moves the policy's networks there, once
+        if sampler.corrector is not None:
+            sampler._finish(device)
+            self.add_module("corrector", sampler.corrector)
         # A policy is no module: its networks are registered here, to be parameters of the graph.
         for name, value in vars(sampler.policy).items():
             if isinstance(value, nn.Module):
@@ -121,7 +124,8 @@ class SamplerModule(nn.Module):
         sampler, given = self.sampler, {**self.fixed, **(cond or {})}
         x = noise.to(sampler.dtype)
         if sampler.denoiser.dynamic_thresholding is not None:
-            return run_predictions(sampler.denoiser, sampler.policy, x, given)
+            finish = sampler.corrector
+            return run_predictions(sampler.denoiser, sampler.policy, x, given, None, finish)
         plan = None if self._read is None else Plan(self.rows, self.c_noise, self.c_in)
         steps = sampler._steps(x, given, plan)
         network_input = first_input(x, steps.c_in, sampler._network_dtype(x))
@@ -129,10 +133,11 @@ class SamplerModule(nn.Module):
         for n in range(steps.count):
             out = steps.evaluate(n, network_input)
             f, f_cond = (out, None) if isinstance(out, Tensor) else out
-            past = [m if self._reads(n, k) else None for k, m in enumerate(history, 1)]
+            older = history[: steps.depth - 1]
+            past = [m if self._reads(n, k) else None for k, m in enumerate(older, 1)]
             x, m, network_input = reference.advance(f, f_cond, x, past, steps.row(n))
-            history = [m, *history][: steps.depth - 1]
-        return x
+            history = [m, *history][: steps.depth]
+        return x if sampler.corrector is None else sampler.corrector(x, history)
 
     def _reads(self, n: int, k: int) -> bool:
         """Whether row ``n`` weighs m_{n-k}; a table says so beforehand."""

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from .. import ops
 from ..denoiser import Denoiser
+from ..policies.corrector import CorrectedPolicy
 from ..policies.run import run_predictions
 from ..support.versioned import Versioned
 from ..tables.policy import Policy, Solved, policy_of
@@ -80,6 +81,9 @@ class Sampler(Versioned, nn.Module):
                 f"{denoiser.process.config()}: make or distil the solver on the denoiser's process"
             )
         self.denoiser = denoiser
+        self.corrector: nn.Module | None = None
+        if isinstance(policy, CorrectedPolicy):
+            self.corrector, policy = policy.corrector, policy.rows
         self.policy = policy
         self.dtype = dtype
         self.backend = backend
@@ -153,16 +157,33 @@ class Sampler(Versioned, nn.Module):
 
     def _run(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
         if self.denoiser.dynamic_thresholding is not None:
-            return run_predictions(self.denoiser, self.policy, x, cond, after)
+            finish = self._finish(x.device)
+            return run_predictions(self.denoiser, self.policy, x, cond, after, finish)
         backend = ops.select(self.backend, x.device)
         network_dtype = self._network_dtype(x)
         if torch.compiler.is_compiling():
-            return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
-        if backend.name == "cpu" and cpu_loop.available() and x.numel():
+            return self._run_plain(self._steps(x, cond), x, network_dtype, backend, after)
+        if backend.name == "cpu" and cpu_loop.available() and x.numel() and self.corrector is None:
             return self._engines.run(self._steps(x, cond), x, network_dtype, after)
         if self._captures(x.device, after is not None) and x.numel():
             return self._run_graph(x, network_dtype, backend, cond)
-        return run_plain(self._steps(x, cond), x, network_dtype, backend, after)
+        return self._run_plain(self._steps(x, cond), x, network_dtype, backend, after)
+
+    def _run_plain(
+        self,
+        steps: Steps,
+        x: Tensor,
+        network_dtype: torch.dtype,
+        backend: ops.Backend,
+        after: AfterRow | None,
+    ) -> Tensor:
+        return run_plain(steps, x, network_dtype, backend, after, self._finish(x.device))
+
+    def _finish(self, device: torch.device) -> nn.Module | None:
+        """The corrector, moved to ``device`` if it lies elsewhere; None without one."""
+        if self.corrector is not None and next(self.corrector.parameters()).device != device:
+            self.corrector.to(device)
+        return self.corrector
 
     def _captures(self, device: torch.device, watched: bool) -> bool:
         """Whether runs on `device` are captured where they can be."""
@@ -220,11 +241,13 @@ class Sampler(Versioned, nn.Module):
             if "plan/rows" in given:
                 plan = Plan(given["plan/rows"], given["plan/c_noise"], given["plan/c_in"])
             steps = self._steps(given["x"], rebuild(given), plan)
-            return run_plain(steps, given["x"], network_dtype, backend, None)
+            return self._run_plain(steps, given["x"], network_dtype, backend, None)
 
-        learned = () if self._table is not None else (self.policy,)
+        learned: tuple[Any, ...] = () if self._table is not None else (self.policy,)
+        if self.corrector is not None:
+            learned = (*learned, self._finish(x.device))
         loop = None
-        if self._table is not None and GRAPHS.loop != "never":
+        if self._table is not None and self.corrector is None and GRAPHS.loop != "never":
             depth = self._table.depth
             loop = table_loop(self.denoiser, depth, network_dtype, backend, rebuild)
         return run_captured(GRAPHS, self.denoiser, options, body, inputs, learned, loop)

@@ -22,6 +22,7 @@ from ..tables.table import SolverTable
 from . import cpu_loop
 
 AfterRow = Callable[[int, Tensor], object]
+Finish = Callable[[Tensor, list[Tensor]], Tensor]
 Output = Tensor | tuple[Tensor, Tensor]
 
 
@@ -167,8 +168,12 @@ def run_plain(
     network_dtype: torch.dtype,
     backend: ops.Backend,
     after: AfterRow | None,
+    finish: Finish | None = None,
 ) -> Tensor:
-    """The loop in Python; overwrites ``x`` and returns it."""
+    """The loop in Python; overwrites ``x`` and returns it.
+
+    ``finish`` makes the end state from the last row's and the outputs, newest first.
+    """
     ring = x.new_empty((steps.depth, *x.shape))
     network_input = first_input(x, steps.c_in, network_dtype)
     for n in range(steps.count):
@@ -176,6 +181,9 @@ def run_plain(
         f, f_cond = (out, None) if isinstance(out, Tensor) else out
         row = steps.row(n)
         backend(f, f_cond, x, ring, row, network_input)
+        if finish is not None and n + 1 == steps.count:
+            kept = range(min(steps.count, steps.depth))
+            x = finish(x, [ring[(n - k) % steps.depth] for k in kept])
         if after is not None:
             after(n, x)
             # What it wrote into the state counts for the next evaluation.

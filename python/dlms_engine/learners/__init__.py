@@ -13,6 +13,7 @@ from ..support.parallel import World, restarted
 from .entry import LearnerEntry
 from .options import RunOptions
 from .registry import LEARNERS, learner, register_learner
+from .training.conditioned import conditioned
 from .training.identity import run_identity
 from .training.monitor import Silent, TensorBoard
 
@@ -28,7 +29,7 @@ __all__ = [
 
 def distill(
     denoiser: Denoiser,
-    method: str = "dlms",
+    method: str = "auto",
     *,
     nfe: int = 5,
     shape: tuple[int, ...],
@@ -38,7 +39,7 @@ def distill(
     progress: bool = True,
     seed: int = 0,
     feature_network: Any = None,
-    cond: dict[str, Any] | None = None,
+    cond: Any = None,
     tensorboard: str | Path | None = None,
     **settings: Any,
 ) -> DistilledSolver:
@@ -53,7 +54,9 @@ def distill(
         output: where the solver file goes; its checkpoint lies beside it and ``resume`` continues it.
             A run that torchrun has started again resumes by itself.
         feature_network: module from finished samples to ``[B, F]`` for feature distances.
-        cond: keyword tensors for the network, one row for all samples.
+        cond: keyword arguments of the network. A tensor ``[1, ...]`` serves all samples, a tensor
+            ``[M, ...]`` gives sample i its row i mod M; a callable or a safetensors file will do, too
+            (``learners.start.Conditions``). LD3, D-ODE and GITS take one row.
         tensorboard: folder for TensorBoard events, one scalar a number and update.
         settings: the method's own settings; unknown names are refused.
 
@@ -69,6 +72,8 @@ def distill(
     entry = learner(method)
     if nfe < 1:
         raise ValueError(f"nfe is {nfe}, expected at least 1")
+    if method != "auto":
+        denoiser, cond = conditioned(denoiser, cond, method), None
     path = None if output is None else Path(output)
     world = World.current()
     watched = tensorboard is not None and world.rank == 0

@@ -21,7 +21,7 @@ class RunOptions:
     seed: int
     settings: dict[str, Any]
     feature_network: Any = None
-    cond: dict[str, Any] = dataclasses.field(default_factory=dict)
+    cond: Any = dataclasses.field(default_factory=dict)
     monitor: Monitor = dataclasses.field(default_factory=Silent)
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The model and its conditions, for the fingerprint of a checkpoint (``training.identity``)."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..tables.file import register_method
 from .amed import AMED
+from .auto import AUTO
 from .dlms import DLMS
 from .dode import DODE
 from .entry import LearnerEntry
@@ -16,7 +17,7 @@ from .ld3 import LD3
 from .settings import flat, plain, split_settings
 
 LEARNERS: dict[str, LearnerEntry] = {
-    entry.name: entry for entry in (DLMS, AMED, LD3, DODE, GITS, FREE_TABLE)
+    entry.name: entry for entry in (AUTO, DLMS, AMED, LD3, DODE, GITS, FREE_TABLE)
 }
 """name -> learner, in the order in which they are listed."""
 

@@ -22,7 +22,7 @@ from ..tables.file import (
 )
 from ..tables.policy import Policy, Solved
 from ..tables.table import SolverTable
-from . import amed, dlms  # noqa: F401  (a file may hold their policies)
+from . import amed, corrector, dlms  # noqa: F401  (a file may hold their policies)
 from .static_table import Deciding, average_table
 
 
@@ -32,7 +32,7 @@ class DistilledSolver(Versioned):
 
     Attributes:
         policy: a table, or a policy that computes its rows while sampling.
-        method: "dlms", "amed", "ld3", "dode", "gits" or "free_table".
+        method: "auto", "dlms", "amed", "ld3", "dode", "gits" or "free_table".
         settings: JSON-able settings of the run.
         history: logged numbers, one dict per update.
         best: which parameter set was kept and its validation score.
@@ -47,6 +47,12 @@ class DistilledSolver(Versioned):
     @property
     def nfe(self) -> int:
         return int(self.policy.nfe)
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What the run measured, with ``method="auto"``; empty for other methods."""
+        found: dict[str, Any] = self.best.get("report", {})
+        return found
 
     @property
     def kind(self) -> str:

@@ -17,6 +17,7 @@ def run_predictions(
     x: Tensor,
     cond: dict[str, Any],
     after: Callable[[int, Tensor], object] | None = None,
+    finish: Callable[[Tensor, list[Tensor]], Tensor] | None = None,
 ) -> Tensor:
     """The sample ``[B, ...]`` from ``x`` ``[B, ...]`` at the policy's start, in ``x``'s dtype.
 
@@ -25,6 +26,7 @@ def run_predictions(
 
     Args:
         after: called with (n, state) after each row.
+        finish: makes the end from the last row's state and the outputs, newest first.
     """
     run = policy.start(x.shape[0], x.device)  # len(x) would tie an exported graph to this batch
     history: list[Tensor] = []
@@ -38,6 +40,8 @@ def run_predictions(
         for k, m in enumerate(history[: b.shape[-1]]):
             x = x + per_sample(b[..., k], x) * m
         time = time if next_time is None else next_time
+        if finish is not None and n + 1 == policy.nfe:
+            x = finish(x, history)
         if after is not None:
             after(n, x)
     return x

@@ -45,6 +45,7 @@ DISTILLED_KEYS = {"method", "settings", "best"}
 METHODS = {
     "amed",
     "amed-static",
+    "auto",
     "dlms",
     "dlms-static",
     "dode",

@@ -7,6 +7,7 @@ updated before the next step. Memory holds one network graph, whatever the numbe
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from ...policies.amed_predictor import AmedPredictor, Choice
 from ...policies.static_table import mean_decisions
 from ...solvers import SOLVERS
 from ..settings import plain
+from ..training.bottleneck import feature_size, reads_bottleneck
 from ..training.trainer import Numbers
 from ..training.validation import Validation
 from .settings import AmedSettings
@@ -41,11 +43,8 @@ class Amed:
         seed: int = 0,
         **cond: Any,
     ) -> None:
-        if settings.bottleneck and denoiser.features is None:
-            raise ValueError(
-                "AMED reads the network's bottleneck: construct the Denoiser with "
-                "features='mid_block' (a module path), or set bottleneck=False"
-            )
+        reads = reads_bottleneck(denoiser, settings.bottleneck, "amed")
+        settings = dataclasses.replace(settings, bottleneck=reads)
         self.denoiser = denoiser
         self.settings = settings
         self.cond = cond
@@ -151,12 +150,3 @@ def clean_gradients(module: nn.Module) -> None:
             torch.nan_to_num_(
                 parameter.grad, nan=0.0, posinf=INFINITE_GRADIENT, neginf=-INFINITE_GRADIENT
             )
-
-
-@torch.no_grad()
-def feature_size(
-    denoiser: Denoiser, shape: tuple[int, ...], t: Tensor, cond: dict[str, Any]
-) -> int:
-    """Length of the bottleneck feature vector for samples of ``shape``: one call on zeros."""
-    denoiser.predict(torch.zeros(1, *shape, device=denoiser.device), t, **cond)
-    return int(denoiser.last_features.shape[1])

@@ -27,6 +27,7 @@ from ...policies.dlms import (
 from ...policies.static_table import average_table
 from ...processes.grids import GRIDS
 from ...support.parallel import World
+from ..training.bottleneck import feature_size, reads_bottleneck
 from ..training.losses import FeatureDistance, last_step_distance, log_distance
 from ..training.start_times import start_times
 from ..training.trainer import Numbers
@@ -59,11 +60,8 @@ class Dlms:
         seed: int = 0,
         **cond: Any,
     ) -> None:
-        if settings.bottleneck and denoiser.features is None:
-            raise ValueError(
-                "DLMS reads the network's bottleneck: construct the Denoiser with "
-                "features='mid_block' (a module path), or set bottleneck=False"
-            )
+        reads = reads_bottleneck(denoiser, settings.bottleneck, "dlms")
+        settings = replace(settings, bottleneck=reads)
         self.denoiser = denoiser
         self.settings = settings
         self.cond = cond
@@ -72,10 +70,11 @@ class Dlms:
         process = denoiser.process
         times = start_times(process, settings.grid, settings.steps)
         grid = times.grid
+        size = feature_size(denoiser, shape, float(grid[0]), cond) if reads else 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = Designer(
-                self._designer_settings(grid),
+                self._designer_settings(grid, size),
                 process,
                 grid,
                 initial_weights(process, grid, settings),
@@ -100,7 +99,7 @@ class Dlms:
             cond,
         )
 
-    def _designer_settings(self, grid: Tensor) -> DesignerSettings:
+    def _designer_settings(self, grid: Tensor, features: int) -> DesignerSettings:
         s = self.settings
         coordinate: TimeCoordinate = (
             "log" if float(grid[-1]) > 0 and float(grid[0]) > 1 else "linear"
@@ -110,7 +109,7 @@ class Dlms:
             order=s.resolved_order,
             afs=s.afs,
             prediction=s.prediction,
-            features=64 if s.bottleneck else 0,
+            features=features,
             time_range=s.time_range if s.adaptive_times else 0.0,
             scale_range=s.scale_range if s.time_scaling else 0.0,
             coordinate=coordinate,

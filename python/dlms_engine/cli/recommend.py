@@ -1,0 +1,50 @@
+"""``dlms recommend``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .common import JsonOption, ModelOption, NfeOption, emit, load_model
+
+
+def recommend(
+    model: ModelOption = "embedded",
+    nfe: NfeOption = 5,
+    effort: Annotated[
+        str,
+        typer.Option(help="full, lean (at most 1,500 evaluations of one sample) or auto."),
+    ] = "auto",
+    keep: Annotated[
+        Path | None, typer.Option(help="File that keeps the result; used again if it is there.")
+    ] = None,
+    conditions: Annotated[
+        Path | None,
+        typer.Option(help="Safetensors file of the network's keyword tensors, a row a sample."),
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Solver file to write the best table to.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure every handcrafted solver on the model: which is best for NFE evaluations?"""
+    if effort not in ("auto", "full", "lean"):
+        raise ValueError(f"effort is {effort!r}, expected auto, full or lean")
+    from ..learners.start import recommend as measure
+    from ..policies.distilled import save_solver
+
+    loaded = load_model(model)
+    start = measure(
+        loaded.denoiser,
+        nfe,
+        loaded.shape,
+        conditions=conditions if conditions is not None else loaded.conditions,
+        effort=None if effort == "auto" else effort,  # type: ignore[arg-type]
+        store=keep,
+        progress=not as_json,
+    )
+    if save is not None:
+        save_solver(save, start.best.table)
+    emit({**start.record(), "output": save}, as_json, [])

@@ -1,0 +1,185 @@
+"""Is a denoiser wrapped rightly? Told by how the network behaves, and what it probably is if not."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NamedTime, Prediction
+from ..processes import EDM, Process, RectifiedFlow, VPDiscrete
+
+LEVELS = (0.15, 0.5, 1.0, 2.0, 5.0)
+"""sigma / alpha, in units of the data's standard deviation, where data are denoised."""
+GOOD = 0.9
+"""Largest ratio of a denoiser's mean squared error to the better of two that know nothing: the
+noisy sample itself, and its best multiple."""
+STEPS = 24
+
+
+@dataclass(frozen=True)
+class Check:
+    """What ``check`` found.
+
+    Attributes:
+        ok: the wrapping denoises, and no other does it much better.
+        score: mean squared error of the data prediction over that of the best multiple of the noisy
+            sample, geometric mean over noise levels: below 1 is denoising, well below is good.
+        best: description of the wrapping that denoises best.
+        scores: every wrapping tried, best first.
+        own_samples: no samples were given, so every wrapping was tried on what it samples itself.
+    """
+
+    ok: bool
+    score: float
+    best: str
+    scores: dict[str, float]
+    own_samples: bool
+
+    def __str__(self) -> str:
+        source = "its own samples" if self.own_samples else "the samples"
+        if self.ok:
+            return f"this wrapping denoises {source}: error {self.score:.2f} of a blind guess"
+        if self.scores[self.best] >= GOOD:
+            return (
+                f"no wrapping that was tried denoises {source} (best: {self.best}, "
+                f"{self.scores[self.best]:.2f} of a blind guess): process, time argument and scale "
+                "of the data are worth a look"
+            )
+        return (
+            f"this wrapping does not fit: its error on {source} is {self.score:.2f} of a blind guess, "
+            f"with {self.best} it is {self.scores[self.best]:.2f}"
+        )
+
+
+@torch.no_grad()
+def check(
+    denoiser: Denoiser,
+    samples: Tensor | None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    cond: Mapping[str, Any] | None = None,
+    count: int = 16,
+) -> Check:
+    """Tries the wrapping and its neighbours: other predictions and other time arguments.
+
+    A denoiser must come nearer to the data than a multiple of the noisy sample does, at every
+    noise level around the data's own deviation; a network taken for what it is not does not.
+
+    Args:
+        denoiser: what to check.
+        samples: ``[B, ...]`` real data, which decide most surely; None lets every wrapping sample.
+        shape: of one sample, needed without ``samples``.
+        cond: keyword arguments of the network.
+        count: samples to draw without ``samples``.
+
+    Raises:
+        ValueError: neither samples nor shape.
+    """
+    if samples is None and shape is None:
+        raise ValueError("check needs samples [B, ...], or shape= of one sample")
+    scores: dict[str, float] = {}
+    given = describe(denoiser)
+    for name, variant in {given: denoiser, **variants(denoiser)}.items():
+        data = samples
+        if data is None:
+            assert shape is not None
+            data = _own_samples(variant, (count, *shape), dict(cond or {}))
+        scores[name] = _score(variant, data.to(denoiser.device), dict(cond or {}))
+    ranked = dict(sorted(scores.items(), key=lambda item: item[1]))
+    best = next(iter(ranked))
+    score = scores[given]
+    near = score <= 1.25 * ranked[best] + 0.02
+    ok = score < GOOD and near
+    return Check(ok, score, given if ok else best, ranked, samples is None)
+
+
+def describe(denoiser: Denoiser) -> str:
+    """``prediction='flow', time_input='reversed'``."""
+    level = denoiser._time_input
+    if level is None:
+        return f"prediction={denoiser.prediction!r}"
+    if not isinstance(level, NamedTime):
+        return f"prediction={denoiser.prediction!r}, time_input=<yours>"
+    scale = "" if level.scale == 1 else f", time_scale={level.scale:g}"
+    return f"prediction={denoiser.prediction!r}, time_input={level.name!r}{scale}"
+
+
+def variants(denoiser: Denoiser) -> dict[str, Denoiser]:
+    """Other wrappings of the same network on the same process."""
+    process = denoiser.process
+    levels: list[Any] = [denoiser._time_input, None, NamedTime(process, "t", 1.0)]
+    if isinstance(process, RectifiedFlow):
+        levels += [NamedTime(process, n, s) for n in ("t", "reversed") for s in (1.0, 1000.0)]
+    elif isinstance(process, EDM):
+        levels += [NamedTime(process, "log_sigma", s) for s in (0.25, 1.0)]
+    elif not isinstance(process, VPDiscrete):
+        levels += [NamedTime(process, "t", 1000.0), NamedTime(process, "sigma", 1.0)]
+    found = {}
+    for prediction in PREDICTIONS:
+        if prediction in BLIND_AT_NOISE and _begins_blind(process):
+            continue
+        for level in levels:
+            variant = _with(denoiser, prediction, level)  # type: ignore[arg-type]
+            found[describe(variant)] = variant
+    found.pop(describe(denoiser), None)
+    return found
+
+
+def _begins_blind(process: Process) -> bool:
+    return float(process.alpha(process.t_max)) == 0
+
+
+def _with(denoiser: Denoiser, prediction: Prediction, level: Any) -> Denoiser:
+    variant = copy.copy(denoiser)
+    variant.__dict__ = dict(denoiser.__dict__)
+    variant.prediction, variant._time_input = prediction, level
+    return variant
+
+
+def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], cond: dict[str, Any]) -> Tensor:
+    """By DDIM, in the data form, on times that are uniform in the process's own time."""
+    process = denoiser.process
+    times = torch.linspace(process.t_max, process.t_min, STEPS + 1, dtype=torch.float64)
+    if isinstance(process, EDM):
+        times = torch.linspace(*times[[0, -1]].log().tolist(), STEPS + 1, dtype=torch.float64).exp()
+    generator = torch.Generator().manual_seed(0)
+    x = float(process.sigma(times[0])) * torch.randn(shape, generator=generator)
+    x = x.to(denoiser.device)
+    for t, t_next in itertools.pairwise(times):
+        data = denoiser.predict(x, t, "data", **cond)
+        ratio = float(process.sigma(t_next) / process.sigma(t))
+        x = ratio * x + float(process.alpha(t_next) - process.alpha(t) * ratio) * data
+    return x
+
+
+def _score(denoiser: Denoiser, data: Tensor, cond: dict[str, Any]) -> float:
+    if not bool(data.isfinite().all()) or float(data.std()) < 1e-4 or float(data.abs().max()) > 1e4:
+        return float("inf")
+    process, deviation = denoiser.process, float(data.std())
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(data.shape, generator=generator).to(data)
+    values = []
+    for level in LEVELS:
+        ratio = torch.tensor(level * deviation, dtype=torch.float64)
+        low, high = (float(process.sigma_over_alpha(t)) for t in (process.t_min, process.t_max))
+        if not low <= float(ratio) <= high:
+            continue
+        t = process.inverse_sigma(ratio)
+        alpha = float(process.alpha(t))
+        x = alpha * data + alpha * float(ratio) * noise
+        error = (denoiser.predict(x, t, "data", **cond) - data).square().mean()
+        shrunk = x / alpha / (1 + level**2)  # the best multiple for data of this deviation
+        blind = min(
+            float((shrunk - data).square().mean()), float((x / alpha - data).square().mean())
+        )
+        values.append(float(error) / blind)
+    if not values or not all(math.isfinite(value) for value in values):
+        return math.inf
+    return math.exp(sum(math.log(max(value, 1e-12)) for value in values) / len(values))

@@ -1,0 +1,180 @@
+r"""``method="auto"`` on models nobody tuned for: one table, models x evaluations.
+
+    python -m dlms_engine.lab.any_model --folder models --nfes 4,5,6,8,10 --budget 150k \
+        --output benchmarks/results/any_model.json --page docs/any_model.md
+
+Cell by cell; what ``--output`` holds already is not done again. Every cell distils with default
+settings but for the budget, and measures the result and the best handcrafted solver on samples that
+neither the training nor the choice has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..denoiser import Denoiser
+from ..evaluation.frechet import FeatureSums, frechet_distance
+from ..learners import distill
+from ..learners.auto.choose import Stage, end_of, features_of, ratio
+from ..learners.start import ExactSolution, Problem
+from ..learners.start.search import candidate_of
+from ..support.files import write_text
+from . import grounds
+
+FIRST = 1 << 24
+"""Number of the first measured sample: neither training nor choosing uses these."""
+WORDS = {
+    "flow-2d": "rectified flow, a pinwheel in the plane, velocity",
+    "flow-8x8": "rectified flow, 8x8 images, velocity",
+    "vp-8x8": "VP, a thousand discrete times, 8x8 images, noise",
+    "v-8x8": "the same, v-prediction",
+    "guided-8x8": "the same, noise, a class a sample, guidance 2",
+    "embedded": "EDM, 16x16 CIFAR-10, the model in the package",
+}
+
+
+def load(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], Any]:
+    """(denoiser, shape, conditions) of a model by name."""
+    if name == "embedded":
+        from ..models.embedded import IMAGE_SHAPE, load_embedded
+
+        return load_embedded(), IMAGE_SHAPE, None
+    return grounds.load(name, folder)
+
+
+def cell(name: str, nfe: int, budget: str, folder: Path, samples: int) -> dict[str, Any]:
+    """One model at one number of evaluations."""
+    denoiser, shape, conditions = load(name, folder)
+    with tempfile.TemporaryDirectory() as place:
+        solver = distill(
+            denoiser, "auto", nfe=nfe, shape=shape, cond=conditions, budget=budget,
+            output=Path(place) / "solver.safetensors",
+        )  # fmt: skip
+    report = solver.report
+    problem = Problem(denoiser, shape, conditions)
+    exact = ExactSolution(problem)
+    exact.prove(report["rmse"])
+    base = Stage("base", candidate_of(problem.process, nfe, report["base"]).table)
+    best = Stage(report["chosen"], solver.policy)  # type: ignore[arg-type]
+    numbers = range(FIRST, FIRST + samples)
+    target = exact.solve(numbers)
+    found: dict[str, Any] = {
+        "model": name,
+        "nfe": nfe,
+        "base": report["base"],
+        "chosen": report["chosen"],
+        "samples": samples,
+        "budget": budget,
+        "calls": report["calls"],
+        "seconds": report["seconds"],
+        "exact_disagreement": exact.prove(report["rmse"]).disagreement,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+    }
+    reference = features_of(problem, target, numbers)
+    for stage in (base, best):
+        with torch.no_grad():
+            end = end_of(problem, stage.policy, numbers)
+        stage.squares = (end - target).double().square().flatten(1).mean(1).cpu()
+        found[f"{'base' if stage is base else 'auto'}_rmse"] = stage.record()["rmse"]
+        if reference is not None:
+            seen = features_of(problem, end, numbers)
+            assert seen is not None
+            key = f"{'base' if stage is base else 'auto'}_frechet"
+            found[key] = _frechet(seen, reference)
+    found["ratio"], *found["interval"] = ratio(base, best)
+    return found
+
+
+def _frechet(one: torch.Tensor, two: torch.Tensor) -> float:
+    """Frechet distance of sixteen fixed random projections: there are more features than samples."""
+    generator = torch.Generator().manual_seed(5)
+    projection = torch.randn(one.shape[1], 16, generator=generator, dtype=torch.float64)
+    projection = projection / one.shape[1] ** 0.5
+
+    def sums(values: torch.Tensor) -> FeatureSums:
+        values = values.double().cpu() @ projection
+        count = torch.tensor(len(values))
+        return FeatureSums(count, values.sum(0), values.T @ values)
+
+    return frechet_distance(sums(two), sums(one))
+
+
+def page(cells: list[dict[str, Any]], command: str) -> str:
+    """The table in Markdown."""
+    names = [name for name in WORDS if any(c["model"] == name for c in cells)]
+    names += sorted({c["model"] for c in cells} - set(names))
+    nfes = sorted({c["nfe"] for c in cells})
+    lines = [
+        "# On any model",
+        "",
+        "`distill` with its default method on models nobody tuned for: how many times smaller the "
+        "endpoint RMSE is than that of the best handcrafted solver of *that* model at the same number "
+        "of evaluations, found by measuring all of them (`dlms recommend`). 95 % interval in brackets, "
+        "on samples that neither training nor choice has seen. The only setting is the budget.",
+        "",
+        f"    {command}",
+        "",
+        "| model | " + " | ".join(f"{nfe} evaluations" for nfe in nfes) + " |",
+        "|---|" + "---|" * len(nfes),
+    ]
+    for name in names:
+        row = [f"{name}: {WORDS.get(name, 'published')}"]
+        for nfe in nfes:
+            found = [c for c in cells if c["model"] == name and c["nfe"] == nfe]
+            row.append(_entry(found[-1]) if found else "")
+        lines.append("| " + " | ".join(row) + " |")
+    lines += ["", "Bases, errors, budgets and what was chosen:", ""]
+    lines += ["| model | evaluations | base | its RMSE | chosen | its RMSE | calls | seconds |",
+              "|---|---:|---|---:|---|---:|---:|---:|"]  # fmt: skip
+    lines += [
+        f"| {c['model']} | {c['nfe']} | {c['base']} | {c['base_rmse']:.4g} | {c['chosen']} | "
+        f"{c['auto_rmse']:.4g} | {c['calls']:,} | {c['seconds']:.0f} |"
+        for c in sorted(cells, key=lambda c: (names.index(c["model"]), c["nfe"]))
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _entry(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"**{found['ratio']:.2f}** ({low:.2f} to {high:.2f})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where the small models are kept"
+    )
+    parser.add_argument("--models", default=",".join(grounds.GROUNDS))
+    parser.add_argument("--nfes", default="4,5,6,8,10")
+    parser.add_argument("--budget", default="150k")
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--page", type=Path)
+    chosen = parser.parse_args()
+    cells: list[dict[str, Any]] = []
+    if chosen.output.exists():
+        cells = json.loads(chosen.output.read_text(encoding="utf-8"))
+    command = (
+        "python -m dlms_engine.lab.any_model --folder models --nfes 4,5,6,8,10 "
+        "--output benchmarks/results/any_model.json --page docs/any_model.md"
+    )
+    for nfe in map(int, chosen.nfes.split(",")):
+        for name in chosen.models.split(","):
+            if any(c["model"] == name and c["nfe"] == nfe for c in cells):
+                continue
+            print(f"== {name}, {nfe} evaluations", flush=True)
+            cells.append(cell(name, nfe, chosen.budget, chosen.folder, chosen.samples))
+            write_text(chosen.output, json.dumps(cells, indent=1) + "\n")
+            if chosen.page is not None:
+                write_text(chosen.page, page(cells, command))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""``distill(method="auto")``: the best handcrafted solver of this model, then what improves on it.
+
+The start is measured, a general table is fitted by Gauss-Newton steps, a corrector is trained on its
+runs; on samples none of them has seen, the simplest that is not beaten is kept. So the result is
+never worse than the best handcrafted solver, whatever the model and however short the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...denoiser import Denoiser
+from ...policies.corrector import CorrectedPolicy
+from ...policies.distilled import DistilledSolver
+from ...tables.table import SolverTable
+from ..entry import LearnerEntry
+from ..options import RunOptions
+from ..settings import plain, split_settings
+from ..start import Candidate, ExactSolution, Problem, Start, find_start
+from ..start.search import candidate_of
+from .budget import Budget, parse_budget
+from .choose import Stage, choose, measure
+from .correct import fit_corrector
+from .gauss_newton import SEARCHED, GaussNewton, Targets
+from .report import report_lines, report_of, write_report
+from .settings import AutoSettings
+from .table import GeneralTable
+
+__all__ = ["AUTO", "Auto", "AutoSettings"]
+
+TABLE_SHARE, CORRECTOR_SHARE = 0.5, 0.9
+"""Of the budget, by the end of the table's fit and of the corrector's training."""
+TRIAL = 3
+"""Iterations of each base before the better one goes on."""
+LEAN_BELOW = 60_000
+"""Budget in evaluations below which the search for the start is lean."""
+
+
+class Auto:
+    """One run; ``stages`` holds what there is so far, best last."""
+
+    def __init__(self, problem: Problem, settings: AutoSettings, options: RunOptions) -> None:
+        self.problem, self.settings, self.options = problem, settings, options
+        self.budget = Budget(parse_budget(settings.budget), problem)
+        self.stages: list[Stage] = []
+        self.history: list[dict[str, Any]] = []
+
+    def say(self, line: str) -> None:
+        if self.options.progress:
+            print(line, flush=True)
+
+    def run(self) -> DistilledSolver:
+        """All stages that the budget allows, and the choice among them."""
+        start, exact = self.start()
+        try:
+            table, targets = self.table(start, exact)
+            self.corrector(table, targets, exact)
+        except KeyboardInterrupt:
+            self.say("interrupted: choosing among what there is (interrupt again to give up)")
+        return self.chosen(start, exact)
+
+    def start(self) -> tuple[Start, ExactSolution]:
+        effort = None if self.settings.effort == "auto" else self.settings.effort
+        if effort is None and self.budget.limit.calls < LEAN_BELOW:
+            effort = "lean"
+        output = self.options.output
+        store = None if output is None else output.with_suffix(".start.json")
+        start, exact = find_start(
+            self.problem, self.settings.nfe, effort=effort, store=store, say=self.say
+        )
+        if self.settings.base != "best":
+            start = start.with_base(
+                candidate_of(self.problem.process, start.nfe, self.settings.base)
+            )
+        # learned errors are smaller than those of the start, and measured by the same solution
+        exact.prove(start.ranking[0].rmse / 3)
+        self._stage("base", start.best.table)
+        return start, exact
+
+    def table(self, start: Start, exact: ExactSolution) -> tuple[SolverTable, Targets]:
+        targets = Targets(exact)
+        fits = [
+            GaussNewton(
+                self.problem,
+                GeneralTable(base, self.settings.depth),
+                targets,
+                self.settings.samples,
+            )
+            for base in bases(start, self.settings.base == "best")
+        ]
+        for fit in fits:
+            self.say(
+                f"table: {fit.form.size} parameters from {fit.form.base.label}, {fit.cost()} "
+                "evaluations a sample and iteration"
+            )
+            if len(fits) > 1:
+                fit.fit(self.budget, TABLE_SHARE / 2, iterations=TRIAL, say=self.say)
+        fit = fits[0] if len(fits) == 1 else self._better(fits)
+        parameters = fit.fit(self.budget, TABLE_SHARE, say=self.say)
+        form = fit.form
+        self.history += fit.history
+        table = form.table(parameters)
+        assert table is not None
+        if fit.history:
+            self._stage("table", table)
+        return table, targets
+
+    def _better(self, fits: list[GaussNewton]) -> GaussNewton:
+        """The fit with the smaller error on the training samples there are."""
+        tables = [fit.form.table(fit.parameters) for fit in fits]
+        count = min(SEARCHED, max(1, fits[0].targets.count))
+        errors = fits[0].errors([table for table in tables if table is not None], count)
+        return fits[min(range(len(fits)), key=errors.__getitem__)]
+
+    def corrector(self, table: SolverTable, targets: Targets, exact: ExactSolution) -> None:
+        if not self.settings.corrector:
+            return
+        found = fit_corrector(
+            self.problem, table, targets, self.budget, CORRECTOR_SHARE,
+            features=self.settings.feature_phase, most=self.settings.samples, say=self.say,
+        )  # fmt: skip
+        if found is not None:
+            corrector, numbers = found
+            self.history.append(numbers)
+            self._stage("corrector", CorrectedPolicy(table, corrector))
+
+    def _stage(self, name: str, policy: SolverTable | CorrectedPolicy) -> None:
+        calls = sum(stage.calls for stage in self.stages)
+        seconds = sum(stage.seconds for stage in self.stages)
+        self.stages.append(
+            Stage(name, policy, self.budget.calls - calls, self.budget.seconds - seconds)
+        )
+
+    def chosen(self, start: Start, exact: ExactSolution) -> DistilledSolver:
+        each = exact.table().nfe + len(self.stages) * (self.settings.nfe + 1)
+        samples = self.settings.held_out
+        while samples > 16 and samples * each > max(self.budget.left(), 0.1 * self.budget.calls):
+            samples //= 2
+        measure(self.problem, exact, self.stages, samples)
+        best = choose(self.stages)
+        report = report_of(start, exact, self.stages, best, self.budget)
+        for line in report_lines(report):
+            self.say(line)
+        if self.options.output is not None:
+            write_report(self.options.output, report)
+        described = {
+            "method": "auto",
+            **plain(self.settings),
+            "seed": self.options.seed,
+            "shape": list(self.problem.shape),
+        }
+        score = {"score": report["rmse"], "set": best.name, "report": report}
+        return DistilledSolver(best.policy, "auto", described, self.history, score)
+
+
+def bases(start: Start, several: bool) -> list[Candidate]:
+    """Where the table's fit starts: the best solver and, for a few iterations, the best of another
+    kind of step, as what is best untrained is not always best trained.
+    """
+    best = start.best
+    if not several:
+        return [best]
+    limit = 1.5 * start.ranking[0].rmse
+    for measured in start.ranking[1:]:
+        other = measured.candidate
+        same_kind = (other.solver, other.stages) == (best.solver, best.stages)
+        if other.stages == 1 and not same_kind and measured.rmse <= limit:
+            return [best, other]
+    return [best]
+
+
+def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
+    """Nothing to set; ``options.trajectories`` limits the samples that are trained on."""
+    (own,) = split_settings(options.settings, AutoSettings)
+    if options.trajectories is not None:
+        own["samples"] = options.trajectories
+    settings = AutoSettings(nfe=options.nfe, **own)
+    problem = Problem(denoiser, shape, options.cond or None, seed=options.seed)
+    return Auto(problem, settings, options).run()
+
+
+AUTO = LearnerEntry("auto", _run, AutoSettings, trajectories="samples")

@@ -1,0 +1,75 @@
+"""How much a run may cost: minutes, or network evaluations of one sample."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from dataclasses import dataclass
+
+from ..start import Problem
+
+_FORM = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*(s|m|min|h|calls|k|)\s*$")
+_SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "": 60.0, "h": 3600.0}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """``seconds`` and ``calls``; infinite where not limited."""
+
+    seconds: float = math.inf
+    calls: float = math.inf
+
+
+def parse_budget(text: str | float | int) -> Limit:
+    """``10``, ``"10m"``, ``"1.5h"``, ``"90s"``, ``"50000calls"``, ``"50k"``.
+
+    Raises:
+        ValueError: anything else, or nothing at all.
+    """
+    match = _FORM.match(str(text))
+    amount = float(match[1].replace("_", "").replace(",", "")) if match else 0.0
+    if match is None or not amount > 0:
+        raise ValueError(
+            f"budget is {text!r}, expected minutes (10, '10m', '2h', '90s') or network evaluations "
+            "of one sample ('50000calls', '50k')"
+        )
+    unit = match[2]
+    if unit in ("calls", "k"):
+        return Limit(calls=amount * (1000 if unit == "k" else 1))
+    return Limit(seconds=amount * _SECONDS[unit])
+
+
+class Budget:
+    """What is left, in evaluations of one sample; time is counted by the speed so far."""
+
+    def __init__(self, limit: Limit, problem: Problem) -> None:
+        self.limit, self.problem = limit, problem
+        self._started, self._first = time.perf_counter(), problem.calls
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    @property
+    def calls(self) -> int:
+        return self.problem.calls - self._first
+
+    def share(self) -> float:
+        """What has been used, 0 to 1 and above."""
+        return max(self.seconds / self.limit.seconds, self.calls / self.limit.calls)
+
+    def left(self) -> float:
+        """Evaluations that may still be made."""
+        by_calls = self.limit.calls - self.calls
+        if not math.isfinite(self.limit.seconds) or self.calls == 0:
+            return by_calls
+        rate = self.calls / max(self.seconds, 1e-9)
+        return min(by_calls, (self.limit.seconds - self.seconds) * rate)
+
+    def left_until(self, share: float) -> float:
+        """Evaluations that may be made before ``share`` of the budget is used."""
+        used, left = self.share(), self.left()
+        if not math.isfinite(left):
+            return left
+        return left / max(1 - used, 1e-9) * (share - used) if used < share else 0.0

@@ -1,0 +1,235 @@
+"""Trains the corrector on stored runs: no network evaluation an update.
+
+What it reads, the last state and the outputs, and what it should give, the exact end, do not depend
+on it. They are made once; then training is a small regression.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...policies.corrector import Corrector, CorrectorSettings, layout_of
+from ...tables.table import SolverTable
+from ..start import Problem
+from .budget import Budget
+from .gauss_newton import Targets
+
+WIDTHS = {"image": 32, "sequence": 32, "vector": 64}
+LARGEST = 100_000
+"""Most parameters: the file that holds them stays under 1 MiB."""
+
+
+LEAST_SAMPLES = 64
+MOST, MOST_VECTORS = 1024, 4096
+"""Samples it is trained on; a vector tells less than an image."""
+LARGEST_STORE = 1 << 27
+"""Numbers that stored runs may hold (512 MiB)."""
+SHARE = 0.15
+"""Of the samples, kept from the fit to choose the epoch."""
+
+
+class Runs(NamedTuple):
+    """Ends of a table with the outputs that led there."""
+
+    end: Tensor  # [B, ...]
+    outputs: list[Tensor]  # newest first, each like ``end``
+
+
+@torch.no_grad()
+def run_keeping(problem: Problem, table: SolverTable, numbers: range, batch: int = 128) -> Runs:
+    """Runs ``table`` on the samples ``numbers`` and keeps its outputs."""
+    parts = []
+    for low in range(numbers.start, numbers.stop, batch):
+        part = range(low, min(low + batch, numbers.stop))
+        x = problem.noise(part) * float(table.initial_scale)
+        outputs: list[Tensor] = []
+        for n in range(table.nfe):
+            time = table.times[n].to(x.device)
+            outputs.insert(0, problem.predict(x, time, part, table.prediction))
+            x = float(table.a[n]) * x
+            for k, m in enumerate(outputs[: table.depth]):
+                x = x + float(table.b[n, k]) * m
+        parts.append(Runs(x, outputs[: table.depth]))
+    ends = torch.cat([p.end for p in parts])
+    return Runs(
+        ends, [torch.cat(column) for column in zip(*(p.outputs for p in parts), strict=True)]
+    )
+
+
+def settings_for(shape: tuple[int, ...], depth: int) -> CorrectorSettings | None:
+    """A corrector for samples of ``shape``; None where it has no layout or would be too large."""
+    layout = layout_of(shape)
+    if layout is None:
+        return None
+    channels = shape[0] if layout in ("image", "vector") else shape[1]
+    outputs = min(depth, 5)
+    while outputs > 1 and channels * (1 + outputs) > 96:
+        outputs -= 1
+    settings = CorrectorSettings(layout, channels, outputs, WIDTHS[layout])
+    taps = {"image": 9, "sequence": 3, "vector": 1}[layout]
+    first, last = channels * (1 + outputs), channels
+    count = taps * settings.width * (first + last + settings.width)
+    return settings if count <= LARGEST else None
+
+
+def initial_corrector(settings: CorrectorSettings, runs: Runs, target: Tensor) -> Corrector:
+    """Zero, its inputs and output scaled by what ``runs`` show."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        corrector = Corrector(settings)
+    newest = runs.outputs[: settings.outputs]
+    parts = [runs.end, newest[0]]
+    parts += [a - b for a, b in itertools.pairwise(newest)]
+    deviations = [max(float(part.std()), 1e-12) for part in parts]
+    corrector.scales.copy_(torch.tensor(deviations))
+    corrector.gain.fill_(max(float((target - runs.end).std()), 1e-12))
+    return corrector.to(runs.end.device)
+
+
+def train(
+    corrector: Corrector,
+    runs: Runs,
+    target: Tensor,
+    *,
+    epochs: int = 80,
+    batch: int = 32,
+    lr: float = 3e-3,
+    share: float = SHARE,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Least squares on all but the last ``share`` of the samples, which choose the epoch.
+
+    Returns:
+        ``before`` and ``after``: RMSE on the samples that choose, and the ``epoch`` kept.
+    """
+    count = len(target)
+    held = max(1, int(share * count))
+    fit = count - held
+    gain = float(corrector.gain)
+    inputs = corrector.inputs(runs.end, runs.outputs)
+    wanted = (target - runs.end) / gain
+    generator = torch.Generator().manual_seed(1)
+    optimiser = torch.optim.AdamW(corrector.parameters(), lr=lr, weight_decay=1e-3)
+    averaged = {k: v.detach().clone() for k, v in corrector.named_parameters()}
+    updates = epochs * math.ceil(fit / batch)
+    best, kept, kept_epoch = math.inf, averaged, 0
+    before = float(wanted[fit:].square().mean())
+    done = 0
+    for epoch in range(1, epochs + 1):
+        for rows in torch.randperm(fit, generator=generator).split(batch):
+            for group in optimiser.param_groups:
+                group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * done / updates))
+            rows = rows.to(inputs.device)
+            error = corrector.residual(inputs[rows]) / gain - wanted[rows]
+            optimiser.zero_grad(set_to_none=True)
+            error.square().mean().backward()
+            optimiser.step()
+            done += 1
+            weight = min(0.98, done / (10 + done))
+            with torch.no_grad():
+                for key, value in corrector.named_parameters():
+                    averaged[key].lerp_(value, 1 - weight)
+        if epoch % 5 == 0 or epoch == epochs:
+            score = _score(corrector, averaged, inputs[fit:], wanted[fit:], gain)
+            if score < best:
+                best, kept_epoch = score, epoch
+                kept = {k: v.clone() for k, v in averaged.items()}
+        if stop():
+            break
+    _load(corrector, kept)
+    scale = gain
+    return {
+        "before": scale * math.sqrt(before),
+        "after": scale * math.sqrt(min(best, before)),
+        "epoch": float(kept_epoch),
+    }
+
+
+@torch.no_grad()
+def _score(
+    corrector: Corrector, parameters: dict[str, Tensor], inputs: Tensor, wanted: Tensor, gain: float
+) -> float:
+    present = {k: v.detach().clone() for k, v in corrector.named_parameters()}
+    _load(corrector, parameters)
+    total = sum(
+        float((corrector.residual(i) / gain - w).square().sum())
+        for i, w in zip(inputs.split(256), wanted.split(256), strict=True)
+    )
+    _load(corrector, present)
+    return total / wanted.numel()
+
+
+def _load(corrector: Corrector, parameters: dict[str, Tensor]) -> None:
+    with torch.no_grad():
+        for key, value in corrector.named_parameters():
+            value.copy_(parameters[key])
+
+
+def fit_corrector(
+    problem: Problem,
+    table: SolverTable,
+    targets: Targets,
+    budget: Budget,
+    share: float,
+    *,
+    features: bool = True,
+    most: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Corrector, dict[str, float]] | None:
+    """A corrector trained on as many runs of ``table`` as the budget allows; None if there is none.
+
+    Args:
+        share: of the budget that may be used when it is done.
+        most: samples it may use.
+        features: also train on the feature distance where the denoiser taps features.
+    """
+    settings = settings_for(problem.shape, table.depth)
+    if settings is None:
+        say(f"no corrector for samples of shape {problem.shape}")
+        return None
+    count = _affordable(problem, table, targets, budget, share)
+    count = count if most is None else min(count, most)
+    if count < LEAST_SAMPLES:
+        say(f"no corrector: the budget has {count} samples for it, {LEAST_SAMPLES} are needed")
+        return None
+    say(f"corrector: {count} samples")
+    target = targets(count)
+    runs = run_keeping(problem, table, range(count))
+    corrector = initial_corrector(settings, runs, target)
+    batch = max(32, count // 64)
+    numbers = train(
+        corrector, runs, target, batch=batch, stop=lambda: budget.share() >= max(share, 0.97)
+    )
+    say(
+        f"  RMSE {numbers['before']:.5f} -> {numbers['after']:.5f} on {int(SHARE * count)} of them, "
+        "which were not fitted"
+    )
+    if features:
+        from .feature_phase import train_on_features
+
+        train_on_features(
+            problem, corrector, runs.end, corrector.inputs(runs.end, runs.outputs), target, budget,
+            share, held=max(1, int(SHARE * count)), say=say,
+        )  # fmt: skip
+    return corrector, {"samples": float(count), **numbers}
+
+
+def _affordable(
+    problem: Problem, table: SolverTable, targets: Targets, budget: Budget, share: float
+) -> int:
+    """Samples the budget pays for: exact ends, and runs of the table."""
+    most = MOST_VECTORS if len(problem.shape) == 1 else MOST
+    memory = LARGEST_STORE // ((2 + table.depth) * math.prod(problem.shape))
+    most = max(LEAST_SAMPLES, min(most, memory))
+    have, each = targets.count, targets.cost
+    left = budget.left_until(share)
+    count = most
+    while count > 0 and table.nfe * count + each * max(0, count - have) > left:
+        count = int(count * 0.8)
+    return count

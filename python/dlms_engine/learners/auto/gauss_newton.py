@@ -1,0 +1,242 @@
+"""Levenberg-Marquardt on the few parameters of a table, without gradients of the network.
+
+The residuals are the endpoint errors of a set of samples, thousands of numbers for some thirty
+parameters, and what one parameter changes is measured by running its table: a forward difference.
+All these tables differ from the present one in one parameter and share their evaluations up to the
+row it acts in; what acts in the last row costs none. One such step does what hundreds of stochastic
+gradient steps do (Levenberg 1944; Marquardt 1963), needs no backward pass, and works on any
+network that can be called.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...tables.table import SolverTable
+from ..start import ExactSolution, Problem, SharedRuns
+from .budget import Budget
+from .table import GeneralTable
+
+log = logging.getLogger("dlms_engine")
+
+STEP = 1e-3
+"""Forward difference, in the parameters' natural units."""
+DAMPINGS = (1e-2, 1e-1, 1.0, 1e1)
+"""Tried around the present damping, on the same samples."""
+SEARCHED = 64
+"""Samples that dampings are compared on."""
+LEAST_GAIN = 0.01
+"""Relative fall of the error below which an iteration counts as idle."""
+
+
+class Targets:
+    """Exact end states of the training samples, made once and kept."""
+
+    def __init__(self, exact: ExactSolution) -> None:
+        self._exact = exact
+        self._ends: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return 0 if self._ends is None else len(self._ends)
+
+    @property
+    def cost(self) -> int:
+        """Network evaluations of one more."""
+        return self._exact.table().nfe
+
+    def __call__(self, count: int) -> Tensor:
+        """``[count, ...]`` of the samples 0 .. count - 1."""
+        if self.count < count:
+            more = self._exact.solve(range(self.count, count))
+            self._ends = more if self._ends is None else torch.cat([self._ends, more])
+        assert self._ends is not None
+        return self._ends[:count]
+
+
+@dataclass
+class Normal:
+    """Normal equations of one linearisation: J^T J, J^T r and r^T r, sums over ``numbers`` residuals."""
+
+    matrix: Tensor
+    gradient: Tensor
+    square: float
+    numbers: int
+
+    def step(self, damping: float) -> Tensor:
+        """The damped Gauss-Newton step."""
+        diagonal = torch.diag(self.matrix)
+        floor = 1e-9 * float(diagonal.max()) + 1e-300
+        damped = self.matrix + torch.diag(damping * diagonal + floor)
+        solved: Tensor = torch.linalg.solve(damped, self.gradient)
+        return solved
+
+
+def samples_for(parameters: int, numbers: int) -> int:
+    """Training samples of ``numbers`` numbers each for so many parameters: forty residuals a
+    parameter, and 64 samples as neighbouring pixels err alike.
+    """
+    return max(64, math.ceil(40 * parameters / numbers))
+
+
+class GaussNewton:
+    """Fits the general table to the exact ends of samples 0, 1, ...
+
+    Args:
+        problem: the model.
+        form: maps parameters to tables.
+        targets: exact ends.
+        most: samples it may use; None for ``samples_for`` its parameters.
+    """
+
+    def __init__(
+        self, problem: Problem, form: GeneralTable, targets: Targets, most: int | None = None
+    ) -> None:
+        self.problem, self.form, self.targets = problem, form, targets
+        self.most = samples_for(form.size, math.prod(problem.shape)) if most is None else most
+        self.damping = 1e-1
+        self._used = 0
+        self.parameters = form.zero()
+        self.done = 0  # iterations
+        self.history: list[dict[str, float]] = []
+
+    def fit(
+        self,
+        budget: Budget,
+        share: float,
+        *,
+        iterations: int = 14,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Tensor:
+        """Goes on until ``iterations`` are done or ``share`` of the budget is used.
+
+        Returns:
+            the parameters, also kept in ``parameters``.
+        """
+        most = self.most
+        idle = 0
+        while self.done < iterations:
+            count = self._samples(self.done, most, budget, share)
+            if count == 0 or budget.share() >= share:
+                say(f"  stopped by the budget after {self.done} iterations")
+                break
+            before, after, self.parameters = self._iterate(self.parameters, count)
+            self.done += 1
+            self.history.append({"samples": count, "rmse_before": before, "rmse": after})
+            say(f"  iteration {self.done}: {count} samples, RMSE {before:.5f} -> {after:.5f}")
+            idle = idle + 1 if after > before * (1 - LEAST_GAIN) else 0
+            if idle >= 2 and count >= most:
+                break
+        return self.parameters
+
+    def _samples(self, iteration: int, most: int, budget: Budget, share: float) -> int:
+        """Few at first, when any step helps; what the budget allows in the end."""
+        wanted = min(most, max(16, most // 4) * 2 ** (iteration // 2))
+        least = max(4, self._used // 2)  # fewer than before would fit their noise
+        have = self.targets.count
+        cost = self.cost()
+        left = budget.left_until(share)
+        fresh = self.targets.cost
+        while wanted > least and cost * wanted + fresh * max(0, wanted - have) > left:
+            wanted //= 2
+        affordable = cost * wanted + fresh * max(0, wanted - have) <= left
+        self._used = wanted if affordable else 0
+        return self._used
+
+    def cost(self) -> int:
+        """Network evaluations of one sample in an iteration."""
+        return SharedRuns(self._tables(self.form.zero())[0]).evaluations
+
+    def _iterate(self, theta: Tensor, count: int) -> tuple[float, float, Tensor]:
+        normal = self.linearise(theta, count)
+        before = math.sqrt(normal.square / normal.numbers)
+        trials = []
+        for factor in DAMPINGS:
+            damping = min(max(factor * self.damping, 1e-7), 1e7)
+            moved = theta + normal.step(damping)
+            table = self.form.table(moved)
+            if table is not None and bool(moved.isfinite().all()):
+                trials.append((damping, moved, table))
+        present = self.form.table(theta)
+        assert present is not None
+        errors = self.errors([present, *(table for _, _, table in trials)], min(count, SEARCHED))
+        base, errors = errors[0], errors[1:]
+        best = min(range(len(trials)), key=errors.__getitem__, default=None)
+        if best is None or not errors[best] < base:
+            self.damping = min(self.damping * 100, 1e6)
+            return before, before, theta
+        self.damping = trials[best][0]
+        return before, before * errors[best] / base, trials[best][1]
+
+    def _tables(self, theta: Tensor) -> tuple[list[SolverTable], list[int], list[float]]:
+        """The present table and one moved in each parameter, with its number and step."""
+        present = self.form.table(theta)
+        assert present is not None
+        tables, parameters, steps = [present], [], []
+        for i in range(self.form.size):
+            for step in (STEP, -STEP):
+                moved = theta.clone()
+                moved[i] += step
+                table = self.form.table(moved)
+                if table is not None and not _equal(table, present):
+                    tables.append(table)
+                    parameters.append(i)
+                    steps.append(step)
+                    break
+        return tables, parameters, steps
+
+    def linearise(self, theta: Tensor, count: int) -> Normal:
+        """Normal equations at ``theta`` over the first ``count`` samples."""
+        tables, parameters, steps = self._tables(theta)
+        device = self.problem.device
+        size = len(parameters)
+        matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
+        gradient = torch.zeros(size, dtype=torch.float64, device=device)
+        square = torch.zeros((), dtype=torch.float64, device=device)
+        scale = torch.tensor(steps, dtype=torch.float64, device=device)[:, None]
+        targets = self.targets(count)
+        for numbers, ends in chunks(self.problem, SharedRuns(tables), range(count)):
+            ends = ends.flatten(1).double()
+            residual = targets[numbers.start : numbers.stop].flatten().double() - ends[0]
+            jacobian = (ends[1:] - ends[0]) / scale
+            matrix += jacobian @ jacobian.T
+            gradient += jacobian @ residual
+            square += residual @ residual
+        whole = torch.zeros(self.form.size, self.form.size, dtype=torch.float64)
+        at = torch.tensor(parameters)
+        whole[at[:, None], at] = matrix.cpu()
+        side = torch.zeros(self.form.size, dtype=torch.float64)
+        side[at] = gradient.cpu()
+        return Normal(whole, side, float(square), targets.numel())
+
+    def errors(self, tables: list[SolverTable], count: int) -> list[float]:
+        """Endpoint RMSE of each table over the first ``count`` samples."""
+        targets = self.targets(count)
+        total = torch.zeros(len(tables), dtype=torch.float64, device=self.problem.device)
+        for numbers, ends in chunks(self.problem, SharedRuns(tables), range(count)):
+            wanted = targets[numbers.start : numbers.stop]
+            total += (ends - wanted).double().square().flatten(1).sum(1)
+        values = (total / targets.numel()).sqrt()
+        return [value if math.isfinite(value) else math.inf for value in values.tolist()]
+
+
+def chunks(problem: Problem, runs: SharedRuns, numbers: range) -> Iterator[tuple[range, Tensor]]:
+    """(numbers, end states ``[tables, b, ...]``), a part of the samples at a time."""
+    step = runs.chunk(problem.shape)
+    for low in range(numbers.start, numbers.stop, step):
+        part = range(low, min(low + step, numbers.stop))
+        yield from runs.ends(problem.predict, problem.noise(part), part.start)
+
+
+def _equal(one: SolverTable, two: SolverTable) -> bool:
+    return all(
+        torch.equal(getattr(one, name), getattr(two, name))
+        for name in ("a", "b", "times", "initial_scale")
+    )

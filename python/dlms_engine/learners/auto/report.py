@@ -1,0 +1,130 @@
+"""What a run found, as JSON, as lines and as one picture."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ...support.files import replacing
+from ..start import ExactSolution, Start
+from .budget import Budget
+from .choose import Stage, ratio
+
+log = logging.getLogger("dlms_engine")
+
+
+def report_of(
+    start: Start, exact: ExactSolution, stages: Sequence[Stage], best: Stage, budget: Budget
+) -> dict[str, Any]:
+    """JSON values: the base, every stage with its errors, the choice and the proof."""
+    recorded = [stage.record() for stage in stages]
+    smallest = min(stage["rmse"] for stage in recorded)
+    proof = exact.against(smallest)
+    value, low, high = ratio(stages[0], best)
+    report: dict[str, Any] = {
+        "nfe": start.nfe,
+        "base": start.best.label,
+        "chosen": best.name,
+        "rmse": best.record()["rmse"],
+        "ratio": value,
+        "ratio_interval": [low, high],
+        "stages": recorded,
+        "ranking": start.record()["ranking"][:10],
+        "exact": {**proof.__dict__, "holds": proof.holds},
+        "calls": budget.calls,
+        "seconds": budget.seconds,
+    }
+    return finite(report)  # type: ignore[no-any-return]
+
+
+def finite(value: Any) -> Any:
+    """JSON has no word for what is not finite: None, such as the standard error of one sample."""
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """The report for people."""
+    lines = [
+        f"{'stage':10}  {'RMSE':>9}  {'+-':>8}  {'features':>10}  {'calls':>9}  {'seconds':>7}"
+    ]
+    for stage in report["stages"]:
+        features = stage.get("feature_distance")
+        shown = "-" if features is None else f"{features:.4g}"
+        error = stage["standard_error"]
+        lines.append(
+            f"{stage['name']:10}  {stage['rmse']:9.5f}  {0.0 if error is None else error:8.5f}  "
+            f"{shown:>10}  {stage['calls']:9,}  {stage['seconds']:7.0f}"
+        )
+    exact = report["exact"]
+    share = exact["disagreement"] / exact["against"] if exact["against"] else float("inf")
+    lines.append(
+        f"exact solution: {exact['solver']}/{exact['grid']}, {exact['steps']} evaluations, known to "
+        f"{exact['disagreement']:.2g}: {100 * share:.0f} % of the smallest error"
+        + ("" if exact["holds"] else " - MORE THAN A FIFTH: ratios are not to be trusted")
+    )
+    low, high = report["ratio_interval"]
+    samples = report["stages"][0]["samples"]
+    if report["chosen"] == "base":
+        lines.append(
+            f"chosen: the base, {report['base']}: nothing beat it by two standard errors "
+            f"({samples} samples not trained on)"
+        )
+    else:
+        lines.append(
+            f"chosen: {report['chosen']}, endpoint RMSE {report['ratio']:.2f} times below the best "
+            f"handcrafted solver, {report['base']} ({low:.2f} to {high:.2f}, {samples} samples not "
+            "trained on)"
+        )
+    return lines
+
+
+def write_report(output: Path, report: dict[str, Any]) -> None:
+    """``OUTPUT.report.json`` and, where matplotlib is installed, ``OUTPUT.report.png``."""
+    path = output.with_suffix(".report.json")
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    try:
+        import matplotlib
+    except ImportError:
+        log.info("no picture of the report: matplotlib is not installed")
+        return
+    matplotlib.use("Agg", force=False)
+    draw(report, output.with_suffix(".report.png"))
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """The handcrafted ranking and the stages in one picture, RMSE with two standard errors."""
+    from matplotlib.figure import Figure
+
+    rows = [
+        (r["solver"], r["rmse"], r["standard_error"] or 0.0, "0.7")
+        for r in report["ranking"][::-1]
+        if r["rmse"] is not None
+    ]
+    colours = {"base": "tab:grey", "table": "tab:blue", "corrector": "tab:green"}
+    for stage in report["stages"]:
+        colour = colours.get(stage["name"], "tab:orange")
+        rows.append((stage["name"], stage["rmse"], stage["standard_error"] or 0.0, colour))
+    figure = Figure(figsize=(7, 0.35 * len(rows) + 1), layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))
+    axes.barh(
+        places, [r[1] for r in rows], xerr=[2 * r[2] for r in rows], color=[r[3] for r in rows]
+    )
+    axes.set_yticks(places, [r[0] for r in rows], fontsize=7)
+    axes.set_xlabel("endpoint RMSE to the exact solution")
+    axes.set_title(
+        f"{report['nfe']} evaluations: {report['chosen']}, {report['ratio']:.2f}x below the best "
+        "handcrafted solver",
+        fontsize=9,
+    )
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150, format="png")

@@ -1,0 +1,137 @@
+"""Where learning starts: the exact solution, proved, and the best handcrafted solver, measured."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from ...denoiser import Denoiser
+from .exact import ExactSolution, Proof, rmse, run_tables
+from .problem import Conditions, Problem
+from .search import (
+    Candidate,
+    Effort,
+    Measured,
+    Report,
+    Search,
+    Start,
+    candidates,
+    cost,
+    plan_for,
+    rmse_with_error,
+)
+from .shared_runs import SharedRuns
+from .store import keep, kept
+
+__all__ = [
+    "Candidate",
+    "Conditions",
+    "ExactSolution",
+    "Measured",
+    "Problem",
+    "Proof",
+    "SharedRuns",
+    "Start",
+    "candidates",
+    "cost",
+    "find_start",
+    "recommend",
+    "rmse",
+    "rmse_with_error",
+    "run_tables",
+]
+
+LEAN_ABOVE = 0.05
+"""Seconds of one evaluation of one sample above which the search is lean."""
+
+
+def find_start(
+    problem: Problem,
+    nfe: int,
+    *,
+    effort: Effort | None = None,
+    store: Path | None = None,
+    say: Report = lambda line: None,
+) -> tuple[Start, ExactSolution]:
+    """The best handcrafted solver of ``nfe`` evaluations and the exact solution it was measured by.
+
+    Args:
+        effort: ``"full"``, ``"lean"`` (at most 1,500 evaluations of one sample) or None, which is
+            lean where one evaluation of one sample takes more than 50 ms.
+        store: file that keeps the result; one that is there and fits the model is used.
+        say: is called with a line of text as the search goes on.
+    """
+    if effort is None:
+        effort = "lean" if _seconds(problem) > LEAN_ABOVE else "full"
+    plan = plan_for(problem.process, nfe, effort)
+    exact = ExactSolution(problem, samples=plan.proof_samples, first_steps=plan.first_steps)
+    found = kept(store, problem, nfe)
+    if found is not None:
+        exact.restore(found.proof)
+        say(f"start: {found.best.label}, kept in {store}")
+        return found, exact
+    started, calls = time.perf_counter(), problem.calls
+    count = len(candidates(problem.process, nfe, effort))
+    say(
+        f"start: {count} handcrafted solvers of {nfe} evaluations, about "
+        f"{cost(problem.process, nfe, effort):,} evaluations of one sample"
+    )
+    exact.prove()
+    ranking = Search(problem, exact, nfe, effort, say).run()
+    proof = exact.prove(ranking[0].rmse)
+    start = Start(nfe, tuple(ranking), proof, problem.calls - calls, time.perf_counter() - started)
+    say(proof.line())
+    keep(store, problem, start)
+    return start, exact
+
+
+def recommend(
+    denoiser: Denoiser,
+    nfe: int = 5,
+    shape: tuple[int, ...] = (3, 32, 32),
+    *,
+    conditions: Conditions = None,
+    effort: Effort | None = None,
+    store: str | Path | None = None,
+    progress: bool = True,
+) -> Start:
+    """The best handcrafted solver for this model, found by measuring; nothing is trained.
+
+    Every solver of the registry with every grid, with and without an analytical first step, against
+    the model's exact solution, by successive halving over 8, 32 and 64 start noises.
+
+    Args:
+        denoiser: the model.
+        nfe: network evaluations of the solver.
+        shape: of one sample.
+        conditions: keyword arguments of the network, see ``Conditions``.
+        effort: ``"full"``, ``"lean"`` or None to choose by the network's speed.
+        store: file that keeps the result for later calls.
+        progress: print what happens and the table.
+
+    Returns:
+        the ranking, ``start.best.table`` ready for ``Sampler``, and the exact solution's proof.
+    """
+
+    def say(line: str) -> None:
+        if progress:
+            print(line, flush=True)
+
+    problem = Problem(denoiser, shape, conditions)
+    path = None if store is None else Path(store)
+    start, _ = find_start(problem, nfe, effort=effort, store=path, say=say)
+    for line in start.lines():
+        say(line)
+    say(f"{start.calls:,} evaluations of one sample, {start.seconds:.0f} s")
+    return start
+
+
+def _seconds(problem: Problem) -> float:
+    """Of one evaluation of one sample, in a batch of two, after one to warm up."""
+    numbers = range(2)
+    x = problem.noise(numbers)
+    t = x.new_full((2,), problem.process.t_max, dtype=x.dtype).double()
+    problem.predict(x, t, numbers)
+    started = time.perf_counter()
+    float(problem.predict(x, t, numbers).sum())
+    return (time.perf_counter() - started) / 2

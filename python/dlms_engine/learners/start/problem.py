@@ -1,0 +1,126 @@
+"""What is solved: a denoiser, one sample's shape, and the condition of every sample.
+
+Samples have numbers. A sample's noise and condition depend on its number alone, so that any split
+into batches gives the same data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...denoiser import Denoiser
+from ..training.noise import tell_first_sample, unit_noise
+
+Conditions = Mapping[str, Any] | Callable[[Tensor], Mapping[str, Any]] | str | Path | None
+"""Keyword arguments of the network. A tensor ``[1, ...]`` serves all samples, a tensor ``[M, ...]``
+gives sample i its row i mod M, anything else is handed over as it is; a callable maps the numbers of
+a batch (int64 ``[B]``) to such keywords with B rows; a path names a safetensors file of tensors."""
+
+
+class Problem:
+    """Predictions and start noise of numbered samples.
+
+    Args:
+        denoiser: the model.
+        shape: of one sample.
+        conditions: see ``Conditions``.
+        seed: of the noise.
+
+    Attributes:
+        calls: network evaluations of one sample so far (a guided one counts once).
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        shape: tuple[int, ...],
+        conditions: Conditions = None,
+        *,
+        seed: int = 0,
+    ) -> None:
+        self.denoiser = denoiser
+        self.process = denoiser.process
+        self.shape = tuple(shape)
+        self.seed = seed
+        self.conditions = read_conditions(conditions)
+        self.device = denoiser.device
+        self.calls = 0
+        self._scale = float(self.process.sigma(self.process.t_max))
+
+    def noise(self, numbers: range) -> Tensor:
+        """Start states ``[B, *shape]``, float32, on the network's device."""
+        return self._scale * unit_noise(self.seed, numbers, self.shape).to(self.device)
+
+    def condition(self, numbers: range, copies: int = 1) -> dict[str, Any]:
+        """The network's keyword arguments for these samples, repeated ``copies`` times."""
+        return rows_of(self.conditions, numbers, copies)
+
+    def predict(
+        self, x: Tensor, t: Tensor, numbers: range, prediction: Literal["data", "noise"] = "data"
+    ) -> Tensor:
+        """E[x0 | x] (or E[z | x]) for copies of the samples ``numbers``, one copy after the other.
+
+        Args:
+            x: ``[copies * len(numbers), ...]``. t: float64, ``[]`` or like ``x`` in its first size.
+        """
+        self.calls += len(x)
+        copies = len(x) // len(numbers)
+        if hasattr(self.denoiser, "first_sample"):  # its conditions follow the batch's first number
+            parts, cond = [], self.condition(numbers)
+            for part, times in zip(x.chunk(copies), t.expand(len(x)).chunk(copies), strict=True):
+                tell_first_sample(self.denoiser, numbers.start)
+                parts.append(self.denoiser.predict(part, times, prediction, **cond))
+            return torch.cat(parts)
+        return self.denoiser.predict(x, t, prediction, **self.condition(numbers, copies))
+
+
+def read_conditions(conditions: Conditions) -> Any:
+    """``conditions`` with a file read.
+
+    Raises:
+        ValueError: the file is no safetensors file of tensors, or has none.
+    """
+    if not isinstance(conditions, str | Path):
+        return conditions
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        loaded = load_file(str(conditions))
+    except SafetensorError as error:
+        raise ValueError(
+            f"conditions: {conditions} is not a safetensors file of tensors: {error}"
+        ) from error
+    if not loaded:
+        raise ValueError(f"conditions: {conditions} holds no tensors")
+    return loaded
+
+
+def rows_of(conditions: Any, numbers: range, copies: int = 1) -> dict[str, Any]:
+    """Keyword arguments for the samples ``numbers``, repeated ``copies`` times."""
+    if conditions is None:
+        return {}
+    if callable(conditions):
+        values = dict(conditions(torch.arange(numbers.start, numbers.stop)))
+        return {k: _repeated(v, copies) for k, v in values.items()}
+    return {k: _rows(v, numbers, copies) for k, v in conditions.items()}
+
+
+def _rows(value: Any, numbers: range, copies: int) -> Any:
+    if not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    if len(value) == 1:
+        return value.expand(len(numbers) * copies, *value.shape[1:])
+    rows = torch.arange(numbers.start, numbers.stop, device=value.device) % len(value)
+    return _repeated(value[rows], copies)
+
+
+def _repeated(value: Any, copies: int) -> Any:
+    if copies == 1 or not isinstance(value, Tensor) or value.ndim == 0:
+        return value
+    return value.repeat(copies, *([1] * (value.ndim - 1)))

@@ -1,0 +1,272 @@
+"""The best handcrafted solver of one model, by measuring all of them with fewer and fewer left."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...processes import Process
+from ...solvers import make_solver
+from ...solvers.registry import SOLVERS, handcrafted
+from ...tables.table import SolverTable
+from .exact import SHARE, ExactSolution, Proof
+from .problem import Problem
+from .shared_runs import SharedRuns
+
+Effort = Literal["full", "lean"]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many samples and how many tables each round measures.
+
+    Attributes:
+        samples: of every round, those of the rounds before included.
+        keep: tables left after each round.
+        proof_samples, first_steps: of the exact solution's proof.
+    """
+
+    samples: tuple[int, ...]
+    keep: tuple[int, ...]
+    proof_samples: int
+    first_steps: int
+
+
+FULL = Plan((8, 32, 64), (24, 6, 6), 8, 24)
+LEAN = (Plan((2, 8), (6, 4), 1, 12), Plan((1, 4), (6, 4), 1, 12))
+"""From the better to the cheaper; the first of at most 1,500 evaluations is taken."""
+MOST_LEAN = 1_500
+LEAN_SOLVERS = ("ddim", "ipndm", "dpm_solver_pp", "unipc")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A handcrafted table and what it takes to make it again at other times."""
+
+    label: str
+    table: SolverTable
+
+    @property
+    def solver(self) -> str:
+        return self.table.name
+
+    def at(self, grid: Tensor, network_times: Tensor | None = None) -> SolverTable:
+        """The same solver on another grid ``[steps + 1]``, its network called at other times.
+
+        Raises:
+            ValueError: the solver has stages between grid times, whose network times cannot be set.
+        """
+        options = {k: v for k, v in self.table.options.items() if k in SOLVERS[self.solver].options}
+        if network_times is not None:
+            options["network_times"] = network_times
+        return make_solver(self.solver, self.table.process, grid, **options)
+
+    @property
+    def stages(self) -> int:
+        """Network evaluations a step."""
+        return SOLVERS[self.solver].evaluations_per_step
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A candidate's endpoint RMSE to the exact solution, with its standard error."""
+
+    candidate: Candidate
+    rmse: float
+    error: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class Start:
+    """The best handcrafted solvers of a model at one number of evaluations.
+
+    Attributes:
+        ranking: measured candidates, best first; those of the last round lead.
+        proof: of the exact solution they were measured against.
+        calls: network evaluations of one sample that all this took.
+        seconds: wall-clock time.
+    """
+
+    nfe: int
+    ranking: tuple[Measured, ...]
+    proof: Proof
+    calls: int
+    seconds: float
+
+    @property
+    def best(self) -> Candidate:
+        return self.ranking[0].candidate
+
+    def with_base(self, base: Candidate) -> Start:
+        """The same with ``base`` in front, whatever was measured."""
+        rest = tuple(m for m in self.ranking if m.candidate.label != base.label)
+        same = [m for m in self.ranking if m.candidate.label == base.label]
+        first = same[0] if same else Measured(base, float("nan"), float("nan"), 0)
+        return dataclasses.replace(self, ranking=(first, *rest))
+
+    def lines(self, most: int = 10) -> list[str]:
+        """The table as text, best first."""
+        width = max(len(m.candidate.label) for m in self.ranking[:most])
+        head = f"{'solver/grid':{width}}  {'RMSE':>9}  {'+-':>8}  samples"
+        rows = [
+            f"{m.candidate.label:{width}}  {m.rmse:9.5f}  {m.error:8.5f}  {m.samples:7d}"
+            for m in self.ranking[:most]
+        ]
+        return [head, *rows]
+
+    def record(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "nfe": self.nfe,
+            "ranking": [
+                {
+                    "solver": m.candidate.label,
+                    "rmse": m.rmse,
+                    "standard_error": m.error,
+                    "samples": m.samples,
+                }
+                for m in self.ranking
+            ],
+            "exact": {**self.proof.__dict__, "holds": self.proof.holds},
+            "calls": self.calls,
+            "seconds": self.seconds,
+        }
+
+
+def candidates(process: Process, nfe: int, effort: Effort = "full") -> list[Candidate]:
+    """Every solver, grid and analytical first step of ``nfe`` evaluations."""
+    every = [Candidate(label, table) for label, table in handcrafted(process, nfe)]
+    if effort == "full":
+        return every
+    return [
+        c
+        for c in every
+        if c.solver in LEAN_SOLVERS and not (c.solver == "dpm_solver_pp" and "exact" in c.label)
+    ]
+
+
+def candidate_of(process: Process, nfe: int, label: str) -> Candidate:
+    """The handcrafted solver called ``label``.
+
+    Raises:
+        ValueError: none of that many evaluations is.
+    """
+    every = candidates(process, nfe)
+    for candidate in every:
+        if candidate.label == label:
+            return candidate
+    near = ", ".join(c.label for c in every[:12])
+    raise ValueError(
+        f"base is {label!r}, expected 'best' or a label of {nfe} evaluations: {near}, ..."
+    )
+
+
+def plan_for(process: Process, nfe: int, effort: Effort) -> Plan:
+    """The plan of an effort for ``nfe`` evaluations."""
+    if effort == "full":
+        return FULL
+    first = _first_round(process, nfe, effort)
+    return next((p for p in LEAN if _cost(p, first, nfe) <= MOST_LEAN), LEAN[-1])
+
+
+def cost(process: Process, nfe: int, effort: Effort = "full") -> int:
+    """Network evaluations of one sample that the search takes at most, but for a refined proof."""
+    return _cost(plan_for(process, nfe, effort), _first_round(process, nfe, effort), nfe)
+
+
+def _first_round(process: Process, nfe: int, effort: Effort) -> int:
+    return SharedRuns([c.table for c in candidates(process, nfe, effort)]).evaluations
+
+
+def _cost(plan: Plan, first: int, nfe: int) -> int:
+    total, before = 0, 0
+    for round_, samples in enumerate(plan.samples):
+        each = first if round_ == 0 else nfe * plan.keep[round_ - 1]
+        total += each * (samples - before)
+        total += 2 * plan.first_steps * (samples - before)  # exact ends
+        before = samples
+    pairs = 3 * 5 * plan.first_steps + 4 * plan.first_steps
+    return total + pairs * plan.proof_samples
+
+
+class Search:
+    """Successive halving (Jamieson & Talwalkar 2016) over handcrafted tables.
+
+    Every round measures what is left on more samples, the same for all, and keeps the best.
+    """
+
+    FIRST = 1 << 21
+    """Number of the first sample, apart from those of proof, training and validation."""
+
+    def __init__(
+        self, problem: Problem, exact: ExactSolution, nfe: int, effort: Effort, say: Report
+    ) -> None:
+        self.problem, self.exact, self.nfe = problem, exact, nfe
+        self.plan, self.say = plan_for(problem.process, nfe, effort), say
+        self._left = candidates(problem.process, nfe, effort)
+        if not self._left:
+            raise ValueError(f"no handcrafted solver makes exactly {nfe} evaluations")
+        self._squares: dict[str, list[float]] = {c.label: [] for c in self._left}
+        self._done: list[Measured] = []
+
+    def run(self) -> list[Measured]:
+        """Measured candidates, best first."""
+        before = 0
+        for samples, keep in zip(self.plan.samples, self.plan.keep, strict=True):
+            self._measure(range(self.FIRST + before, self.FIRST + samples))
+            ranked = sorted(map(self._measured, self._left), key=lambda m: m.rmse)
+            if not before:
+                self._sharpen(ranked[0].rmse, samples)
+                ranked = sorted(map(self._measured, self._left), key=lambda m: m.rmse)
+            self._done = [*ranked[keep:], *self._done]
+            self._left = [m.candidate for m in ranked[:keep]]
+            self.say(
+                f"{samples} samples: best {ranked[0].candidate.label}, RMSE {ranked[0].rmse:.4g}; "
+                f"{len(self._left)} of {len(ranked)} stay"
+            )
+            before = samples
+        return [*ranked[: len(self._left)], *self._done]
+
+    def _sharpen(self, smallest: float, samples: int) -> None:
+        """More steps for the exact solution, if the best candidate comes near its uncertainty."""
+        assert self.exact.proof is not None
+        steps = self.exact.proof.steps
+        proof = self.exact.prove(smallest, share=SHARE / 2)
+        if proof.steps == steps:
+            return
+        for values in self._squares.values():
+            values.clear()
+        self._measure(range(self.FIRST, self.FIRST + samples))
+
+    def _measure(self, numbers: range) -> None:
+        runs = SharedRuns([c.table for c in self._left] + [self.exact.table()])
+        step = runs.chunk(self.problem.shape)
+        for low in range(numbers.start, numbers.stop, step):
+            part = range(low, min(low + step, numbers.stop))
+            for _, ends in runs.ends(self.problem.predict, self.problem.noise(part), part.start):
+                squares = (ends[:-1] - ends[-1]).double().square().flatten(2).mean(2).cpu()
+                for candidate, row in zip(self._left, squares.tolist(), strict=True):
+                    self._squares[candidate.label].extend(row)
+
+    def _measured(self, candidate: Candidate) -> Measured:
+        squares = torch.tensor(self._squares[candidate.label], dtype=torch.float64)
+        squares = squares.nan_to_num(nan=float("inf"))
+        value, error = rmse_with_error(squares)
+        return Measured(candidate, value, error, len(squares))
+
+
+def rmse_with_error(squares: Sequence[float] | Tensor) -> tuple[float, float]:
+    """Root of the mean and its standard error, from mean squares of every sample."""
+    values = torch.as_tensor(squares, dtype=torch.float64)
+    value = math.sqrt(float(values.mean()))
+    if len(values) < 2 or not math.isfinite(value) or value == 0:
+        return value, float("inf") if len(values) < 2 else 0.0
+    return value, float(values.std()) / math.sqrt(len(values)) / (2 * value)

@@ -1,0 +1,95 @@
+"""A start kept in a file: JSON, used again by a model that answers as the one it was made on."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...support.files import replacing
+from .exact import Proof
+from .problem import Problem
+from .search import Candidate, Measured, Start, candidates
+
+log = logging.getLogger("dlms_engine")
+FORMAT = "dlms_engine.start/1"
+TOLERANCE = 1e-3
+"""Largest relative difference of a model's answers on two machines."""
+
+
+def keep(path: Path | None, problem: Problem, start: Start) -> None:
+    """Writes ``start`` to ``path``, if there is one."""
+    if path is None:
+        return
+    described = {"format": FORMAT, **_key(problem, start.nfe), **start.record()}
+    described["answers"] = _answers(problem)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def kept(path: Path | None, problem: Problem, nfe: int) -> Start | None:
+    """The start in ``path``; None if it is not there, not readable or of another model."""
+    if path is None or not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["format"] != FORMAT or any(found[k] != v for k, v in _key(problem, nfe).items()):
+            return None
+        if not _same(found["answers"], _answers(problem)):
+            log.info("%s is of another model: measured anew", path)
+            return None
+        return _start(found, problem)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        log.warning("%s cannot be read (%s): measured anew", path, error)
+        return None
+
+
+def _start(found: dict[str, Any], problem: Problem) -> Start:
+    labels = {c.label: c for c in candidates(problem.process, found["nfe"])}
+    ranking = []
+    for row in found["ranking"]:
+        candidate: Candidate = labels[row["solver"]]
+        ranking.append(Measured(candidate, row["rmse"], row["standard_error"], row["samples"]))
+    proof = {k: v for k, v in found["exact"].items() if k != "holds"}
+    return Start(found["nfe"], tuple(ranking), Proof(**proof), found["calls"], found["seconds"])
+
+
+def _key(problem: Problem, nfe: int) -> dict[str, Any]:
+    guidance = problem.denoiser.guidance_scale
+    return {
+        "nfe": nfe,
+        "process": problem.process.config(),
+        "shape": list(problem.shape),
+        "guidance": guidance,
+    }
+
+
+def _answers(problem: Problem) -> list[list[float]]:
+    """Means and mean squares of the data prediction at three noise levels: cheap, and another
+    network, condition or convention gives others.
+    """
+    numbers = range(2)
+    process = problem.process
+    answers = []
+    for share in (0.1, 0.5, 0.9):
+        t = process.t_min + share * (process.t_max - process.t_min)
+        alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
+        x = problem.noise(numbers) * (sigma / float(process.sigma(process.t_max)))
+        x = x + 0.5 * alpha
+        times = torch.full((2,), t, dtype=torch.float64, device=x.device)
+        out = problem.predict(x, times, numbers).double()
+        answers.append([float(out.mean()), float(out.square().mean())])
+    return answers
+
+
+def _same(one: list[list[float]], two: list[list[float]]) -> bool:
+    left, right = torch.tensor(one), torch.tensor(two)
+    if left.shape != right.shape:
+        return False
+    scale = right[:, 1:].sqrt()
+    means = (left[:, :1] - right[:, :1]).abs() <= TOLERANCE * scale
+    squares = (left[:, 1:] - right[:, 1:]).abs() <= TOLERANCE * right[:, 1:]
+    return bool(means.all() and squares.all())

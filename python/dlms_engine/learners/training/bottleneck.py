@@ -1,0 +1,34 @@
+"""Whether a learner reads the network's bottleneck, and how long the vector is."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...denoiser import Denoiser
+
+log = logging.getLogger("dlms_engine")
+
+
+def reads_bottleneck(denoiser: Denoiser, wanted: bool, method: str) -> bool:
+    """``wanted``, but False, and said so, where the denoiser taps no module."""
+    if wanted and denoiser.features is None:
+        log.info(
+            "%s: the denoiser taps no module, so every sample gets the same rows; "
+            "Denoiser(features='mid_block') lets it read the bottleneck",
+            method,
+        )
+        return False
+    return wanted
+
+
+@torch.no_grad()
+def feature_size(
+    denoiser: Denoiser, shape: tuple[int, ...], t: Tensor | float, cond: dict[str, Any]
+) -> int:
+    """Length of the bottleneck feature vector for samples of ``shape``: one call on zeros."""
+    denoiser.predict(torch.zeros(1, *shape, device=denoiser.device), t, **cond)
+    return int(denoiser.last_features.shape[1])

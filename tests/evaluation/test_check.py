@@ -1,0 +1,124 @@
+"""A wrong wrapping is noticed, and what the network probably is."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from analytic import GaussianMixture
+from torch import Tensor
+
+from dlms_engine import Denoiser, check
+from dlms_engine.processes import EDM, VP, Cosine, Process, RectifiedFlow
+
+MEANS = torch.tensor([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]], dtype=torch.float64)
+KINDS = ("data", "noise", "velocity", "flow", "reverse_flow")
+
+
+def network_of(process: Process, kind: str, told: str = "t", scale: float = 1.0):  # type: ignore[no-untyped-def]
+    """A network of this convention with the mixture's exact answers."""
+    mixture = GaussianMixture(process, MEANS, 0.05)
+
+    def network(x: Tensor, c: Tensor) -> Tensor:
+        c = c.double() / scale
+        t = 1 - c if told == "reversed" else c
+        t = t.clamp(process.t_min, process.t_max)
+        data = mixture(x.double(), t)
+        alpha, sigma = process.alpha(t)[:, None], process.sigma(t)[:, None]
+        noise = (x - alpha * data) / sigma
+        made = {
+            "data": data,
+            "noise": noise,
+            "velocity": alpha * noise - sigma * data,
+            "flow": noise - data,
+            "reverse_flow": data - noise,
+        }
+        return made[kind].to(x.dtype)
+
+    return network
+
+
+def real(count: int = 64) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(3, (count,), generator=generator)
+    return (MEANS[rows] + 0.05 * torch.randn(count, 2, generator=generator)).float()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("process", [VP(), RectifiedFlow(t_max=0.999)], ids=lambda p: p.name)
+def test_right_passes_and_wrong_names_the_right_one(process: Process, kind: str) -> None:
+    network = network_of(process, kind)
+    right = check(Denoiser(network, process, kind), real())  # type: ignore[arg-type]
+    assert right.ok and right.score < 0.5, right
+    for other in KINDS:
+        if other == kind:
+            continue
+        found = check(Denoiser(network, process, other), real())  # type: ignore[arg-type]
+        assert not found.ok and f"prediction={kind!r}" in found.best, (kind, other, str(found))
+
+
+@pytest.mark.parametrize("told", ["t", "reversed"])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_time_the_other_way_round_and_in_thousands(told: str, scale: float) -> None:
+    process = RectifiedFlow()
+    network = network_of(process, "reverse_flow", told, scale)
+    right = Denoiser(network, process, "reverse_flow", time_input=told, time_scale=scale)  # type: ignore[arg-type]
+    assert check(right, real()).ok
+    wrong = check(Denoiser(network, process), real())
+    assert "reverse_flow" in wrong.best and not wrong.ok
+    if (told, scale) != ("t", 1.0):
+        assert f"time_input={told!r}" in wrong.best and ("1000" in wrong.best) == (scale > 1)
+    assert "with prediction=" in str(wrong)
+
+
+def test_without_samples_it_uses_its_own() -> None:
+    process = RectifiedFlow()
+    network = network_of(process, "flow")
+    assert check(Denoiser(network, process), shape=(2,)).ok
+    wrong = check(Denoiser(network, process, "reverse_flow"), shape=(2,))
+    assert not wrong.ok and wrong.own_samples
+    with pytest.raises(ValueError, match="samples"):
+        check(Denoiser(network, process))
+
+
+def test_a_network_that_knows_nothing_is_said_to() -> None:
+    found = check(Denoiser(lambda x, t: torch.full_like(x, 5.0), VP(), "noise"), real())
+    assert not found.ok and "no wrapping" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("process", "usual"),
+    [(EDM(), "edm"), (VP(), "noise"), (Cosine(), "noise"), (RectifiedFlow(), "flow")],
+)
+def test_default_prediction_follows_the_process(process: Process, usual: str) -> None:
+    """It was "edm" on every process."""
+    assert Denoiser(lambda x, t: x, process).prediction == usual
+
+
+@pytest.mark.parametrize("prediction", ["noise", "edm"])
+def test_predictions_that_say_nothing_at_alpha_zero_are_refused(prediction: str) -> None:
+    """The answer was infinite, and samples not a number."""
+    x = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="alpha is 0 at t = 1"):
+        Denoiser(lambda x, t: x, RectifiedFlow(), prediction)(x, 1.0)  # type: ignore[arg-type]
+    assert Denoiser(lambda x, t: x, RectifiedFlow(), prediction)(x, 0.999).isfinite().all()  # type: ignore[arg-type]
+
+
+def test_time_inputs_by_name() -> None:
+    seen = []
+
+    def network(x: Tensor, c: Tensor) -> Tensor:
+        seen.append(c)
+        return x
+
+    for name, scale, wanted in (
+        ("t", 1000.0, 250.0), ("reversed", None, 0.75), ("sigma", None, 1 / 3),
+        ("log_sigma", 0.25, torch.log(torch.tensor(1 / 3)).item() / 4),
+    ):  # fmt: skip
+        Denoiser(network, RectifiedFlow(), time_input=name, time_scale=scale)(
+            torch.zeros(1, 2), 0.25
+        )
+        assert float(seen[-1]) == pytest.approx(wanted, rel=1e-6)
+    with pytest.raises(ValueError, match="time_input"):
+        Denoiser(network, EDM(), time_input="tau")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="time_scale"):
+        Denoiser(network, EDM(), time_scale=1000.0)

@@ -1,0 +1,208 @@
+"""The general learner: the base at the start, better after it, never worse, at any budget."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from analytic import GaussianMixture
+from torch import Tensor, nn
+
+from dlms_engine import Sampler, distill, load_solver
+from dlms_engine.denoiser import Denoiser
+from dlms_engine.learners.auto import AutoSettings
+from dlms_engine.learners.auto.budget import Budget, parse_budget
+from dlms_engine.learners.auto.choose import FIRST, Stage, choose, end_of, ratio
+from dlms_engine.learners.auto.gauss_newton import GaussNewton, Targets
+from dlms_engine.learners.auto.table import GeneralTable
+from dlms_engine.learners.start import ExactSolution, Problem, candidates, rmse, run_tables
+from dlms_engine.processes import EDM, VP, Process, RectifiedFlow, VPDiscrete
+
+BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+PROCESSES = [EDM(), VP(), RectifiedFlow(), VPDiscrete(betas=BETAS)]
+MEANS = torch.tensor([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]], dtype=torch.float64)
+
+
+class Mixture(nn.Module):
+    """Three points in the plane; no module to tap, no gradient asked for."""
+
+    def __init__(self, process: Process) -> None:
+        super().__init__()
+        self.mixture = GaussianMixture(process, MEANS, 0.4)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.mixture(x.double(), t.double()).to(x.dtype)
+
+
+def problem(process: Process) -> Problem:
+    return Problem(Denoiser(Mixture(process), process, "data"), (2,))
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
+def test_zero_parameters_are_the_base_to_the_bit(process: Process) -> None:
+    for candidate in candidates(process, 4)[::3]:
+        form = GeneralTable(candidate)
+        table, base = form.table(form.zero()), candidate.table
+        assert table is not None
+        assert torch.equal(table.a, base.a) and torch.equal(table.times, base.times)
+        assert torch.equal(table.b[:, : base.depth], base.b), candidate.label
+        assert not table.b[:, base.depth :].any()
+        table.validate()
+        # planted: any parameter changes it
+        moved = form.zero()
+        moved[-1] = 1e-3
+        other = form.table(moved)
+        assert other is not None and not torch.equal(other.initial_scale, base.initial_scale)
+
+
+def test_times_out_of_order_make_no_table() -> None:
+    form = GeneralTable(candidates(EDM(), 4)[0])
+    moved = form.zero()
+    moved[form.groups["grid"]][0] = 5.0
+    assert form.table(moved) is None
+
+
+def test_a_step_is_the_least_squares_step() -> None:
+    """Against the normal equations of a Jacobian by central differences in float64."""
+    p = problem(VP())
+    form = GeneralTable(next(c for c in candidates(VP(), 3) if c.label == "ddim/quadratic"))
+    exact = ExactSolution(p)
+    fit = GaussNewton(p, form, Targets(exact))
+    normal = fit.linearise(form.zero(), 16)
+    base = form.table(form.zero())
+    residual = (exact.solve(range(16)) - run_tables(p, [base], range(16))[0]).double().flatten()
+    columns = []
+    for i in range(form.size):
+        ends = []
+        for sign in (1, -1):
+            moved = form.zero()
+            moved[i] += sign * 1e-2
+            table = form.table(moved)
+            ends.append(run_tables(p, [table], range(16))[0].double().flatten())
+        columns.append((ends[0] - ends[1]) / 2e-2)
+    jacobian = torch.stack(columns)
+    expected = jacobian @ jacobian.T
+    scale = torch.diag(expected).sqrt().clamp_min(1e-6)
+    # the first network time stands at t_max and moves one way only: its difference is one-sided
+    scale[form.groups["times"].start] = float("inf")
+    difference = (normal.matrix - expected) / scale[:, None] / scale
+    assert float(difference.abs().max()) < 0.05
+    gradient = (normal.gradient - jacobian @ residual) / scale / residual.norm()
+    assert float(gradient.abs().max()) < 0.05
+    assert float((normal.gradient / scale / residual.norm()).abs().max()) > 0.3  # planted
+
+
+@pytest.mark.parametrize("process", PROCESSES[1:3], ids=lambda p: p.name)
+def test_result_beats_the_best_handcrafted_on_fresh_samples(
+    process: Process, tmp_path: Path
+) -> None:
+    p = problem(process)
+    path = tmp_path / "solver.safetensors"
+    solver = distill(
+        p.denoiser, nfe=4, shape=(2,), output=path, progress=False, budget="60k",
+        corrector=False, effort="lean",
+    )  # fmt: skip
+    report = solver.report
+    assert report["chosen"] == "table" and report["ratio"] > 1.2
+    base = next(c for c in candidates(process, 4) if c.label == report["base"])
+    numbers = range(1 << 24, (1 << 24) + 256)
+    exact = ExactSolution(p, most_steps=192)
+    exact.prove(report["rmse"])
+    ends = run_tables(p, [base.table, solver.policy, exact.table()], numbers)
+    assert rmse(ends[1], ends[2]) < rmse(ends[0], ends[2]) / 1.1
+    again = load_solver(path)
+    assert again.report == report
+    assert json.loads(path.with_suffix(".report.json").read_text())["rmse"] == report["rmse"]
+    x = p.noise(numbers)
+    y = Sampler(p.denoiser, again)(x)
+    assert float((y - ends[1]).abs().max()) < 1e-3
+
+
+def test_corrector_is_part_of_solver_file_and_sampler(tmp_path: Path) -> None:
+    p = problem(RectifiedFlow())
+    path = tmp_path / "solver.safetensors"
+    solver = distill(p.denoiser, nfe=3, shape=(2,), output=path, progress=False, budget="120k")
+    assert solver.report["chosen"] == "corrector" and solver.report["ratio"] > 2
+    assert path.stat().st_size <= 1 << 20
+    numbers = range(FIRST, FIRST + 32)
+    expected = end_of(p, solver.policy, numbers)
+    for backend in ("auto", "eager"):
+        y = Sampler(p.denoiser, load_solver(path), backend=backend)(p.noise(numbers))
+        assert float((y - expected).abs().max()) < 1e-4
+    # planted: without the corrector it is another sample
+    y = Sampler(p.denoiser, solver.policy.rows)(p.noise(numbers))
+    assert float((y - expected).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("budget", ["1calls", "2k", "10k"])
+def test_any_budget_gives_an_answer_no_worse_than_the_base(budget: str) -> None:
+    p = problem(RectifiedFlow())
+    solver = distill(p.denoiser, nfe=3, shape=(2,), progress=False, budget=budget)
+    assert solver.report["ratio"] >= 1 and solver.nfe == 3
+    assert solver.report["stages"][0]["name"] == "base"
+
+
+def test_interrupt_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dlms_engine.learners.auto import Auto
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Auto, "corrector", stop)
+    p = problem(RectifiedFlow())
+    solver = distill(p.denoiser, nfe=3, shape=(2,), progress=False, budget="40k")
+    assert [s["name"] for s in solver.report["stages"]] == ["base", "table"]
+
+
+def _stage(name: str, squares: list[float], features: list[float] | None = None) -> Stage:
+    stage = Stage(name, candidates(EDM(), 2)[0].table)
+    stage.squares = torch.tensor(squares, dtype=torch.float64)
+    if features:
+        stage.features = torch.tensor(features, dtype=torch.float64)
+    return stage
+
+
+def test_the_simpler_is_kept_unless_the_better_wins_by_two_standard_errors() -> None:
+    base = _stage("base", [1.0, 1.1, 0.9, 1.0] * 4)
+    close = _stage("table", [0.9, 1.2, 0.9, 0.99] * 4)
+    better = _stage("table", [0.5, 0.6, 0.4, 0.5] * 4)
+    assert choose([base, close]) is base and choose([base, better]) is better
+    value, low, high = ratio(base, better)
+    assert low <= value <= high and 1.3 < value < 1.5
+    sharp = _stage("corrector", [0.1, 0.2, 0.1, 0.1] * 4, [9.0, 9.1, 9.0, 8.9] * 4)
+    better.features = torch.tensor([1.0, 1.1, 0.9, 1.0] * 4, dtype=torch.float64)
+    assert choose([better, sharp]) is better  # nearer in pixels, farther in features
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds", "calls"),
+    [(10, 600, None), ("10m", 600, None), ("90s", 90, None), ("2h", 7200, None),
+     ("50k", None, 50_000), ("1_000calls", None, 1000)],
+)  # fmt: skip
+def test_budget_is_read(text: str, seconds: float | None, calls: float | None) -> None:
+    limit = parse_budget(text)
+    assert limit.seconds == (seconds or float("inf")) and limit.calls == (calls or float("inf"))
+
+
+@pytest.mark.parametrize("text", ["", "ten", "-1m", "0", "5 days"])
+def test_other_budgets_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="budget"):
+        AutoSettings(budget=text)
+
+
+def test_budget_in_calls_is_counted() -> None:
+    p = problem(EDM())
+    budget = Budget(parse_budget("100calls"), p)
+    p.calls += 25
+    assert budget.left() == 75 and budget.share() == 0.25 and budget.left_until(0.5) == 25
+
+
+def test_unknown_settings_are_refused() -> None:
+    p = problem(EDM())
+    with pytest.raises(ValueError, match="samples"):
+        AutoSettings(samples=2)
+    with pytest.raises(ValueError, match="known settings"):
+        distill(p.denoiser, "auto", nfe=3, shape=(2,), colour="red")

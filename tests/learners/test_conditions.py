@@ -1,0 +1,79 @@
+"""Conditions of every sample reach the network of every learner."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlms_engine import Denoiser, distill
+from dlms_engine.learners.training.conditioned import conditioned
+from dlms_engine.processes import EDM
+
+
+class Labelled(nn.Module):
+    """Refuses labels that are not a row a sample, as class-conditional networks do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5), requires_grad=False)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        assert label.shape == (len(x), 2), f"label is {tuple(label.shape)}, expected [{len(x)}, 2]"
+        self.seen.append(label)
+        return torch.tanh(x / (1 + t[:, None])) * self.scale + label
+
+
+def test_rows_follow_the_samples() -> None:
+    network = Labelled()
+    labels = torch.eye(2)
+    denoiser = conditioned(Denoiser(network, EDM(), "data"), {"label": labels}, "dlms")
+    denoiser.first_sample(3)
+    x = torch.zeros(3, 2)
+    denoiser.predict(x, 1.0)
+    assert torch.equal(network.seen[-1], labels[[1, 0, 1]])
+    denoiser.first_sample(0)  # planted: another first sample, other rows
+    denoiser.predict(x, 1.0)
+    assert torch.equal(network.seen[-1], labels[[0, 1, 0]])
+
+
+def test_guided_rows_are_doubled() -> None:
+    network = Labelled()
+    base = Denoiser(
+        network, EDM(), "data", guidance_scale=2.0, unconditional={"label": torch.zeros(1, 2)}
+    )
+    denoiser = conditioned(base, {"label": torch.eye(2)}, "dlms")
+    denoiser.predict(torch.zeros(2, 2), 1.0)
+    assert torch.equal(network.seen[-1], torch.cat([torch.zeros(2, 2), torch.eye(2)]))
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("dlms", {"validation_samples": 4, "batch": 4}),
+        ("amed", {"validation_samples": 4, "batch": 4}),
+        ("free_table", {"validation_samples": 4, "batch": 4}),
+        ("auto", {"budget": "3k", "effort": "lean"}),
+    ],
+)
+def test_learners_take_a_row_a_sample(method: str, settings: dict[str, object]) -> None:
+    """One row of labels went to batches of eight as it was, several rows were refused."""
+    trajectories = {} if method == "auto" else {"trajectories": 4}
+    solver = distill(
+        Denoiser(Labelled(), EDM(), "data"), method, nfe=4, shape=(2,), progress=False,
+        cond={"label": torch.eye(2)}, **trajectories, **settings,
+    )  # fmt: skip
+    assert solver.nfe == 4
+
+
+@pytest.mark.parametrize("method", ["ld3", "dode", "gits"])
+def test_one_row_for_all_or_a_refusal(method: str) -> None:
+    denoiser = Denoiser(Labelled(), EDM(), "data")
+    with pytest.raises(ValueError, match="one condition for all samples"):
+        distill(denoiser, method, nfe=4, shape=(2,), cond={"label": torch.eye(2)})
+    if method == "gits":
+        cond = {"label": torch.ones(1, 2)}
+        assert distill(
+            denoiser, method, nfe=4, shape=(2,), cond=cond, trajectories=4, points=12
+        ).nfe == 4  # fmt: skip

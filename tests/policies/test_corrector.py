@@ -1,0 +1,124 @@
+"""The corrector: zero before training, batch-invariant, in the file, the sampler and the export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlms_engine import Denoiser, Sampler, load_solver, save, solvers
+from dlms_engine.engine.export import SamplerModule
+from dlms_engine.policies.corrector import (
+    CorrectedPolicy,
+    Corrector,
+    CorrectorSettings,
+    layout_of,
+    read_corrector,
+)
+from dlms_engine.processes import EDM, grids
+from dlms_engine.tables.file import SolverFileError
+
+SHAPES = {"image": (3, 6, 5), "sequence": (7, 4), "vector": (5,)}
+
+
+def network(x: Tensor, t: Tensor) -> Tensor:
+    return torch.tanh(x) * 0.7
+
+
+def policy(layout: str, *, trained: bool = True) -> tuple[Denoiser, CorrectedPolicy]:
+    process = EDM()
+    table = solvers.ipndm(process, grids.polynomial(process, 4), order=3)
+    shape = SHAPES[layout]
+    channels = shape[1] if layout == "sequence" else shape[0]
+    torch.manual_seed(0)
+    corrector = Corrector(CorrectorSettings(layout, channels, 3, width=8))
+    if trained:
+        for parameter in corrector.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+        corrector.scales.copy_(torch.tensor([0.5, 2.0, 1.0, 1.5]))
+    return Denoiser(network, process, "data"), CorrectedPolicy(table, corrector)
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+def test_untrained_corrector_changes_nothing(layout: str) -> None:
+    denoiser, corrected = policy(layout, trained=False)
+    x = 80 * torch.randn(3, *SHAPES[layout])
+    assert torch.equal(Sampler(denoiser, corrected)(x), Sampler(denoiser, corrected.rows)(x))
+    denoiser, corrected = policy(layout)  # planted: a trained one does
+    assert not torch.equal(Sampler(denoiser, corrected)(x), Sampler(denoiser, corrected.rows)(x))
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+def test_sampler_export_and_definition_agree(layout: str) -> None:
+    denoiser, corrected = policy(layout)
+    x = 80 * torch.randn(3, *SHAPES[layout])
+    rows, history, state = corrected.rows, list[Tensor](), x
+    for n in range(rows.nfe):
+        history.insert(0, denoiser.predict(state, rows.times[n], rows.prediction))
+        state = float(rows.a[n]) * state
+        for k, m in enumerate(history[: rows.depth]):
+            state = state + float(rows.b[n, k]) * m
+    expected = corrected.corrector(state, history)
+    sampler = Sampler(denoiser, corrected)
+    for found in (
+        sampler(x),
+        Sampler(denoiser, corrected, backend="eager")(x),
+        SamplerModule(sampler, torch.device("cpu"))(x),
+        sampler(x, return_trajectory=True)[1][-1],
+    ):
+        assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+def test_a_sample_is_the_same_alone_and_in_a_batch(layout: str) -> None:
+    denoiser, corrected = policy(layout)
+    sampler = Sampler(denoiser, corrected)
+    x = 80 * torch.randn(5, *SHAPES[layout])
+    whole = sampler(x)
+    alone = torch.cat([sampler(x[i : i + 1]) for i in range(5)])
+    assert float((whole - alone).abs().max()) < 1e-5 * float(whole.abs().max())
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+def test_file_gives_the_same_samples(layout: str, tmp_path: Path) -> None:
+    denoiser, corrected = policy(layout)
+    path = save(tmp_path / "s.safetensors", corrected)
+    again = load_solver(path)
+    x = 80 * torch.randn(2, *SHAPES[layout])
+    assert torch.equal(Sampler(denoiser, again)(x), Sampler(denoiser, corrected)(x))
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 1
+    path.write_bytes(bytes(raw))
+    with pytest.raises(SolverFileError):
+        load_solver(path)
+
+
+def test_settings_and_numbers_that_do_not_fit_are_refused() -> None:
+    _, corrected = policy("vector")
+    state = corrected.corrector.state_dict()
+    good = {"layout": "vector", "channels": 5, "outputs": 3, "width": 8, "layers": 3}
+    read_corrector(dict(state), good)
+    for key, value in (
+        ("layout", "cube"), ("channels", 0), ("outputs", 2), ("width", 10**6), ("layers", 900),
+        ("layers", True),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"corrector|layout|expected"):
+            read_corrector(dict(state), {**good, key: value})
+    with pytest.raises(ValueError, match="not finite"):
+        read_corrector({**state, "gain": torch.tensor(float("nan"))}, good)
+    with pytest.raises(ValueError, match="positive"):
+        read_corrector({**state, "scales": torch.zeros(4)}, good)
+
+
+def test_more_outputs_than_the_rows_keep_are_refused() -> None:
+    _, corrected = policy("vector")
+    deep = Corrector(CorrectorSettings("vector", 5, 4))
+    with pytest.raises(ValueError, match="rows keep 3"):
+        CorrectedPolicy(corrected.rows, deep)
+
+
+def test_layouts() -> None:
+    assert [layout_of((3, 4, 4)), layout_of((4, 4)), layout_of((4,))] == list(SHAPES)
+    assert layout_of((3, 2, 4, 4)) is None
