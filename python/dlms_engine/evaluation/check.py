@@ -148,7 +148,8 @@ def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], cond: dict[str, Any
     process = denoiser.process
     times = torch.linspace(process.t_max, process.t_min, STEPS + 1, dtype=torch.float64)
     if isinstance(process, EDM):
-        times = torch.linspace(*times[[0, -1]].log().tolist(), STEPS + 1, dtype=torch.float64).exp()
+        first, last = math.log(process.t_max), math.log(process.t_min)
+        times = torch.linspace(first, last, STEPS + 1, dtype=torch.float64).exp()
     generator = torch.Generator().manual_seed(0)
     x = float(process.sigma(times[0])) * torch.randn(shape, generator=generator)
     x = x.to(denoiser.device)
