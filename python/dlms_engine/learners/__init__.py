@@ -13,6 +13,7 @@ from ..support.parallel import World, restarted
 from .entry import LearnerEntry
 from .options import RunOptions
 from .registry import LEARNERS, learner, register_learner
+from .start.problem import read_conditions
 from .training.conditioned import conditioned
 from .training.identity import run_identity
 from .training.monitor import Silent, TensorBoard
@@ -72,6 +73,8 @@ def distill(
     entry = learner(method)
     if nfe < 1:
         raise ValueError(f"nfe is {nfe}, expected at least 1")
+    told = read_conditions(cond)
+    identity = {} if output is None else run_identity(denoiser, _named(told))
     if method != "auto":
         denoiser, cond = conditioned(denoiser, cond, method), None
     path = None if output is None else Path(output)
@@ -88,7 +91,7 @@ def distill(
         feature_network,
         cond or {},
         TensorBoard(str(tensorboard)) if watched else Silent(),
-        {} if path is None else run_identity(denoiser, cond or {}),
+        identity,
     )
     lock = contextlib.nullcontext() if path is None or world.rank else only_one(path)
     training = [p for p in denoiser.parameters() if p.requires_grad]
@@ -107,3 +110,12 @@ def distill(
             options.checkpoint.unlink(missing_ok=True)
     world.barrier()
     return solver
+
+
+def _named(conditions: Any) -> dict[str, Any]:
+    """Conditions as values by name; a callable by its own."""
+    if not conditions:
+        return {}
+    if callable(conditions):
+        return {"callable": getattr(conditions, "__qualname__", type(conditions).__qualname__)}
+    return dict(conditions)
