@@ -353,7 +353,7 @@ def _time_function(
     return given
 
 
-def usual_prediction(process: Process) -> Prediction:
+def usual_prediction(process: Process) -> NetworkPrediction:
     """What networks on ``process`` mostly return."""
     if isinstance(process, EDM):
         return "edm"

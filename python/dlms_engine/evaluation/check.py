@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NamedTime, Prediction
+from ..denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NamedTime, NetworkPrediction
 from ..processes import EDM, Process, RectifiedFlow, VPDiscrete
 
 LEVELS = (0.15, 0.5, 1.0, 2.0, 5.0)
@@ -136,7 +136,7 @@ def _begins_blind(process: Process) -> bool:
     return float(process.alpha(process.t_max)) == 0
 
 
-def _with(denoiser: Denoiser, prediction: Prediction, level: Any) -> Denoiser:
+def _with(denoiser: Denoiser, prediction: NetworkPrediction, level: Any) -> Denoiser:
     variant = copy.copy(denoiser)
     variant.__dict__ = dict(denoiser.__dict__)
     variant.prediction, variant._time_input = prediction, level

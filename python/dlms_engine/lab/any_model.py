@@ -22,7 +22,8 @@ import torch
 from ..denoiser import Denoiser
 from ..evaluation.frechet import FeatureSums, frechet_distance
 from ..learners import distill
-from ..learners.auto.choose import Stage, end_of, features_of, ratio
+from ..learners.auto.choose import Stage, end_of, ratio
+from ..learners.auto.features import features_of
 from ..learners.start import ExactSolution, Problem
 from ..learners.start.search import candidate_of
 from ..support.files import write_text

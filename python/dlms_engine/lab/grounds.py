@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..denoiser import Denoiser, Prediction
+from ..denoiser import Denoiser, NetworkPrediction
 from ..processes import Process, RectifiedFlow, VPDiscrete
 from ..support.files import replacing
 
@@ -44,7 +44,7 @@ class Ground:
 
     name: str
     shape: tuple[int, ...]
-    prediction: Prediction
+    prediction: NetworkPrediction
     process: Callable[[], Process]
     classes: int = 0
     guidance: float | None = None

@@ -13,12 +13,11 @@ from torch import Tensor
 from ...policies.corrector import CorrectedPolicy
 from ...tables.table import SolverTable
 from ..start import ExactSolution, Problem, rmse_with_error, run_tables
-from .correct import run_keeping
+from .features import features_of
+from .runs import run_keeping
 
 FIRST = 1 << 22
 """Number of the first held-out sample, apart from those of proof, start and training."""
-FEATURE_SIGMA = 0.1
-"""Noise level at which the network's own features are compared."""
 
 
 @dataclass
@@ -78,28 +77,6 @@ def end_of(problem: Problem, policy: SolverTable | CorrectedPolicy, numbers: ran
     runs = run_keeping(problem, policy.rows, numbers)
     end: Tensor = policy.corrector(runs.end, runs.outputs)
     return end
-
-
-def features_of(
-    problem: Problem, samples: Tensor, numbers: range, batch: int = 128
-) -> Tensor | None:
-    """``[B, F]``, the tapped module's output at a low noise level; None without a tap."""
-    if problem.denoiser.features is None:
-        return None
-    parts = [
-        feature_batch(problem, samples[low : low + batch], numbers[low : low + batch])
-        for low in range(0, len(samples), batch)
-    ]
-    return torch.cat(parts)
-
-
-def feature_batch(problem: Problem, samples: Tensor, numbers: range) -> Tensor:
-    """The same for one batch, with gradient in ``samples``."""
-    process = problem.process
-    level = process.inverse_sigma(torch.tensor(FEATURE_SIGMA, dtype=torch.float64))
-    x = float(process.alpha(level)) * samples
-    problem.predict(x, level.to(x.device), numbers)
-    return problem.denoiser.bottleneck.float().flatten(1)
 
 
 def choose(stages: Sequence[Stage]) -> Stage:

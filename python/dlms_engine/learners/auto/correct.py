@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +17,9 @@ from ...policies.corrector import Corrector, CorrectorSettings, layout_of
 from ...tables.table import SolverTable
 from ..start import Problem
 from .budget import Budget
+from .feature_phase import train_on_features
 from .gauss_newton import Targets
+from .runs import Runs, run_keeping
 
 WIDTHS = {"image": 32, "sequence": 32, "vector": 64}
 LARGEST = 100_000
@@ -32,34 +33,6 @@ LARGEST_STORE = 1 << 27
 """Numbers that stored runs may hold (512 MiB)."""
 SHARE = 0.15
 """Of the samples, kept from the fit to choose the epoch."""
-
-
-class Runs(NamedTuple):
-    """Ends of a table with the outputs that led there."""
-
-    end: Tensor  # [B, ...]
-    outputs: list[Tensor]  # newest first, each like ``end``
-
-
-@torch.no_grad()
-def run_keeping(problem: Problem, table: SolverTable, numbers: range, batch: int = 128) -> Runs:
-    """Runs ``table`` on the samples ``numbers`` and keeps its outputs."""
-    parts = []
-    for low in range(numbers.start, numbers.stop, batch):
-        part = range(low, min(low + batch, numbers.stop))
-        x = problem.noise(part) * float(table.initial_scale)
-        outputs: list[Tensor] = []
-        for n in range(table.nfe):
-            time = table.times[n].to(x.device)
-            outputs.insert(0, problem.predict(x, time, part, table.prediction))
-            x = float(table.a[n]) * x
-            for k, m in enumerate(outputs[: table.depth]):
-                x = x + float(table.b[n, k]) * m
-        parts.append(Runs(x, outputs[: table.depth]))
-    ends = torch.cat([p.end for p in parts])
-    return Runs(
-        ends, [torch.cat(column) for column in zip(*(p.outputs for p in parts), strict=True)]
-    )
 
 
 def settings_for(shape: tuple[int, ...], depth: int) -> CorrectorSettings | None:
@@ -211,8 +184,6 @@ def fit_corrector(
         "which were not fitted"
     )
     if features:
-        from .feature_phase import train_on_features
-
         train_on_features(
             problem, corrector, runs.end, corrector.inputs(runs.end, runs.outputs), target, budget,
             share, held=max(1, int(SHARE * count)), say=say,

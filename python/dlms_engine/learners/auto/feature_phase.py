@@ -17,7 +17,7 @@ from torch import Tensor
 from ...policies.corrector import Corrector
 from ..start import Problem
 from .budget import Budget
-from .choose import feature_batch, features_of
+from .features import feature_batch, features_of
 
 log = logging.getLogger("dlms_engine")
 
