@@ -14,10 +14,16 @@ from dlms_engine import Sampler, distill, load_solver
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.learners.auto import AutoSettings
 from dlms_engine.learners.auto.budget import Budget, parse_budget
-from dlms_engine.learners.auto.choose import FIRST, Stage, choose, end_of, ratio
+from dlms_engine.learners.auto.choose import HELD_OUT_FIRST, AutoStage, choose_stage, end_of, ratio
 from dlms_engine.learners.auto.gauss_newton import GaussNewton, Targets
 from dlms_engine.learners.auto.table import GeneralTable
-from dlms_engine.learners.start import ExactSolution, Problem, candidates, rmse, run_tables
+from dlms_engine.learners.start import (
+    ExactSolution,
+    SamplingProblem,
+    handcrafted_candidates,
+    rmse,
+    run_tables,
+)
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow, VPDiscrete
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -37,13 +43,13 @@ class Mixture(nn.Module):
         return self.mixture(x.double(), t.double()).to(x.dtype)
 
 
-def problem(process: Process) -> Problem:
-    return Problem(Denoiser(Mixture(process), process, "data"), (2,))
+def problem(process: Process) -> SamplingProblem:
+    return SamplingProblem(Denoiser(Mixture(process), process, "data"), (2,))
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
 def test_zero_parameters_are_the_base_to_the_bit(process: Process) -> None:
-    for candidate in candidates(process, 4)[::3]:
+    for candidate in handcrafted_candidates(process, 4)[::3]:
         form = GeneralTable(candidate)
         table, base = form.table(form.zero()), candidate.table
         assert table is not None
@@ -59,7 +65,7 @@ def test_zero_parameters_are_the_base_to_the_bit(process: Process) -> None:
 
 
 def test_times_out_of_order_make_no_table() -> None:
-    form = GeneralTable(candidates(EDM(), 4)[0])
+    form = GeneralTable(handcrafted_candidates(EDM(), 4)[0])
     moved = form.zero()
     moved[form.groups["grid"]][0] = 5.0
     assert form.table(moved) is None
@@ -68,7 +74,9 @@ def test_times_out_of_order_make_no_table() -> None:
 def test_a_step_is_the_least_squares_step() -> None:
     """Against the normal equations of a Jacobian by central differences in float64."""
     p = problem(VP())
-    form = GeneralTable(next(c for c in candidates(VP(), 3) if c.label == "ddim/quadratic"))
+    form = GeneralTable(
+        next(c for c in handcrafted_candidates(VP(), 3) if c.label == "ddim/quadratic")
+    )
     exact = ExactSolution(p)
     fit = GaussNewton(p, form, Targets(exact))
     normal = fit.linearise(form.zero(), 16)
@@ -107,7 +115,7 @@ def test_result_beats_the_best_handcrafted_on_fresh_samples(
     )  # fmt: skip
     report = solver.report
     assert report["chosen"] == "table" and report["ratio"] > 1.2
-    base = next(c for c in candidates(process, 4) if c.label == report["base"])
+    base = next(c for c in handcrafted_candidates(process, 4) if c.label == report["base"])
     numbers = range(1 << 24, (1 << 24) + 256)
     exact = ExactSolution(p, most_steps=192)
     exact.prove(report["rmse"])
@@ -127,7 +135,7 @@ def test_corrector_is_part_of_solver_file_and_sampler(tmp_path: Path) -> None:
     solver = distill(p.denoiser, nfe=3, shape=(2,), output=path, progress=False, budget="120k")
     assert solver.report["chosen"] == "corrector" and solver.report["ratio"] > 2
     assert path.stat().st_size <= 1 << 20
-    numbers = range(FIRST, FIRST + 32)
+    numbers = range(HELD_OUT_FIRST, HELD_OUT_FIRST + 32)
     expected = end_of(p, solver.policy, numbers)
     for backend in ("auto", "eager"):
         y = Sampler(p.denoiser, load_solver(path), backend=backend)(p.noise(numbers))
@@ -157,8 +165,8 @@ def test_interrupt_keeps_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [s["name"] for s in solver.report["stages"]] == ["base", "table"]
 
 
-def _stage(name: str, squares: list[float], features: list[float] | None = None) -> Stage:
-    stage = Stage(name, candidates(EDM(), 2)[0].table)
+def _stage(name: str, squares: list[float], features: list[float] | None = None) -> AutoStage:
+    stage = AutoStage(name, handcrafted_candidates(EDM(), 2)[0].table)
     stage.squares = torch.tensor(squares, dtype=torch.float64)
     if features:
         stage.features = torch.tensor(features, dtype=torch.float64)
@@ -169,12 +177,12 @@ def test_the_simpler_is_kept_unless_the_better_wins_by_two_standard_errors() -> 
     base = _stage("base", [1.0, 1.1, 0.9, 1.0] * 4)
     close = _stage("table", [0.9, 1.2, 0.9, 0.99] * 4)
     better = _stage("table", [0.5, 0.6, 0.4, 0.5] * 4)
-    assert choose([base, close]) is base and choose([base, better]) is better
+    assert choose_stage([base, close]) is base and choose_stage([base, better]) is better
     value, low, high = ratio(base, better)
     assert low <= value <= high and 1.3 < value < 1.5
     sharp = _stage("corrector", [0.1, 0.2, 0.1, 0.1] * 4, [9.0, 9.1, 9.0, 8.9] * 4)
     better.features = torch.tensor([1.0, 1.1, 0.9, 1.0] * 4, dtype=torch.float64)
-    assert choose([better, sharp]) is better  # nearer in pixels, farther in features
+    assert choose_stage([better, sharp]) is better  # nearer in pixels, farther in features
 
 
 @pytest.mark.parametrize(

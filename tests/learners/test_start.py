@@ -16,11 +16,11 @@ from dlms_engine import Sampler, recommend
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.learners.start import (
     ExactSolution,
-    Problem,
+    SamplingProblem,
     SharedRuns,
-    candidates,
     cost,
     find_start,
+    handcrafted_candidates,
     rmse,
     run_tables,
 )
@@ -45,14 +45,14 @@ class Mixture(nn.Module):
         return self.mixture(x.double(), t.double()).to(x.dtype)
 
 
-def problem(process: Process) -> Problem:
-    return Problem(Denoiser(Mixture(process), process, "data"), (2,))
+def problem(process: Process) -> SamplingProblem:
+    return SamplingProblem(Denoiser(Mixture(process), process, "data"), (2,))
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
 def test_shared_runs_equal_single_runs_and_count_their_calls(process: Process) -> None:
     p = problem(process)
-    tables = [c.table for c in candidates(process, 4)]
+    tables = [c.table for c in handcrafted_candidates(process, 4)]
     runs = SharedRuns(tables)
     noise = p.noise(range(3)).double()
     ((_, ends),) = list(runs.ends(p.predict, noise))
@@ -67,7 +67,7 @@ def test_shared_runs_equal_single_runs_and_count_their_calls(process: Process) -
 
 
 def test_tables_that_differ_in_the_last_row_share_all_evaluations() -> None:
-    table = candidates(EDM(), 5)[0].table
+    table = handcrafted_candidates(EDM(), 5)[0].table
     b = table.b.clone()
     b[-1, 0] += 0.1
     assert SharedRuns([table, dataclasses.replace(table, b=b)]).evaluations == 5
@@ -76,7 +76,7 @@ def test_tables_that_differ_in_the_last_row_share_all_evaluations() -> None:
 
 
 def test_batched_tables_are_refused() -> None:
-    table = candidates(EDM(), 3)[0].table
+    table = handcrafted_candidates(EDM(), 3)[0].table
     batched = dataclasses.replace(table, a=table.a.expand(2, -1))
     with pytest.raises(ValueError, match="expected one table"):
         SharedRuns([batched])
@@ -91,7 +91,7 @@ def test_exact_solution_is_exact_where_the_flow_has_a_closed_form(process: Proce
     def network(x: Tensor, t: Tensor) -> Tensor:
         return gaussian(x, t.reshape(-1, 1).to(x.dtype))
 
-    p = Problem(Denoiser(network, process, "data"), (2,))
+    p = SamplingProblem(Denoiser(network, process, "data"), (2,))
     exact = ExactSolution(p)
     proof = exact.prove(0.01)
     numbers = range(16)
@@ -109,7 +109,7 @@ def test_a_proof_that_cannot_be_had_says_so(caplog: pytest.LogCaptureFixture) ->
     def network(x: Tensor, t: Tensor) -> Tensor:
         return torch.randn(x.shape, generator=generator)
 
-    exact = ExactSolution(Problem(Denoiser(network, EDM(), "data"), (2,)), most_steps=48)
+    exact = ExactSolution(SamplingProblem(Denoiser(network, EDM(), "data"), (2,)), most_steps=48)
     proof = exact.prove(0.01)
     assert not proof.holds and "NOT PROVED" in proof.line() and "NOT PROVED" in caplog.text
 
@@ -118,7 +118,7 @@ def test_a_proof_that_cannot_be_had_says_so(caplog: pytest.LogCaptureFixture) ->
 def test_the_best_is_the_best_of_all_on_other_samples(process: Process) -> None:
     p = problem(process)
     start, exact = find_start(p, 3, effort="full")
-    every = candidates(process, 3)
+    every = handcrafted_candidates(process, 3)
     numbers = range(1 << 23, (1 << 23) + 256)
     ends = run_tables(p, [c.table for c in every] + [exact.table()], numbers)
     errors = {c.label: rmse(end, ends[-1]) for c, end in zip(every, ends[:-1], strict=True)}
@@ -174,8 +174,8 @@ def test_conditions_give_every_sample_its_own(tmp_path: Path) -> None:
         tmp_path / "cond.safetensors",
         lambda numbers: {"shift": shift[numbers % 3]},
     ):
-        p = Problem(denoiser, (2,), conditions)
-        ends = run_tables(p, [c.table for c in candidates(EDM(), 2)[:3]], range(1, 5))
+        p = SamplingProblem(denoiser, (2,), conditions)
+        ends = run_tables(p, [c.table for c in handcrafted_candidates(EDM(), 2)[:3]], range(1, 5))
         wanted = torch.tensor([1.0, 2.0, 0.0, 1.0])[:, None]
         assert float((ends - wanted).abs().max()) < 0.2
 
@@ -184,7 +184,7 @@ def test_conditions_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cond.safetensors"
     path.write_bytes(b"no tensors")
     with pytest.raises(ValueError, match="not a safetensors file"):
-        Problem(Denoiser(lambda x, t: x, EDM(), "data"), (2,), path)
+        SamplingProblem(Denoiser(lambda x, t: x, EDM(), "data"), (2,), path)
 
 
 def test_recommend_gives_a_table_that_runs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,7 @@ app = typer.Typer(
     epilog="--debug, anywhere, shows the traceback of an error.",
 )
 app.command()(demo.demo)
-app.command()(recommend.recommend)
+app.command("recommend")(recommend.recommend_command)
 app.command("distill")(distill.distill_command)
 app.command()(sample.sample)
 app.command("convert")(convert.convert_command)

@@ -10,7 +10,7 @@ import typer
 from .common import JsonOption, ModelOption, NfeOption, emit, load_model
 
 
-def recommend(
+def recommend_command(
     model: ModelOption = "embedded",
     nfe: NfeOption = 5,
     effort: Annotated[
@@ -32,11 +32,11 @@ def recommend(
     """Measure every handcrafted solver on the model: which is best for NFE evaluations?"""
     if effort not in ("auto", "full", "lean"):
         raise ValueError(f"effort is {effort!r}, expected auto, full or lean")
-    from ..learners.start import recommend as measure
+    from ..learners.start import recommend
     from ..policies.distilled import save_solver
 
     loaded = load_model(model)
-    start = measure(
+    start = recommend(
         loaded.denoiser,
         nfe,
         loaded.shape,

@@ -15,12 +15,12 @@ from torch import Tensor
 from ..denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NamedTime, NetworkPrediction
 from ..processes import EDM, Process, RectifiedFlow, VPDiscrete
 
-LEVELS = (0.15, 0.5, 1.0, 2.0, 5.0)
+_LEVELS = (0.15, 0.5, 1.0, 2.0, 5.0)
 """sigma / alpha, in units of the data's standard deviation, where data are denoised."""
 GOOD = 0.9
 """Largest ratio of a denoiser's mean squared error to the better of two that know nothing: the
 noisy sample itself, and its best multiple."""
-STEPS = 24
+_STEPS = 24
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def check(
     if samples is None and shape is None:
         raise ValueError("check needs samples [B, ...], or shape= of one sample")
     scores: dict[str, float] = {}
-    given = describe(denoiser)
+    given = describe_wrapping(denoiser)
     for name, variant in {given: denoiser, **variants(denoiser)}.items():
         data = samples
         if data is None:
@@ -100,7 +100,7 @@ def check(
     return Check(ok, score, given if ok else best, ranked, samples is None)
 
 
-def describe(denoiser: Denoiser) -> str:
+def describe_wrapping(denoiser: Denoiser) -> str:
     """``prediction='flow', time_input='reversed'``."""
     level = denoiser._time_input
     if level is None:
@@ -127,8 +127,8 @@ def variants(denoiser: Denoiser) -> dict[str, Denoiser]:
             continue
         for level in levels:
             variant = _with(denoiser, prediction, level)  # type: ignore[arg-type]
-            found[describe(variant)] = variant
-    found.pop(describe(denoiser), None)
+            found[describe_wrapping(variant)] = variant
+    found.pop(describe_wrapping(denoiser), None)
     return found
 
 
@@ -146,10 +146,10 @@ def _with(denoiser: Denoiser, prediction: NetworkPrediction, level: Any) -> Deno
 def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], cond: dict[str, Any]) -> Tensor:
     """By DDIM, in the data form, on times that are uniform in the process's own time."""
     process = denoiser.process
-    times = torch.linspace(process.t_max, process.t_min, STEPS + 1, dtype=torch.float64)
+    times = torch.linspace(process.t_max, process.t_min, _STEPS + 1, dtype=torch.float64)
     if isinstance(process, EDM):
         first, last = math.log(process.t_max), math.log(process.t_min)
-        times = torch.linspace(first, last, STEPS + 1, dtype=torch.float64).exp()
+        times = torch.linspace(first, last, _STEPS + 1, dtype=torch.float64).exp()
     generator = torch.Generator().manual_seed(0)
     x = float(process.sigma(times[0])) * torch.randn(shape, generator=generator)
     x = x.to(denoiser.device)
@@ -167,7 +167,7 @@ def _score(denoiser: Denoiser, data: Tensor, cond: dict[str, Any]) -> float:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(data.shape, generator=generator).to(data)
     values = []
-    for level in LEVELS:
+    for level in _LEVELS:
         ratio = torch.tensor(level * deviation, dtype=torch.float64)
         low, high = (float(process.sigma_over_alpha(t)) for t in (process.t_min, process.t_max))
         if not low <= float(ratio) <= high:

@@ -22,14 +22,14 @@ import torch
 from ..denoiser import Denoiser
 from ..evaluation.frechet import FeatureSums, frechet_distance
 from ..learners import distill
-from ..learners.auto.choose import Stage, end_of, ratio
+from ..learners.auto.choose import AutoStage, end_of, ratio
 from ..learners.auto.features import features_of
-from ..learners.start import ExactSolution, Problem
+from ..learners.start import ExactSolution, SamplingProblem
 from ..learners.start.search import candidate_of
 from ..support.files import write_text
 from . import grounds
 
-FIRST = 1 << 24
+_FIRST = 1 << 24
 """Number of the first measured sample: neither training nor choosing uses these."""
 WORDS = {
     "flow-2d": "rectified flow, a pinwheel in the plane, velocity",
@@ -59,12 +59,12 @@ def cell(name: str, nfe: int, budget: str, folder: Path, samples: int) -> dict[s
             output=Path(place) / "solver.safetensors",
         )  # fmt: skip
     report = solver.report
-    problem = Problem(denoiser, shape, conditions)
+    problem = SamplingProblem(denoiser, shape, conditions)
     exact = ExactSolution(problem)
     exact.prove(report["rmse"])
-    base = Stage("base", candidate_of(problem.process, nfe, report["base"]).table)
-    best = Stage(report["chosen"], solver.policy)  # type: ignore[arg-type]
-    numbers = range(FIRST, FIRST + samples)
+    base = AutoStage("base", candidate_of(problem.process, nfe, report["base"]).table)
+    best = AutoStage(report["chosen"], solver.policy)  # type: ignore[arg-type]
+    numbers = range(_FIRST, _FIRST + samples)
     target = exact.solve(numbers)
     found: dict[str, Any] = {
         "model": name,
@@ -107,7 +107,7 @@ def _frechet(one: torch.Tensor, two: torch.Tensor) -> float:
     return frechet_distance(sums(two), sums(one))
 
 
-def page(cells: list[dict[str, Any]], command: str) -> str:
+def models_page(cells: list[dict[str, Any]], command: str) -> str:
     """The table in Markdown."""
     names = [name for name in WORDS if any(c["model"] == name for c in cells)]
     names += sorted({c["model"] for c in cells} - set(names))
@@ -147,7 +147,7 @@ def _entry(found: dict[str, Any]) -> str:
     return f"**{found['ratio']:.2f}** ({low:.2f} to {high:.2f})"
 
 
-def main() -> None:
+def _main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--folder", type=Path, required=True, help="where the small models are kept"
@@ -174,8 +174,8 @@ def main() -> None:
             cells.append(cell(name, nfe, chosen.budget, chosen.folder, chosen.samples))
             write_text(chosen.output, json.dumps(cells, indent=1) + "\n")
             if chosen.page is not None:
-                write_text(chosen.page, page(cells, command))
+                write_text(chosen.page, models_page(cells, command))
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -27,7 +27,7 @@ from ..processes import Process, RectifiedFlow, VPDiscrete
 from ..support.files import replacing
 
 CLASSES = 4
-LEVELS = 1000
+_LEVELS = 1000
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Ground:
     features: str | None = None
 
 
-def discrete() -> VPDiscrete:
+def linear_levels() -> VPDiscrete:
     """The usual linear schedule of a thousand levels (Ho et al. 2020)."""
-    return VPDiscrete(betas=torch.linspace(1e-4, 0.02, LEVELS, dtype=torch.float64))
+    return VPDiscrete(betas=torch.linspace(1e-4, 0.02, _LEVELS, dtype=torch.float64))
 
 
 GROUNDS = {
@@ -61,9 +61,9 @@ GROUNDS = {
     for ground in (
         Ground("flow-2d", (2,), "flow", RectifiedFlow),
         Ground("flow-8x8", (1, 8, 8), "flow", RectifiedFlow),
-        Ground("vp-8x8", (1, 8, 8), "noise", discrete, features="middle"),
-        Ground("v-8x8", (1, 8, 8), "velocity", discrete),
-        Ground("guided-8x8", (1, 8, 8), "noise", discrete, classes=CLASSES, guidance=2.0),
+        Ground("vp-8x8", (1, 8, 8), "noise", linear_levels, features="middle"),
+        Ground("v-8x8", (1, 8, 8), "velocity", linear_levels),
+        Ground("guided-8x8", (1, 8, 8), "noise", linear_levels, classes=CLASSES, guidance=2.0),
     )
 }
 
@@ -161,10 +161,10 @@ def network(ground: Ground) -> nn.Module:
         if len(ground.shape) == 1:
             return Plane()
         indexed = isinstance(ground.process(), VPDiscrete)
-        return Pixels(1 / LEVELS if indexed else 1.0, ground.classes)
+        return Pixels(1 / _LEVELS if indexed else 1.0, ground.classes)
 
 
-def train(ground: Ground, *, steps: int = 1500, batch: int = 128) -> nn.Module:
+def train_ground(ground: Ground, *, steps: int = 1500, batch: int = 128) -> nn.Module:
     """Trains on the model's own prediction, with a tenth of the labels left out."""
     model, process = network(ground), ground.process()
     generator = torch.Generator().manual_seed(11)
@@ -221,7 +221,7 @@ def load(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], dict[str, 
         model.load_state_dict(load_file(path))
         model.eval().requires_grad_(False)
     else:
-        model = train(ground)
+        model = train_ground(ground)
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
             save_file(model.state_dict(), partial)

@@ -16,10 +16,10 @@ from ...tables.table import SolverTable
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
-from ..start import Candidate, ExactSolution, Problem, Start, find_start
+from ..start import Candidate, ExactSolution, SamplingProblem, Start, find_start
 from ..start.search import candidate_of
 from .budget import Budget, parse_budget
-from .choose import Stage, choose, measure
+from .choose import AutoStage, choose_stage, measure_stages
 from .correct import fit_corrector
 from .gauss_newton import SEARCHED, GaussNewton, Targets
 from .report import report_lines, report_of, write_report
@@ -39,10 +39,12 @@ LEAN_BELOW = 60_000
 class Auto:
     """One run; ``stages`` holds what there is so far, best last."""
 
-    def __init__(self, problem: Problem, settings: AutoSettings, options: RunOptions) -> None:
+    def __init__(
+        self, problem: SamplingProblem, settings: AutoSettings, options: RunOptions
+    ) -> None:
         self.problem, self.settings, self.options = problem, settings, options
         self.budget = Budget(parse_budget(settings.budget), problem)
-        self.stages: list[Stage] = []
+        self.stages: list[AutoStage] = []
         self.history: list[dict[str, Any]] = []
 
     def say(self, line: str) -> None:
@@ -128,7 +130,7 @@ class Auto:
         calls = sum(stage.calls for stage in self.stages)
         seconds = sum(stage.seconds for stage in self.stages)
         self.stages.append(
-            Stage(name, policy, self.budget.calls - calls, self.budget.seconds - seconds)
+            AutoStage(name, policy, self.budget.calls - calls, self.budget.seconds - seconds)
         )
 
     def chosen(self, start: Start, exact: ExactSolution) -> DistilledSolver:
@@ -136,8 +138,8 @@ class Auto:
         samples = self.settings.held_out
         while samples > 16 and samples * each > max(self.budget.left(), 0.1 * self.budget.calls):
             samples //= 2
-        measure(self.problem, exact, self.stages, samples)
-        best = choose(self.stages)
+        measure_stages(self.problem, exact, self.stages, samples)
+        best = choose_stage(self.stages)
         report = report_of(start, exact, self.stages, best, self.budget)
         for line in report_lines(report):
             self.say(line)
@@ -175,7 +177,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     if options.trajectories is not None:
         own["samples"] = options.trajectories
     settings = AutoSettings(nfe=options.nfe, **own)
-    problem = Problem(denoiser, shape, options.cond or None, seed=options.seed)
+    problem = SamplingProblem(denoiser, shape, options.cond or None, seed=options.seed)
     return Auto(problem, settings, options).run()
 
 

@@ -7,7 +7,7 @@ import re
 import time
 from dataclasses import dataclass
 
-from ..start import Problem
+from ..start import SamplingProblem
 
 _FORM = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*(s|m|min|h|calls|k|)\s*$")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "": 60.0, "h": 3600.0}
@@ -43,7 +43,7 @@ def parse_budget(text: str | float | int) -> Limit:
 class Budget:
     """What is left, in evaluations of one sample; time is counted by the speed so far."""
 
-    def __init__(self, limit: Limit, problem: Problem) -> None:
+    def __init__(self, limit: Limit, problem: SamplingProblem) -> None:
         self.limit, self.problem = limit, problem
         self._started, self._first = time.perf_counter(), problem.calls
 

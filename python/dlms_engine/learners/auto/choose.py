@@ -12,16 +12,16 @@ from torch import Tensor
 
 from ...policies.corrector import CorrectedPolicy
 from ...tables.table import SolverTable
-from ..start import ExactSolution, Problem, rmse_with_error, run_tables
+from ..start import ExactSolution, SamplingProblem, rmse_with_error, run_tables
 from .features import features_of
 from .runs import run_keeping
 
-FIRST = 1 << 22
+HELD_OUT_FIRST = 1 << 22
 """Number of the first held-out sample, apart from those of proof, start and training."""
 
 
 @dataclass
-class Stage:
+class AutoStage:
     """One candidate result: the base, the table, the table with a corrector.
 
     Attributes:
@@ -55,9 +55,11 @@ class Stage:
 
 
 @torch.no_grad()
-def measure(problem: Problem, exact: ExactSolution, stages: Sequence[Stage], samples: int) -> None:
+def measure_stages(
+    problem: SamplingProblem, exact: ExactSolution, stages: Sequence[AutoStage], samples: int
+) -> None:
     """Fills ``squares`` and ``features`` of all ``stages``, on the same held-out samples."""
-    numbers = range(FIRST, FIRST + samples)
+    numbers = range(HELD_OUT_FIRST, HELD_OUT_FIRST + samples)
     target = exact.solve(numbers)
     wanted = features_of(problem, target, numbers)
     for stage in stages:
@@ -69,7 +71,9 @@ def measure(problem: Problem, exact: ExactSolution, stages: Sequence[Stage], sam
             stage.features = (seen - wanted).double().square().sum(1).cpu()
 
 
-def end_of(problem: Problem, policy: SolverTable | CorrectedPolicy, numbers: range) -> Tensor:
+def end_of(
+    problem: SamplingProblem, policy: SolverTable | CorrectedPolicy, numbers: range
+) -> Tensor:
     """End states ``[B, ...]`` of a stage."""
     if isinstance(policy, SolverTable):
         return run_tables(problem, [policy], numbers)[0]
@@ -79,7 +83,7 @@ def end_of(problem: Problem, policy: SolverTable | CorrectedPolicy, numbers: ran
     return end
 
 
-def choose(stages: Sequence[Stage]) -> Stage:
+def choose_stage(stages: Sequence[AutoStage]) -> AutoStage:
     """The simplest stage that no later one beats by two standard errors.
 
     A later stage, which is less simple, must also not be worse in feature distance by two standard
@@ -100,7 +104,7 @@ def _wins(gain: Tensor) -> bool:
     return math.isfinite(error) and float(gain.mean()) > 2 * error
 
 
-def ratio(base: Stage, other: Stage, resamples: int = 1000) -> tuple[float, float, float]:
+def ratio(base: AutoStage, other: AutoStage, resamples: int = 1000) -> tuple[float, float, float]:
     """How many times smaller the RMSE is, and its 95 % interval by resampling the samples."""
     generator = torch.Generator().manual_seed(0)
     count = len(base.squares)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...policies.corrector import Corrector, CorrectorSettings, layout_of
 from ...tables.table import SolverTable
-from ..start import Problem
+from ..start import SamplingProblem
 from .budget import Budget
 from .feature_phase import train_on_features
 from .gauss_newton import Targets
@@ -31,7 +31,7 @@ MOST, MOST_VECTORS = 1024, 4096
 """Samples it is trained on; a vector tells less than an image."""
 LARGEST_STORE = 1 << 27
 """Numbers that stored runs may hold (512 MiB)."""
-SHARE = 0.15
+CHECK_SHARE = 0.15
 """Of the samples, kept from the fit to choose the epoch."""
 
 
@@ -65,7 +65,7 @@ def initial_corrector(settings: CorrectorSettings, runs: Runs, target: Tensor) -
     return corrector.to(runs.end.device)
 
 
-def train(
+def train_corrector(
     corrector: Corrector,
     runs: Runs,
     target: Tensor,
@@ -73,7 +73,7 @@ def train(
     epochs: int = 80,
     batch: int = 32,
     lr: float = 3e-3,
-    share: float = SHARE,
+    share: float = CHECK_SHARE,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Least squares on all but the last ``share`` of the samples, which choose the epoch.
@@ -145,7 +145,7 @@ def _load(corrector: Corrector, parameters: dict[str, Tensor]) -> None:
 
 
 def fit_corrector(
-    problem: Problem,
+    problem: SamplingProblem,
     table: SolverTable,
     targets: Targets,
     budget: Budget,
@@ -176,23 +176,23 @@ def fit_corrector(
     runs = run_keeping(problem, table, range(count))
     corrector = initial_corrector(settings, runs, target)
     batch = max(32, count // 64)
-    numbers = train(
+    numbers = train_corrector(
         corrector, runs, target, batch=batch, stop=lambda: budget.share() >= max(share, 0.97)
     )
     say(
-        f"  RMSE {numbers['before']:.5f} -> {numbers['after']:.5f} on {int(SHARE * count)} of them, "
-        "which were not fitted"
+        f"  RMSE {numbers['before']:.5f} -> {numbers['after']:.5f} on the "
+        f"{int(CHECK_SHARE * count)} of them that were not fitted"
     )
     if features:
         train_on_features(
             problem, corrector, runs.end, corrector.inputs(runs.end, runs.outputs), target, budget,
-            share, held=max(1, int(SHARE * count)), say=say,
+            share, held=max(1, int(CHECK_SHARE * count)), say=say,
         )  # fmt: skip
     return corrector, {"samples": float(count), **numbers}
 
 
 def _affordable(
-    problem: Problem, table: SolverTable, targets: Targets, budget: Budget, share: float
+    problem: SamplingProblem, table: SolverTable, targets: Targets, budget: Budget, share: float
 ) -> int:
     """Samples the budget pays for: exact ends, and runs of the table."""
     most = MOST_VECTORS if len(problem.shape) == 1 else MOST

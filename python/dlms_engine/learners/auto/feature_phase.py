@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...policies.corrector import Corrector
-from ..start import Problem
+from ..start import SamplingProblem
 from .budget import Budget
 from .features import feature_batch, features_of
 
@@ -27,7 +27,7 @@ CALLS = 4
 
 
 def train_on_features(
-    problem: Problem,
+    problem: SamplingProblem,
     corrector: Corrector,
     ends: Tensor,
     inputs: Tensor,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..start import Problem
+from ..start import SamplingProblem
 
 FEATURE_SIGMA = 0.1
 """Noise level at which they are read."""
 
 
 def features_of(
-    problem: Problem, samples: Tensor, numbers: range, batch: int = 128
+    problem: SamplingProblem, samples: Tensor, numbers: range, batch: int = 128
 ) -> Tensor | None:
     """``[B, F]``, the tapped module's output at a low noise level; None without a tap."""
     if problem.denoiser.features is None:
@@ -24,7 +24,7 @@ def features_of(
     return torch.cat(parts)
 
 
-def feature_batch(problem: Problem, samples: Tensor, numbers: range) -> Tensor:
+def feature_batch(problem: SamplingProblem, samples: Tensor, numbers: range) -> Tensor:
     """The same for one batch, with gradient in ``samples``."""
     process = problem.process
     level = process.inverse_sigma(torch.tensor(FEATURE_SIGMA, dtype=torch.float64))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...tables.table import SolverTable
-from ..start import ExactSolution, Problem, SharedRuns
+from ..start import ExactSolution, SamplingProblem, SharedRuns
 from .budget import Budget
 from .table import GeneralTable
 
@@ -97,7 +97,11 @@ class GaussNewton:
     """
 
     def __init__(
-        self, problem: Problem, form: GeneralTable, targets: Targets, most: int | None = None
+        self,
+        problem: SamplingProblem,
+        form: GeneralTable,
+        targets: Targets,
+        most: int | None = None,
     ) -> None:
         self.problem, self.form, self.targets = problem, form, targets
         self.most = samples_for(form.size, math.prod(problem.shape)) if most is None else most
@@ -227,7 +231,9 @@ class GaussNewton:
         return [value if math.isfinite(value) else math.inf for value in values.tolist()]
 
 
-def chunks(problem: Problem, runs: SharedRuns, numbers: range) -> Iterator[tuple[range, Tensor]]:
+def chunks(
+    problem: SamplingProblem, runs: SharedRuns, numbers: range
+) -> Iterator[tuple[range, Tensor]]:
     """(numbers, end states ``[tables, b, ...]``), a part of the samples at a time."""
     step = runs.chunk(problem.shape)
     for low in range(numbers.start, numbers.stop, step):

@@ -12,13 +12,13 @@ from typing import Any
 from ...support.files import replacing
 from ..start import ExactSolution, Start
 from .budget import Budget
-from .choose import Stage, ratio
+from .choose import AutoStage, ratio
 
 log = logging.getLogger("dlms_engine")
 
 
 def report_of(
-    start: Start, exact: ExactSolution, stages: Sequence[Stage], best: Stage, budget: Budget
+    start: Start, exact: ExactSolution, stages: Sequence[AutoStage], best: AutoStage, budget: Budget
 ) -> dict[str, Any]:
     """JSON values: the base, every stage with its errors, the choice and the proof."""
     recorded = [stage.record() for stage in stages]
@@ -97,10 +97,10 @@ def write_report(output: Path, report: dict[str, Any]) -> None:
         log.info("no picture of the report: matplotlib is not installed")
         return
     matplotlib.use("Agg", force=False)
-    draw(report, output.with_suffix(".report.png"))
+    draw_report(report, output.with_suffix(".report.png"))
 
 
-def draw(report: dict[str, Any], path: Path) -> None:
+def draw_report(report: dict[str, Any], path: Path) -> None:
     """The handcrafted ranking and the stages in one picture, RMSE with two standard errors."""
     from matplotlib.figure import Figure
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...tables.table import SolverTable
-from ..start import Problem
+from ..start import SamplingProblem
 
 
 class Runs(NamedTuple):
@@ -19,7 +19,9 @@ class Runs(NamedTuple):
 
 
 @torch.no_grad()
-def run_keeping(problem: Problem, table: SolverTable, numbers: range, batch: int = 128) -> Runs:
+def run_keeping(
+    problem: SamplingProblem, table: SolverTable, numbers: range, batch: int = 128
+) -> Runs:
     """Runs ``table`` on the samples ``numbers`` and keeps its outputs."""
     parts = []
     for low in range(numbers.start, numbers.stop, batch):

@@ -25,7 +25,7 @@ from ..start import Candidate
 
 FULL_HISTORY = 6
 """Evaluations up to which a row weighs all earlier outputs; above, the newest four."""
-DEPTH = 4
+NEWEST = 4
 
 
 class GeneralTable:
@@ -47,7 +47,7 @@ class GeneralTable:
         table = base.table.detach()
         self.nfe = table.nfe
         if depth is None:
-            depth = self.nfe if self.nfe <= FULL_HISTORY else DEPTH
+            depth = self.nfe if self.nfe <= FULL_HISTORY else NEWEST
         self.depth = min(self.nfe, max(depth, table.depth))
         self._grid = table.grid
         self._skipped = len(table.grid) - 1 - table.nfe  # rows start here: 1 with AFS

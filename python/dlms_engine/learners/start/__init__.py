@@ -7,34 +7,34 @@ from pathlib import Path
 
 from ...denoiser import Denoiser
 from .exact import ExactSolution, Proof, rmse, run_tables
-from .problem import Conditions, Problem
+from .problem import Conditions, SamplingProblem
 from .search import (
     Candidate,
     Effort,
-    Measured,
+    MeasuredCandidate,
     Report,
     Search,
     Start,
-    candidates,
     cost,
+    handcrafted_candidates,
     plan_for,
     rmse_with_error,
 )
 from .shared_runs import SharedRuns
-from .store import keep, kept
+from .store import keep_start, kept_start
 
 __all__ = [
     "Candidate",
     "Conditions",
     "ExactSolution",
-    "Measured",
-    "Problem",
+    "MeasuredCandidate",
     "Proof",
+    "SamplingProblem",
     "SharedRuns",
     "Start",
-    "candidates",
     "cost",
     "find_start",
+    "handcrafted_candidates",
     "recommend",
     "rmse",
     "rmse_with_error",
@@ -46,7 +46,7 @@ LEAN_ABOVE = 0.05
 
 
 def find_start(
-    problem: Problem,
+    problem: SamplingProblem,
     nfe: int,
     *,
     effort: Effort | None = None,
@@ -65,13 +65,13 @@ def find_start(
         effort = "lean" if _seconds(problem) > LEAN_ABOVE else "full"
     plan = plan_for(problem.process, nfe, effort)
     exact = ExactSolution(problem, samples=plan.proof_samples, first_steps=plan.first_steps)
-    found = kept(store, problem, nfe)
+    found = kept_start(store, problem, nfe)
     if found is not None:
         exact.restore(found.proof)
         say(f"start: {found.best.label}, kept in {store}")
         return found, exact
     started, calls = time.perf_counter(), problem.calls
-    count = len(candidates(problem.process, nfe, effort))
+    count = len(handcrafted_candidates(problem.process, nfe, effort))
     say(
         f"start: {count} handcrafted solvers of {nfe} evaluations, about "
         f"{cost(problem.process, nfe, effort):,} evaluations of one sample"
@@ -81,7 +81,7 @@ def find_start(
     proof = exact.prove(ranking[0].rmse)
     start = Start(nfe, tuple(ranking), proof, problem.calls - calls, time.perf_counter() - started)
     say(proof.line())
-    keep(store, problem, start)
+    keep_start(store, problem, start)
     return start, exact
 
 
@@ -117,7 +117,7 @@ def recommend(
         if progress:
             print(line, flush=True)
 
-    problem = Problem(denoiser, shape, conditions)
+    problem = SamplingProblem(denoiser, shape, conditions)
     path = None if store is None else Path(store)
     start, _ = find_start(problem, nfe, effort=effort, store=path, say=say)
     for line in start.lines():
@@ -126,7 +126,7 @@ def recommend(
     return start
 
 
-def _seconds(problem: Problem) -> float:
+def _seconds(problem: SamplingProblem) -> float:
     """Of one evaluation of one sample, in a batch of two, after one to warm up."""
     numbers = range(2)
     x = problem.noise(numbers)

@@ -21,12 +21,12 @@ from ...processes import Process
 from ...solvers import make_solver
 from ...solvers.registry import standard_grids
 from ...tables.table import SolverTable
-from .problem import Problem
+from .problem import SamplingProblem
 from .shared_runs import SharedRuns
 
 log = logging.getLogger("dlms_engine")
 
-SOLVERS: tuple[tuple[str, dict[str, Any]], ...] = (
+ACCURATE_SOLVERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dpm_solver_pp", {"order": 3}),
     ("unipc", {"order": 3, "variant": "bh2"}),
     ("ipndm_v", {"order": 4}),
@@ -34,7 +34,7 @@ SOLVERS: tuple[tuple[str, dict[str, Any]], ...] = (
 """High orders of three families; two of them must agree."""
 FIRST_STEPS = 24
 MOST_STEPS = 384
-SHARE = 1 / 5
+EXACT_SHARE = 1 / 5
 """Largest disagreement, as a share of the error that is measured against the solution."""
 
 
@@ -65,7 +65,7 @@ class Proof:
     @property
     def holds(self) -> bool:
         """Whether the disagreement is under a fifth of the error it is to measure."""
-        return self.disagreement <= SHARE * self.against
+        return self.disagreement <= EXACT_SHARE * self.against
 
     def table(self, process: Process, steps: int | None = None) -> SolverTable:
         """The solver of the solution, with the proved number of steps or another one."""
@@ -91,7 +91,7 @@ class _Accurate:
 
     def table(self, process: Process, steps: int) -> SolverTable:
         times = standard_grids(process)[self.grid](process, steps)
-        return make_solver(self.solver, process, times, **dict(SOLVERS)[self.solver])
+        return make_solver(self.solver, process, times, **dict(ACCURATE_SOLVERS)[self.solver])
 
     def __str__(self) -> str:
         return f"{self.solver}/{self.grid}"
@@ -112,7 +112,7 @@ class ExactSolution:
 
     def __init__(
         self,
-        problem: Problem,
+        problem: SamplingProblem,
         *,
         samples: int = 8,
         first_steps: int = FIRST_STEPS,
@@ -125,7 +125,7 @@ class ExactSolution:
         self._ends: dict[tuple[_Accurate, int], Tensor] = {}
         self.proof: Proof | None = None
 
-    def prove(self, error: float | None = None, *, share: float = SHARE) -> Proof:
+    def prove(self, error: float | None = None, *, share: float = EXACT_SHARE) -> Proof:
         """Refines until two solvers differ by less than ``share * error``.
 
         Args:
@@ -191,7 +191,7 @@ class ExactSolution:
     def _choose(self) -> tuple[_Accurate, _Accurate]:
         """The two that agree best, of different solvers; the steadier one of them first."""
         every = []
-        for solver, _ in SOLVERS:
+        for solver, _ in ACCURATE_SOLVERS:
             for grid in standard_grids(self.problem.process):
                 candidate = _Accurate(solver, grid)
                 try:
@@ -221,7 +221,7 @@ class ExactSolution:
         )
 
 
-def run_tables(problem: Problem, tables: Sequence[SolverTable], numbers: range) -> Tensor:
+def run_tables(problem: SamplingProblem, tables: Sequence[SolverTable], numbers: range) -> Tensor:
     """End states ``[tables, B, ...]`` of the samples ``numbers``."""
     parts: list[Tensor] = []
     runs = SharedRuns(tables)

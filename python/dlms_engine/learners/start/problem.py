@@ -22,7 +22,7 @@ gives sample i its row i mod M, anything else is handed over as it is; a callabl
 a batch (int64 ``[B]``) to such keywords with B rows; a path names a safetensors file of tensors."""
 
 
-class Problem:
+class SamplingProblem:
     """Predictions and start noise of numbered samples.
 
     Args:

@@ -15,8 +15,8 @@ from ...processes import Process
 from ...solvers import make_solver
 from ...solvers.registry import SOLVERS, handcrafted
 from ...tables.table import SolverTable
-from .exact import SHARE, ExactSolution, Proof
-from .problem import Problem
+from .exact import EXACT_SHARE, ExactSolution, Proof
+from .problem import SamplingProblem
 from .shared_runs import SharedRuns
 
 Effort = Literal["full", "lean"]
@@ -75,7 +75,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredCandidate:
     """A candidate's endpoint RMSE to the exact solution, with its standard error."""
 
     candidate: Candidate
@@ -96,7 +96,7 @@ class Start:
     """
 
     nfe: int
-    ranking: tuple[Measured, ...]
+    ranking: tuple[MeasuredCandidate, ...]
     proof: Proof
     calls: int
     seconds: float
@@ -109,7 +109,7 @@ class Start:
         """The same with ``base`` in front, whatever was measured."""
         rest = tuple(m for m in self.ranking if m.candidate.label != base.label)
         same = [m for m in self.ranking if m.candidate.label == base.label]
-        first = same[0] if same else Measured(base, float("nan"), float("nan"), 0)
+        first = same[0] if same else MeasuredCandidate(base, float("nan"), float("nan"), 0)
         return dataclasses.replace(self, ranking=(first, *rest))
 
     def lines(self, most: int = 10) -> list[str]:
@@ -141,7 +141,7 @@ class Start:
         }
 
 
-def candidates(process: Process, nfe: int, effort: Effort = "full") -> list[Candidate]:
+def handcrafted_candidates(process: Process, nfe: int, effort: Effort = "full") -> list[Candidate]:
     """Every solver, grid and analytical first step of ``nfe`` evaluations."""
     every = [Candidate(label, table) for label, table in handcrafted(process, nfe)]
     if effort == "full":
@@ -159,7 +159,7 @@ def candidate_of(process: Process, nfe: int, label: str) -> Candidate:
     Raises:
         ValueError: none of that many evaluations is.
     """
-    every = candidates(process, nfe)
+    every = handcrafted_candidates(process, nfe)
     for candidate in every:
         if candidate.label == label:
             return candidate
@@ -183,7 +183,7 @@ def cost(process: Process, nfe: int, effort: Effort = "full") -> int:
 
 
 def _first_round(process: Process, nfe: int, effort: Effort) -> int:
-    return SharedRuns([c.table for c in candidates(process, nfe, effort)]).evaluations
+    return SharedRuns([c.table for c in handcrafted_candidates(process, nfe, effort)]).evaluations
 
 
 def _cost(plan: Plan, first: int, nfe: int) -> int:
@@ -207,17 +207,17 @@ class Search:
     """Number of the first sample, apart from those of proof, training and validation."""
 
     def __init__(
-        self, problem: Problem, exact: ExactSolution, nfe: int, effort: Effort, say: Report
+        self, problem: SamplingProblem, exact: ExactSolution, nfe: int, effort: Effort, say: Report
     ) -> None:
         self.problem, self.exact, self.nfe = problem, exact, nfe
         self.plan, self.say = plan_for(problem.process, nfe, effort), say
-        self._left = candidates(problem.process, nfe, effort)
+        self._left = handcrafted_candidates(problem.process, nfe, effort)
         if not self._left:
             raise ValueError(f"no handcrafted solver makes exactly {nfe} evaluations")
         self._squares: dict[str, list[float]] = {c.label: [] for c in self._left}
-        self._done: list[Measured] = []
+        self._done: list[MeasuredCandidate] = []
 
-    def run(self) -> list[Measured]:
+    def run(self) -> list[MeasuredCandidate]:
         """Measured candidates, best first."""
         before = 0
         for samples, keep in zip(self.plan.samples, self.plan.keep, strict=True):
@@ -239,7 +239,7 @@ class Search:
         """More steps for the exact solution, if the best candidate comes near its uncertainty."""
         assert self.exact.proof is not None
         steps = self.exact.proof.steps
-        proof = self.exact.prove(smallest, share=SHARE / 2)
+        proof = self.exact.prove(smallest, share=EXACT_SHARE / 2)
         if proof.steps == steps:
             return
         for values in self._squares.values():
@@ -256,11 +256,11 @@ class Search:
                 for candidate, row in zip(self._left, squares.tolist(), strict=True):
                     self._squares[candidate.label].extend(row)
 
-    def _measured(self, candidate: Candidate) -> Measured:
+    def _measured(self, candidate: Candidate) -> MeasuredCandidate:
         squares = torch.tensor(self._squares[candidate.label], dtype=torch.float64)
         squares = squares.nan_to_num(nan=float("inf"))
         value, error = rmse_with_error(squares)
-        return Measured(candidate, value, error, len(squares))
+        return MeasuredCandidate(candidate, value, error, len(squares))
 
 
 def rmse_with_error(squares: Sequence[float] | Tensor) -> tuple[float, float]:

@@ -11,8 +11,8 @@ import torch
 
 from ...support.files import replacing
 from .exact import Proof
-from .problem import Problem
-from .search import Candidate, Measured, Start, candidates
+from .problem import SamplingProblem
+from .search import Candidate, MeasuredCandidate, Start, handcrafted_candidates
 
 log = logging.getLogger("dlms_engine")
 FORMAT = "dlms_engine.start/1"
@@ -20,7 +20,7 @@ TOLERANCE = 1e-3
 """Largest relative difference of a model's answers on two machines."""
 
 
-def keep(path: Path | None, problem: Problem, start: Start) -> None:
+def keep_start(path: Path | None, problem: SamplingProblem, start: Start) -> None:
     """Writes ``start`` to ``path``, if there is one."""
     if path is None:
         return
@@ -30,7 +30,7 @@ def keep(path: Path | None, problem: Problem, start: Start) -> None:
         partial.write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
-def kept(path: Path | None, problem: Problem, nfe: int) -> Start | None:
+def kept_start(path: Path | None, problem: SamplingProblem, nfe: int) -> Start | None:
     """The start in ``path``; None if it is not there, not readable or of another model."""
     if path is None or not path.exists():
         return None
@@ -47,17 +47,19 @@ def kept(path: Path | None, problem: Problem, nfe: int) -> Start | None:
         return None
 
 
-def _start(found: dict[str, Any], problem: Problem) -> Start:
-    labels = {c.label: c for c in candidates(problem.process, found["nfe"])}
+def _start(found: dict[str, Any], problem: SamplingProblem) -> Start:
+    labels = {c.label: c for c in handcrafted_candidates(problem.process, found["nfe"])}
     ranking = []
     for row in found["ranking"]:
         candidate: Candidate = labels[row["solver"]]
-        ranking.append(Measured(candidate, row["rmse"], row["standard_error"], row["samples"]))
+        ranking.append(
+            MeasuredCandidate(candidate, row["rmse"], row["standard_error"], row["samples"])
+        )
     proof = {k: v for k, v in found["exact"].items() if k != "holds"}
     return Start(found["nfe"], tuple(ranking), Proof(**proof), found["calls"], found["seconds"])
 
 
-def _key(problem: Problem, nfe: int) -> dict[str, Any]:
+def _key(problem: SamplingProblem, nfe: int) -> dict[str, Any]:
     guidance = problem.denoiser.guidance_scale
     return {
         "nfe": nfe,
@@ -67,7 +69,7 @@ def _key(problem: Problem, nfe: int) -> dict[str, Any]:
     }
 
 
-def _answers(problem: Problem) -> list[list[float]]:
+def _answers(problem: SamplingProblem) -> list[list[float]]:
     """Means and mean squares of the data prediction at three noise levels: cheap, and another
     network, condition or convention gives others.
     """

@@ -16,7 +16,7 @@ from ...engine.sampler import Sampler, seeded_noise
 from ...processes import EDM, grids
 from ...support.transfer import host_numbers
 from ...tables.table import SolverTable
-from ..start import ExactSolution, Problem, Proof
+from ..start import ExactSolution, Proof, SamplingProblem
 from .losses import FeatureDistance
 from .noise import tell_first_sample
 
@@ -48,7 +48,7 @@ def accurate_table(
         return solvers.dpm_solver_pp(process, grids.polynomial(process, steps), order=3)
     proof = _PROOFS.get(denoiser)
     if proof is None:
-        problem = Problem(denoiser, tuple(shape), cond or None)
+        problem = SamplingProblem(denoiser, tuple(shape), cond or None)
         proof = _PROOFS[denoiser] = ExactSolution(problem, samples=4).prove()
         log.info("%s", proof.line())
     return proof.table(process, max(steps, proof.steps))
