@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -165,7 +166,6 @@ def test_distill_draws_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (("distill", "--output", "s.safetensors", "--set", "colour=1", *TINY), "known settings"),
         (("distill", "--output", "s.safetensors", "--method", "magic", *TINY), "magic"),
         (("distill", *TINY), "--output"),
-        (("evaluate", "--model", "cli_model:pair"), "feature network"),
         (("evaluate", "--record", "--method", "ddim", *TINY), "--method"),
         (("inspect", "absent.safetensors"), "absent.safetensors"),
         (("inspect", __file__), "not a safetensors"),
@@ -301,3 +301,110 @@ def test_export_names_the_solver_and_hands_over_what_was_asked(tmp_path, capsys,
     assert about["noise"]["batch"] == [1, 8] and about["noise"]["shape"] == ["B", 3, 8, 8]
     assert "aten.convolution.default" in str(asked["targets"]) or "aten.conv2d" in str(asked)
     assert "pt2" in complaint(capsys, "export", *TINY, "--output", tmp_path / "sampler.onnx")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("sample", "--solver", "a.safetensors", "--nfe", "4"), "--nfe 4"),
+        (("sample", "--solver", "a.safetensors", "--set", "x=1"), "--set x=1"),
+        (("sample", "--output", "raw.safetensors", "--columns", "3"), "--columns 3"),
+        (("sample", "--seeds", "18446744073709551616"), "18446744073709551616"),
+        (("evaluate", "--solver", "a.safetensors", "--grid", "logsnr"), "--grid logsnr"),
+        (("evaluate", "--shortlist", "3"), "without --record"),
+        (("evaluate", "--record", "--order", "2"), "--order 2"),
+        (("export", "a.safetensors", "--output", "x.pt2", "--nfe", "4"), "--nfe 4"),
+        (("distill", "--output", "a.pt"), "a.safetensors"),
+        (("distill", "--output", "a.pt", "--pipeline", "."), "a folder for the scheduler"),
+        (("distill", "--output", "a.safetensors", "--device", "cuda"), "--device cuda"),
+        (("distill", "--output", "a.safetensors", "--dtype", "float16"), "--dtype float16"),
+        (("distill", "--output", "a", "--pipeline", ".", *TINY), "--model cli_model:tiny"),
+        (("distill", "--output", "a.safetensors", "--seed", "-1"), "-1"),
+        (("distill", "--output", "a.safetensors", "--seed", "18446744073709551616"), "1844674407"),
+        (("compare", "--seed", "-1"), "-1"),
+    ],
+    ids=lambda value: " ".join(map(str, value))[:60] if isinstance(value, tuple) else "",
+)
+def test_no_option_is_ignored(
+    arguments: tuple[str, ...],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What would have no effect is refused with its value, before a model is loaded."""
+    monkeypatch.chdir(tmp_path)
+
+    def refuse(*_args: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    for module in ("sample", "evaluate", "export", "distill", "compare"):
+        monkeypatch.setattr(f"dlms_engine.cli.{module}.load_model", refuse)
+    assert words in complaint(capsys, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_result_is_said_with_its_measure_and_its_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s.safetensors"
+    assert run("distill", *TINY, "--method", "dlms", "--nfe", 2, "--output", path, *QUICK) == 0
+    said = capsys.readouterr().out
+    assert "endpoint RMSE to the exact solution (lower is better)" in said
+    assert re.search(r"before training [\d.e-]+, [\d.]+ times as much", said)
+    assert "dlms sample --model cli_model:tiny --solver" in said
+
+
+def test_long_lists_of_a_process_are_shortened_but_told_apart() -> None:
+    from dlms_engine.processes.base import config_summary
+
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    first = processes.VPDiscrete(alphas_cumprod=(1 - betas).cumprod(0))
+    betas[500] *= 1.1
+    other = processes.VPDiscrete(alphas_cumprod=(1 - betas).cumprod(0))
+    said = [config_summary(process.config()) for process in (first, other)]
+    assert all(len(text) < 250 and "1000 numbers" in text for text in said)
+    assert said[0] != said[1]
+
+
+def test_seeds_outside_64_bits_are_refused_by_value() -> None:
+    from dlms_engine.engine.sampler import seeded_noise
+
+    assert seeded_noise([0, 2**64 - 1], (2,)).shape == (2, 2)
+    for seed in (-1, 2**64):
+        with pytest.raises(ValueError, match=f"seed is {seed}"):
+            seeded_noise([seed], (2,))
+
+
+def test_a_model_without_features_is_evaluated_on_its_own(
+    solver: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`cli_model:pair` is the same model as `cli_model:tiny`: the same RMSE, another distance."""
+    sizes = ("--solver", solver, "--samples", 12, "--exact-nfe", 12, "--accurate-nfe", 8)
+    pair = ("evaluate", "--model", "cli_model:pair", *sizes)
+    found = answer(capsys, *pair, "--folder", tmp_path / "pair")
+    known = answer(capsys, "evaluate", *TINY, *sizes, "--folder", tmp_path / "tiny")
+    assert found["rmse"] == known["rmse"]
+    assert found["distance"] == "Frechet distance (the model's own bottleneck)"
+    assert known["distance"] == "Frechet distance (embedded features)"
+    assert "to_accurate" in found and "to_data" not in found and "to_data" in known
+    find = importlib.util.find_spec
+    without = lambda name, *rest: None if name == "torchmetrics" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(importlib.util, "find_spec", without)
+    alone = answer(capsys, *pair, "--folder", tmp_path / "alone")
+    assert alone["rmse"] == known["rmse"] and alone["distance"] is None
+
+
+def test_values_serve_where_there_is_no_bottleneck() -> None:
+    from dlms_engine import Denoiser
+    from dlms_engine.evaluation.own_features import own_features
+
+    denoiser = Denoiser(lambda x, _t: x, processes.EDM(), "data")
+    images = own_features(denoiser, (3, 16, 16))
+    assert "averaged to 8 x 8" in images.label
+    assert images(torch.ones(2, 3, 16, 16)).shape == (2, images.num_features)
+    vectors = own_features(denoiser, (2000,))
+    assert vectors(torch.ones(2, 2000)).shape == (2, 256) == (2, vectors.num_features)

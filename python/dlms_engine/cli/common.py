@@ -117,11 +117,26 @@ def _embedded() -> Model:
     return Model(denoiser, embedded.IMAGE_SHAPE, features, embedded.embedded_reference())
 
 
+def of_model(spec: str) -> str:
+    """`` --model SPEC`` for a command line to show, empty for the default model."""
+    return "" if spec == "embedded" else f" --model {spec}"
+
+
+def distance_features(model: Model) -> nn.Module:
+    """The model's feature network, else its own bottleneck, else its values; ``label`` names them."""
+    if model.features is not None:
+        return model.features
+    from ..evaluation.own_features import own_features
+
+    conditional = getattr(model, "conditions", None) is not None
+    return own_features(model.denoiser, model.shape, conditional=conditional)
+
+
 def parse_seeds(text: str) -> list[int]:
     """``"0-3,7"`` -> [0, 1, 2, 3, 7].
 
     Raises:
-        ValueError: not of that form, or a range that runs backwards.
+        ValueError: not of that form, a range that runs backwards, or a seed beyond 64 bits.
     """
     seeds: list[int] = []
     for part in text.split(","):
@@ -131,6 +146,8 @@ def parse_seeds(text: str) -> list[int]:
         stop = int(last) if dash else int(first)
         if stop < int(first):
             raise ValueError(f"seeds: {part.strip()!r} runs backwards")
+        if stop >= 1 << 64:
+            raise ValueError(f"seeds: {stop} is beyond 64 bits, expected 0 to 2^64 - 1")
         seeds.extend(range(int(first), stop + 1))
     return seeds
 

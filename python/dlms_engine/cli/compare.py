@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from .common import JsonOption, ModelOption, emit, load_model, parse_seeds
+from .checks import check_seed
+from .common import JsonOption, ModelOption, distance_features, emit, load_model, parse_seeds
 
 
 def compare_command(
@@ -50,6 +51,7 @@ def compare_command(
     from ..lab.comparison import compare as run
     from ..lab.comparison.page import markdown, page
 
+    check_seed(seed)
     if methods is not None and study is not None:
         raise ValueError("give --methods or --study, not both")
     names = None if methods is None else [name.strip() for name in methods.split(",")]
@@ -67,11 +69,9 @@ def compare_command(
         seed=seed,
     )
     held = load_model(model)
-    if held.features is None or held.reference is None:
-        raise ValueError(f"model {model!r} has no feature network: compare needs one")
     result = run(
         held.denoiser,
-        held.features,
+        distance_features(held),
         held.reference,
         held.shape,
         contestants,

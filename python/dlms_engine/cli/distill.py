@@ -10,6 +10,7 @@ import typer
 
 from . import config as configs
 from . import pipeline as pipelines
+from .checks import check_seed, check_solver_output, refuse_beside
 from .common import (
     JsonOption,
     ModelOption,
@@ -18,8 +19,10 @@ from .common import (
     emit,
     leads,
     load_model,
+    of_model,
     parse_settings,
 )
+from .outcome import outcome_lines, start_value
 
 
 def distill_command(
@@ -74,6 +77,7 @@ def distill_command(
     as_json: JsonOption = False,
 ) -> None:
     """Distil a sampler of NFE network evaluations; the network stays frozen."""
+    check_seed(seed)
     if preset is None and pipeline is None and model == "embedded" and method == "dlms":
         preset = "dlms-embedded"
     if method is None and preset is None:
@@ -93,6 +97,11 @@ def distill_command(
         return
     if output is None:
         raise ValueError("no place for the solver: give --output FILE.safetensors")
+    check_solver_output(output, folder_too=pipeline is not None)
+    if pipeline is None:
+        refuse_beside(context, "without --pipeline PATH", ("device", "dtype"))
+    else:
+        refuse_beside(context, "beside --pipeline, which brings its own network", ("model",))
     asked = pipelines.PipelineOptions(pipeline, prompts, guidance_scale, call, cache, device, dtype)
     if asked.check():
         pipelines.distill_for_pipeline(
@@ -140,6 +149,7 @@ def distill_command(
             "method": method,
             "preset": preset,
             "nfe": solver.nfe,
+            "initial": start_value(method, solver.history),
             "best": solver.best,
             "seconds": seconds,
             "plot": plot,
@@ -147,8 +157,8 @@ def distill_command(
         as_json,
         [
             f"{output}: {method} with {solver.nfe} evaluations, {seconds:.0f} s",
-            *(f"  best {key}: {value}" for key, value in solver.best.items() if key != "report"),
-            f"  try it: dlms sample --solver {output} --output samples.png",
+            *outcome_lines(method, solver.settings, solver.history, solver.best),
+            f"  try it: dlms sample{of_model(model)} --solver {output} --output samples.png",
         ],
     )
 

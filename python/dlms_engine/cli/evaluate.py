@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
     GridOption,
@@ -18,6 +20,7 @@ from .common import (
     OrderOption,
     SetOption,
     choose_solver,
+    distance_features,
     emit,
     leads,
     load_model,
@@ -29,10 +32,14 @@ if TYPE_CHECKING:
     from ..lab.record.measure import Entry
     from ..lab.record.record import RecordSettings
 
+RECORD_ONLY = (
+    "screen_samples", "compared_samples", "shortlist", "finalists", "full_nfes", "nfes"
+)  # fmt: skip
 CACHE = Path("~/.cache/dlms_engine/evaluate")
 
 
 def evaluate_command(
+    context: typer.Context,
     solver: Annotated[
         list[Path] | None, typer.Option(help="Solver file; with --record, may be given many times.")
     ] = None,
@@ -76,11 +83,21 @@ def evaluate_command(
     model: ModelOption = "embedded",
     as_json: JsonOption = False,
 ) -> None:
-    """Endpoint RMSE and Frechet distance (embedded features) of a sampler."""
+    """Endpoint RMSE and Frechet distance of a sampler.
+
+    The distance is taken on the model's feature network; a model without one is measured on its own
+    bottleneck or values, and the output says on which. The RMSE needs no features.
+    """
     options = parse_settings(set_)
+    if record:
+        refuse_beside(
+            context, "with --record, which compares every handcrafted solver", HANDCRAFTED
+        )
+    else:
+        refuse_beside(context, "without --record", RECORD_ONLY)
+        if solver:
+            refuse_beside(context, "beside --solver FILE", HANDCRAFTED)
     held = load_model(model)
-    if held.features is None or held.reference is None:
-        raise ValueError(f"model {model!r} has no feature network: evaluate needs one")
     from ..lab.record.record import RecordSettings
 
     if record:
@@ -132,32 +149,43 @@ def evaluate_command(
 def _single(
     model: Model, entry: Entry, settings: RecordSettings, folder: Path, as_json: bool
 ) -> None:
-    from ..evaluation.frechet import LABEL
+    from ..evaluation.frechet import label_of_features
     from ..lab.record.record import evaluate_one
     from ..lab.record.report import number
 
-    assert model.features is not None and model.reference is not None
+    features = distance_features(model)
+    label = label_of_features(features)
+    distances = importlib.util.find_spec("torchmetrics") is not None
     found = evaluate_one(
         model.denoiser,
-        model.features,
+        features,
         model.reference,
         model.shape,
         entry,
         folder,
         settings,
+        distances=distances,
         progress=not as_json,
     )
     lines = [
         f"{entry.label}: {entry.nfe} network evaluations, {settings.samples:,} samples",
         f"  endpoint RMSE to the exact solution: {number(found['rmse'])}",
-        f"  {LABEL}:",
-        f"    to accurate samples {number(found['to_accurate'])} "
-        f"(above its floor: {number(found['excess_accurate'])})",
-        f"    to the data         {number(found['to_data'])} "
-        f"(above its floor: {number(found['excess_data'])})",
+        f"  {label}:" if distances else f"  {label}: needs pip install 'dlms-engine[evaluation]'",
+        *(
+            f"    to {name:17}{number(found[f'to_{side}'])} "
+            f"(above its floor: {number(found[f'excess_{side}'])})"
+            for side, name in (("accurate", "accurate samples"), ("data", "the data"))
+            if f"to_{side}" in found
+        ),
     ]
     emit(
-        {"solver": entry.label, "nfe": entry.nfe, "samples": settings.samples, **found},
+        {
+            "solver": entry.label,
+            "nfe": entry.nfe,
+            "samples": settings.samples,
+            "distance": label if distances else None,
+            **found,
+        },
         as_json,
         lines,
     )
@@ -179,10 +207,9 @@ def _record(
         ]
         for nfe in settings.nfes
     }
-    assert model.features is not None and model.reference is not None
     result: dict[str, Any] = record(
         model.denoiser,
-        model.features,
+        distance_features(model),
         model.reference,
         model.shape,
         entries,

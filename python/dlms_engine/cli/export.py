@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
     GridOption,
@@ -25,6 +26,7 @@ from .common import (
 
 
 def export(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Package to write; ends in .pt2.")],
     solver: Annotated[
         Path | None, typer.Argument(help="Solver file written by dlms distill.")
@@ -46,6 +48,12 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write model and solver as one package that runs without this library."""
+    if solver is not None:
+        refuse_beside(context, "beside a solver file", HANDCRAFTED)
+    if output.suffix != ".pt2":
+        raise ValueError(f"output is {output}: a package's name ends in .pt2")
+    if batch:
+        refuse_beside(context, f"with --batch {batch}", ("max_batch",))
     import torch
 
     from ..engine.export import export_sampler

@@ -42,9 +42,12 @@ def inspect(
 
 
 def _lines(facts: dict[str, Any], table: dict[str, Any]) -> list[str]:
+    from ..processes.base import config_summary
+
     lines = [f"{facts['file']}"]
     for key in ("method", "kind", "nfe", "depth", "prediction", "process", "bytes", "sha256"):
-        lines.append(f"  {key:12} {facts[key]}")
+        value = config_summary(facts[key]) if key == "process" else facts[key]
+        lines.append(f"  {key:12} {value}")
     for key in ("settings", "best"):
         lines.extend(f"  {key}.{name} = {value}" for name, value in facts[key].items())
     for key in ("grid", "initial_grid"):

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .common import emit, parse_settings
+from .outcome import outcome_lines, start_value
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SOLVER_FILE = "dlms_solver.safetensors"
@@ -129,34 +130,25 @@ def distill_for_pipeline(
         "pipeline": options.pipeline,
         "method": method,
         "nfe": solver.nfe,
-        "initial": initial_score(solver.history),
+        "initial": start_value(method, solver.history),
         "best": solver.best,
         "cache": cache,
         "seconds": time.perf_counter() - started,
         "plot": plot,
     }
-    emit(facts, as_json, _lines(facts, output))
+    outcome = outcome_lines(method, solver.settings, solver.history, solver.best)
+    emit(facts, as_json, _lines(facts, output, outcome))
 
 
-def initial_score(history: list[dict[str, Any]]) -> float | None:
-    """The validation score before training, where the method has one."""
-    return next((e["validation/raw"] for e in history if "validation/raw" in e), None)
-
-
-def _lines(facts: dict[str, Any], output: Path) -> list[str]:
+def _lines(facts: dict[str, Any], output: Path, outcome: list[str]) -> list[str]:
     call = (
         f"DLMSScheduler.from_pretrained({str(output)!r})"
         if facts["scheduler"]
         else f"DLMSScheduler.from_config(pipe.scheduler.config, solver={str(output)!r})"
     )
-    before = "" if facts["initial"] is None else f" (before training: {facts['initial']:.4g})"
     return [
         f"{output}: {facts['method']} with {facts['nfe']} evaluations, {facts['seconds']:.0f} s",
-        *(
-            f"  best {key}: {value}{before}"
-            for key, value in facts["best"].items()
-            if key == "score"
-        ),
+        *outcome,
         f"  embeddings and latents are kept in {facts['cache']}",
         f"  use it: pipe.scheduler = {call}",
     ]

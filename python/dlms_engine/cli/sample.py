@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..support.files import replacing
+from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
     BackendOption,
@@ -37,6 +38,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".safetensors")
 
 
 def sample(
+    context: typer.Context,
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Picture (.png), or .safetensors for raw values.")
     ] = Path("samples.png"),
@@ -60,6 +62,10 @@ def sample(
     numbers = parse_seeds(seeds)
     if output.suffix not in SUFFIXES:
         raise ValueError(f"output is {output}, expected one of {', '.join(SUFFIXES)}")
+    if solver is not None:
+        refuse_beside(context, "beside --solver FILE", HANDCRAFTED)
+    if output.suffix == ".safetensors":
+        refuse_beside(context, "on raw values", ("columns",))
     options = parse_settings(set_)
     import torch
 

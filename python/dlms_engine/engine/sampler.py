@@ -13,6 +13,7 @@ from .. import ops
 from ..denoiser import Denoiser
 from ..policies.corrector import CorrectedPolicy
 from ..policies.run import run_predictions
+from ..processes.base import config_summary
 from ..support.versioned import Versioned
 from ..tables.policy import Policy, Solved, policy_of
 from ..tables.table import SolverTable
@@ -77,8 +78,9 @@ class Sampler(Versioned, nn.Module):
         policy = policy_of(policy)
         if policy.process.config() != denoiser.process.config():
             raise ValueError(
-                f"the solver was made for {policy.process.config()}, the denoiser runs "
-                f"{denoiser.process.config()}: make or distil the solver on the denoiser's process"
+                f"the solver was made for {config_summary(policy.process.config())}; the denoiser "
+                f"runs {config_summary(denoiser.process.config())}: make or distil the solver on the "
+                "denoiser's process"
             )
         self.denoiser = denoiser
         self.corrector: nn.Module | None = None
@@ -264,13 +266,19 @@ def seeded_noise(
     """``scale * z`` with one generator per sample, so a sample does not depend on its batch.
 
     Args:
-        seeds: one integer per sample.
+        seeds: one integer per sample, 0 to 2^64 - 1.
         shape: shape of one sample, e.g. ``(3, 32, 32)``.
         scale: standard deviation, sigma_max for EDM.
 
     Returns:
         ``[len(seeds), *shape]``; drawn on the CPU in float32 so that every device agrees.
+
+    Raises:
+        ValueError: a seed is negative or beyond 64 bits.
     """
+    outside = [s for s in seeds if not 0 <= int(s) < 1 << 64]
+    if outside:
+        raise ValueError(f"seed is {outside[0]}, expected 0 to 2^64 - 1")
     if not len(seeds):
         return torch.empty((0, *shape), dtype=dtype, device=device)
     draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]

@@ -22,6 +22,11 @@ LABEL = "Frechet distance (embedded features)"
 """The name this figure goes by in reports and plots."""
 
 
+def label_of_features(features: object) -> str:
+    """What the distance on these features is called: their own ``label``, else ``LABEL``."""
+    return str(getattr(features, "label", LABEL))
+
+
 class FeatureSums(NamedTuple):
     """Mergeable sufficient statistics of F features.
 

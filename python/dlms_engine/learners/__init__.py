@@ -73,6 +73,8 @@ def distill(
     entry = learner(method)
     if nfe < 1:
         raise ValueError(f"nfe is {nfe}, expected at least 1")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed is {seed}, expected 0 to 2^64 - 1")
     told = read_conditions(cond)
     identity = {} if output is None else run_identity(denoiser, _named(told))
     if method != "auto":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +16,22 @@ from torch import Tensor
 def as_float64(value: Tensor | float) -> Tensor:
     """``value`` as a float64 tensor; keeps device and autograd graph."""
     return torch.as_tensor(value, dtype=torch.float64)
+
+
+def config_summary(config: Mapping[str, Any]) -> str:
+    """A process's ``config()`` in a line: of a long list its ends, its length and a checksum.
+
+    The checksum tells lists apart whose ends look the same.
+    """
+    return ", ".join(f"{key}={_brief(value)}" for key, value in config.items())
+
+
+def _brief(value: Any) -> str:
+    if not isinstance(value, list | tuple) or len(value) <= 8:
+        return f"{value:.8g}" if isinstance(value, float) else str(value)
+    digest = hashlib.sha256(json.dumps(list(value)).encode()).hexdigest()[:8]
+    ends = f"{_brief(value[0])}, {_brief(value[1])}, ..., {_brief(value[-1])}"
+    return f"[{ends}] ({len(value)} numbers, sha256 {digest})"
 
 
 class Process(ABC):

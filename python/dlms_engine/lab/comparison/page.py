@@ -37,15 +37,21 @@ img { max-width: 100%; }
 """
 
 
+def _label(result: Mapping[str, Any]) -> str:
+    return str(result.get("distance", LABEL))
+
+
 def _conditions(result: Mapping[str, Any]) -> str:
     """One paragraph: what was measured, and how."""
     s, floors = result["settings"], result["floors"]
+    to_data = f", {floors['data']:.4g} to the data" if "data" in floors else ""
     return (
         f"Endpoint RMSE: {s['exact_samples']:,} samples against the exact solution "
-        f"({s['exact_nfe']} evaluations) from the same noise. {LABEL}: {s['samples']:,} samples, "
-        f"minus the floor, i.e. what accurate samples ({s['accurate_nfe']} evaluations) of the same "
-        f"seeds have: {floors['accurate']:.4g} to accurate samples of other seeds, "
-        f"{floors['data']:.4g} to the data. Budget: {s['budget']:,} network calls (a pass of one "
+        f"({s['exact_nfe']} evaluations) from the same noise. {_label(result)}: "
+        f"{s['samples']:,} samples, minus the floor, i.e. what accurate samples "
+        f"({s['accurate_nfe']} evaluations) of the same seeds have: "
+        f"{floors['accurate']:.4g} to accurate samples of other seeds{to_data}. "
+        f"Budget: {s['budget']:,} network calls (a pass of one "
         "sample in either direction) for each distillation; closed forms and searches take what "
         f"they need. torch {result['torch']}."
     )
@@ -83,7 +89,8 @@ def _cells(row: _Row, rows: Sequence[_Row]) -> list[str]:
     ratio = "" if base is None else f"{base['rmse'] / row['rmse']:.2f}"
     calls = f"{row['forward'] + row['backward']:,}" if row["learned"] else ""
     seconds = f"{row['seconds']:.0f}" if row["learned"] else ""
-    figures = [number(row[key]) for key in ("rmse", "excess_accurate", "excess_data")]
+    keys = ("rmse", "excess_accurate", "excess_data")
+    figures = [number(row[key]) if key in row else "" for key in keys]
     named = [str(row["nfe"]), str(row["solver"]), *figures]
     return [*named, str(row.get("base") or ""), ratio, calls, seconds]
 
@@ -95,9 +102,11 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     names = {
         "rmse": "endpoint RMSE",
-        "excess_accurate": f"{LABEL}\nto accurate samples, above the floor",
-        "excess_data": f"{LABEL}\nto the data, above the floor",
+        "excess_accurate": f"{_label(result)}\nto accurate samples, above the floor",
+        "excess_data": f"{_label(result)}\nto the data, above the floor",
     }
+    if "data" not in result["floors"]:
+        del names["excess_data"]
     found = []
     for key, label in names.items():
         curves: tuple[dict[str, dict[int, float]], ...] = ({}, {})

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ...denoiser import Denoiser
 from ...engine.sampler import Sampler
-from ...evaluation.frechet import FeatureSums
+from ...evaluation.frechet import FeatureSums, label_of_features
 from ...models.embedded import ReferenceStatistics
 from ...solvers import handcrafted
 from ...solvers.registry import label_of
@@ -85,7 +85,7 @@ class CompareSettings:
 def compare(
     denoiser: Denoiser,
     features: nn.Module,
-    reference: ReferenceStatistics,
+    reference: ReferenceStatistics | None,
     shape: tuple[int, ...],
     contestants: Sequence[Contestant],
     folder: Path,
@@ -101,7 +101,7 @@ def compare(
     Args:
         denoiser: the model; its network is a module.
         features: module from samples ``[B, *shape]`` to features ``[B, F]``.
-        reference: feature statistics of the data.
+        reference: feature statistics of the data; None leaves the distance to the data out.
         shape: shape of one sample.
         contestants: who takes part.
 
@@ -149,7 +149,7 @@ class _Run:
         self,
         denoiser: Denoiser,
         features: nn.Module,
-        reference: ReferenceStatistics,
+        reference: ReferenceStatistics | None,
         shape: tuple[int, ...],
         folder: Path,
         settings: CompareSettings,
@@ -187,10 +187,9 @@ class _Run:
         others = range(seeds.stop, seeds.stop + len(seeds))
         own = self._measurer.measure("accurate-own", [accurate], seeds)[0]
         other = self._measurer.measure("accurate-other", [accurate], others)[0]
-        references: dict[str, FeatureSums | ReferenceStatistics] = {
-            "accurate": other.sums,
-            "data": reference,
-        }
+        references: dict[str, FeatureSums | ReferenceStatistics] = {"accurate": other.sums}
+        if reference is not None:
+            references["data"] = reference
         floors = {side: distance(own.sums, held) for side, held in references.items()}
         self._floors = Floors(references, floors)
 
@@ -199,6 +198,7 @@ class _Run:
             "format": _FORMAT,
             "settings": {**asdict(self.settings), "nfes": list(self.settings.nfes)},
             "torch": torch.__version__,
+            "distance": label_of_features(self._measurer.features),
             "floors": dict(self._floors.values),
             "rows": rows,
         }

@@ -20,12 +20,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ...denoiser import Denoiser
-from ...evaluation.frechet import FeatureSums
+from ...evaluation.frechet import FeatureSums, label_of_features
 from ...models.embedded import ReferenceStatistics
 from ...support.files import write_text
 from ...support.parallel import World
 from .measure import Entry, Measurer
-from .rows import SIDES, Floors, distance, finalists, measured_row, shortlist
+from .rows import Floors, distance, finalists, measured_row, shortlist
 from .store import Store
 
 
@@ -74,7 +74,7 @@ class RecordSettings:
 def record(
     denoiser: Denoiser,
     features: nn.Module,
-    reference: ReferenceStatistics,
+    reference: ReferenceStatistics | None,
     shape: tuple[int, ...],
     handcrafted: Mapping[int, Sequence[Entry]],
     learned: Sequence[Entry],
@@ -88,7 +88,7 @@ def record(
     Args:
         denoiser: the model.
         features: module from samples ``[B, *shape]`` to features ``[B, F]``.
-        reference: feature statistics of the data.
+        reference: feature statistics of the data; None leaves the distance to the data out.
         shape: shape of one sample.
         handcrafted: nfe -> entries.
         learned: distilled solvers; those of an nfe that is not asked for are left out.
@@ -141,7 +141,7 @@ def _work(
 
 def _measure(
     measurer: Measurer,
-    reference: ReferenceStatistics,
+    reference: ReferenceStatistics | None,
     handcrafted: Mapping[int, Sequence[Entry]],
     learned: Sequence[Entry],
     settings: RecordSettings,
@@ -192,6 +192,7 @@ def _measure(
         "settings": asdict(settings),
         "torch": torch.__version__,
         "accurate_rmse": own.rmse,
+        "distance": label_of_features(measurer.features),
         "floors": {name: dict(floor.values) for name, floor in floors.items()},
         "rows": rows,
     }
@@ -200,20 +201,25 @@ def _measure(
 def evaluate_one(
     denoiser: Denoiser,
     features: nn.Module,
-    reference: ReferenceStatistics,
+    reference: ReferenceStatistics | None,
     shape: tuple[int, ...],
     entry: Entry,
     folder: Path,
     settings: RecordSettings,
     *,
+    distances: bool = True,
     progress: bool = True,
 ) -> dict[str, float]:
     """RMSE, distances and their excess of one sampler on ``settings.samples`` samples.
 
     Exact solutions and accurate samples are kept in ``folder`` for the next call.
+
+    Args:
+        reference: feature statistics of the data; None leaves the distance to the data out.
+        distances: False measures the RMSE alone, which needs no further package.
     """
     count = settings.samples
-    total = count * (settings.exact_nfe + settings.accurate_nfe + entry.nfe)
+    total = count * (settings.exact_nfe + settings.accurate_nfe * distances + entry.nfe)
     bar = tqdm(
         total=total,
         unit="eval",
@@ -226,13 +232,15 @@ def evaluate_one(
         bar.set_description("exact solutions (kept)")
         seeds = range(settings.first_seed, settings.first_seed + count)
         exact = measurer.endpoints(settings.exact_nfe, seeds)
+        bar.set_description(entry.label)
+        found = measurer.measure(f"one-{entry.digest}", [entry], seeds, exact)[0]
+        if not distances:
+            return {"rmse": found.rmse}
         bar.set_description("accurate samples (kept)")
         accurate = Entry("accurate", measurer.accurate_table(settings.accurate_nfe))
         other = measurer.measure(
             "accurate-other", [accurate], range(seeds.stop, seeds.stop + count)
         )[0]
-        bar.set_description(entry.label)
-        found = measurer.measure(f"one-{entry.digest}", [entry], seeds, exact)[0]
     floors = _floors(measurer.sums(exact), other.sums, reference)
     return {"rmse": found.rmse, **floors.figures(found.sums)}
 
@@ -256,10 +264,11 @@ def _measurer(
     return Measurer(denoiser, features, shape, store, batch=settings.batch, advance=advance)
 
 
-def _floors(perfect: FeatureSums, other: FeatureSums, reference: ReferenceStatistics) -> Floors:
+def _floors(
+    perfect: FeatureSums, other: FeatureSums, reference: ReferenceStatistics | None
+) -> Floors:
     """Floors at the size of ``perfect``, the accurate samples of the seeds that are compared."""
-    references: dict[str, FeatureSums | ReferenceStatistics] = {
-        "accurate": other,
-        "data": reference,
-    }
-    return Floors(references, {side: distance(perfect, references[side]) for side in SIDES})
+    references: dict[str, FeatureSums | ReferenceStatistics] = {"accurate": other}
+    if reference is not None:
+        references["data"] = reference
+    return Floors(references, {side: distance(perfect, references[side]) for side in references})

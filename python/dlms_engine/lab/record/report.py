@@ -18,35 +18,37 @@ def record_markdown(record: Mapping[str, Any]) -> str:
     """The tables of a record, with the conditions they were measured under."""
     settings, rows = record["settings"], record["rows"]
     floors = record["floors"]["full"]
+    label = record.get("distance", LABEL)
+    to_data = f" and {floors['data']:.4g} to the data" if "data" in floors else ""
     parts = [
         f"Endpoint RMSE: {settings['compared_samples']:,} samples against the exact solution "
-        f"({settings['exact_nfe']} evaluations) from the same noise. {LABEL}: "
+        f"({settings['exact_nfe']} evaluations) from the same noise. {label}: "
         f"{settings['compared_samples']:,} samples, and {settings['samples']:,} at "
         f"{', '.join(map(str, settings['full_nfes']))} evaluations, minus the floor, i.e. what "
         f"accurate samples ({settings['accurate_nfe']} evaluations) of the same seeds have; with "
         f"{settings['samples']:,} samples that is {floors['accurate']:.4g} to accurate samples of "
-        f"other seeds and {floors['data']:.4g} to the data. Every handcrafted solver was screened "
+        f"other seeds{to_data}. Every handcrafted solver was screened "
         f"on {settings['screen_samples']:,} samples; compared are the best {settings['shortlist']} "
         "by RMSE and half as many by distance. Figures in brackets are screening figures.",
-        _finals(rows, settings["nfes"]),
+        _finals(rows, settings["nfes"], tuple(floors)),
         "Endpoint RMSE of every solver:",
         _matrix(rows, settings["nfes"], "rmse"),
-        f"{LABEL} to accurate samples minus the floor, every solver:",
+        f"{label} to accurate samples minus the floor, every solver:",
         _matrix(rows, settings["nfes"], "accurate"),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _finals(rows: Sequence[_Row], nfes: Sequence[int]) -> str:
+def _finals(rows: Sequence[_Row], nfes: Sequence[int], sides: tuple[str, ...]) -> str:
     lines = [
-        "| NFE | solver | endpoint RMSE | distance to accurate | distance to data |",
-        "|---:|---|---:|---:|---:|",
+        "| NFE | solver | endpoint RMSE | " + " | ".join(f"distance to {s}" for s in sides) + " |",
+        "|---:|---|---:|" + "---:|" * len(sides),
     ]
     for nfe in nfes:
         listed = [row for row in rows if row["nfe"] == nfe and "compared" in row]
         for row in sorted(listed, key=lambda row: (not row["learned"], figure(row, "accurate"))):
             name = f"**{row['solver']}**" if row["learned"] else row["solver"]
-            figures = " | ".join(number(figure(row, by)) for by in ("rmse", "accurate", "data"))
+            figures = " | ".join(number(figure(row, by)) for by in ("rmse", *sides))
             lines.append(f"| {nfe} | {name} | {figures} |")
     return "\n".join(lines)
 
@@ -78,11 +80,14 @@ def number(value: float) -> str:
 
 def draw_record(record: Mapping[str, Any], folder: Path) -> list[Path]:
     """Quality against NFE, one picture a figure; returns what was written."""
+    label = record.get("distance", LABEL)
     names = {
         "rmse": "endpoint RMSE",
-        "accurate": f"{LABEL}\nto accurate samples, above the floor",
-        "data": f"{LABEL}\nto the data, above the floor",
+        "accurate": f"{label}\nto accurate samples, above the floor",
+        "data": f"{label}\nto the data, above the floor",
     }
+    if "data" not in record["floors"]["full"]:
+        del names["data"]
     return [
         plots.quality(
             *_curves(record, by),

@@ -11,12 +11,13 @@ from ...evaluation.frechet import FeatureSums, frechet_distance
 from ...models.embedded import ReferenceStatistics
 from .measure import Entry, Measured
 
-SIDES = ("accurate", "data")
-
 
 @dataclass(frozen=True)
 class Floors:
-    """What a perfect solver has at a number of samples, and the sets distances are taken to."""
+    """What a perfect solver has at a number of samples, and the sets distances are taken to.
+
+    ``"accurate"`` always; ``"data"`` where the model comes with statistics of its data.
+    """
 
     references: Mapping[str, FeatureSums | ReferenceStatistics]
     values: Mapping[str, float]
@@ -24,7 +25,7 @@ class Floors:
     def figures(self, sums: FeatureSums) -> dict[str, float]:
         """``to_*`` and ``excess_*`` for each side."""
         found: dict[str, float] = {}
-        for side in SIDES:
+        for side in self.references:
             value = distance(sums, self.references[side])
             found[f"to_{side}"] = value
             found[f"excess_{side}"] = value - self.values[side]

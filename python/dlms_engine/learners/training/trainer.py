@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from ...denoiser import Denoiser
 from ...support.parallel import World
+from ...support.progress import inner_progress
 from ...support.transfer import host_numbers
 from .checkpoint import load_checkpoint, save_checkpoint, try_to_save
 from .ema import EmaSets
@@ -120,7 +121,9 @@ class Trainer:
         if resume:
             self._resume()
         if not self.state.history:
-            self._validate()
+            # the exact solution of the validation may take longer than all updates
+            with inner_progress(progress and self.world.rank == 0):
+                self._validate()
         total = self.settings.updates
         saved = time.monotonic()
         bar = tqdm(

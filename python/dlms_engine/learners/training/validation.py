@@ -14,6 +14,7 @@ from ... import solvers
 from ...denoiser import Denoiser
 from ...engine.sampler import Sampler, seeded_noise
 from ...processes import EDM, grids
+from ...support.progress import inner_progress_shown
 from ...support.transfer import host_numbers
 from ...tables.table import SolverTable
 from ..start import ExactSolution, Proof, SamplingProblem
@@ -34,7 +35,8 @@ def exact_solution(denoiser: Denoiser, noise: Tensor, steps: int, **cond: Any) -
     grid are those on which two solvers agree best on this model (``learners.start``), and the
     evaluations at least those they were compared with.
     """
-    out = Sampler(denoiser, accurate_table(denoiser, noise.shape[1:], steps, cond))(noise, **cond)
+    table = accurate_table(denoiser, noise.shape[1:], steps, cond)
+    out = Sampler(denoiser, table)(noise, progress=inner_progress_shown(), **cond)
     assert isinstance(out, Tensor)
     return out
 

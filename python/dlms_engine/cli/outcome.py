@@ -1,0 +1,65 @@
+"""What a distillation reached, said with its measure, the start's value and their ratio."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+MEASURES = {
+    "rmse": "endpoint RMSE to the exact solution",
+    "features": "mean squared feature distance to the exact solution",
+    "product": "endpoint RMSE x root of the mean squared feature distance, to the exact solution",
+}
+# Learners with one measure of their own, and where their history has the start's value.
+_OWN = {
+    "amed": (MEASURES["rmse"], "validation/raw"),
+    "ld3": ("validation loss: distance of the ends to the teacher's", "validation"),
+    "dode": ("RMSE to the teacher after the last row", "rmse_before"),
+    "gits": (MEASURES["rmse"], ""),
+}
+
+
+def measure_of(method: str, settings: Mapping[str, Any]) -> str:
+    """In words, what ``best["score"]`` of this learner is; "score" where it is not known."""
+    chosen = settings.get("score")
+    if isinstance(chosen, str) and chosen in MEASURES:
+        return MEASURES[chosen]
+    return _OWN.get(method, ("score", ""))[0]
+
+
+def start_value(method: str, history: Sequence[Mapping[str, Any]]) -> float | None:
+    """The same measure before training, None where the history does not have it."""
+    own = _OWN.get(method, ("", ""))[1]
+    for name in ("validation/raw", own):
+        # D-ODE has one entry a row: its measure is that of the last
+        for entry in reversed(history) if method == "dode" else history:
+            if name and isinstance(entry.get(name), int | float):
+                return float(entry[name])
+    return None
+
+
+def outcome_lines(
+    method: str,
+    settings: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any],
+) -> list[str]:
+    """Lines for people: the best value, the start's, how many times lower it is."""
+    report = best.get("report")
+    if isinstance(report, Mapping):  # method auto measures its base on the same samples
+        low, high = report["ratio_interval"]
+        return [
+            f"  {MEASURES['rmse']} (lower is better): {report['rmse']:.4g}, {report['ratio']:.2f} times "
+            f"below the best handcrafted solver, {report['base']} ({low:.2f} to {high:.2f})",
+            f"  kept: {report['chosen']}",
+        ]
+    score = best.get("score")
+    if not isinstance(score, int | float):
+        return []
+    lines = [f"  {measure_of(method, settings)} (lower is better): {score:.4g}"]
+    start = start_value(method, history)
+    if start is not None and score > 0:
+        lines[0] += f"; before training {start:.4g}, {start / score:.2f} times as much"
+    if "set" in best:
+        lines.append(f"  parameters kept: {best['set']}")
+    return lines
