@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import layout
@@ -58,6 +59,13 @@ def test_names_imported_on_first_use_are_known_to_type_checkers() -> None:
 
 def test_the_top_level_is_the_list_of_parts() -> None:
     assert layout.entries(PACKAGE) == sorted(ORDER)
+
+
+def test_the_map_names_the_parts_in_their_order() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)(?:/|\.py)` \|", text, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(ORDER)
+    assert layout.climbs(PACKAGE, tuple(reversed(rows))) == []
 
 
 def test_a_public_name_is_defined_once() -> None:
