@@ -137,6 +137,7 @@ class StandinCapture:
 
     def warm_up(self, body, inputs, network, device, settle) -> float:
         self.network = network
+        body({name: t.clone() for name, t in inputs.items()})
         settle()
         with cuda_graph_capture.CaptureCheck(device, network):
             body({name: t.clone() for name, t in inputs.items()})

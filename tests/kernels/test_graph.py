@@ -7,11 +7,17 @@ import threading
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlms_engine.engine import cuda_graph
-from dlms_engine.engine.cuda_graph import GraphCaptureError, GraphedLoop
-from dlms_engine.engine.cuda_graph_cache import GraphCache
+from dlms_engine.engine.cuda_graph import (
+    GraphCaptureError,
+    GraphedLoop,
+    StaleGraphError,
+    run_captured,
+)
+from dlms_engine.engine.cuda_graph_cache import GraphCache, graph_key
+from dlms_engine.engine.native import native
 from dlms_engine.ops import layout, reference
 
 ROWS, DEPTH, SHAPE = 4, 3, (3, 2, 5)
@@ -155,6 +161,97 @@ def test_auto_falls_back_and_tries_once(captured, caplog):
     with pytest.raises(GraphCaptureError, match="host read; pass mode='auto'"):
         loop.run(x, rows, inputs={"levels": levels})
     assert loop.cache.stats()["failures"] == 1
+
+
+class Network(nn.Module):
+    """Does something on the side in every call."""
+
+    def __init__(self, side: str) -> None:
+        super().__init__()
+        self.side = side
+        self.calls = 0
+        self.kept = None
+        self.shift = torch.ones(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.side == "counts":
+            self.calls += 1
+        elif self.side == "keeps":
+            self.kept = [x + n for n in range(3 + self.training)]
+        elif self.side == "caches" and self.kept is None:
+            self.kept = torch.ones(1)
+        elif self.side == "reads":
+            return x * float(self.shift[0].item())
+        elif self.side == "masks":
+            return x + x[x > 0].sum()
+        elif self.side == "draws":
+            return x + torch.randn_like(x)
+        elif self.side == "indexes":
+            return x + self.shift[torch.zeros(1, dtype=torch.long)]
+        return x * 2
+
+
+def through(network: Network, cache: GraphCache, runs: int = 3) -> list[Tensor]:
+    body = lambda given: network(given["x"])  # noqa: E731
+    return [run_captured(cache, network, (), body, {"x": torch.ones(3)}) for _ in range(runs)]
+
+
+def test_a_network_that_counts_its_calls_runs_plainly_and_the_counter_is_named(captured, caplog):
+    network, cache = Network("counts"), GraphCache()
+    assert all(torch.equal(out, torch.full((3,), 2.0)) for out in through(network, cache))
+    assert captured.made == 0 and cache.stats()["failures"] == 1
+    assert caplog.text.count("its attribute calls in every run") == 1
+
+
+@pytest.mark.parametrize("side", ["keeps", "caches", "indexes"])
+def test_a_network_that_keeps_activations_or_fills_a_cache_is_captured_once(captured, side):
+    network, cache = Network(side), GraphCache()
+    through(network, cache, 5)
+    assert captured.made == 1 and cache.stats()["replays"] == 4
+
+
+@pytest.mark.parametrize(
+    ("side", "operation", "reason"),
+    [
+        ("reads", "aten._local_scalar_dense", "host wait"),
+        ("masks", "aten.index.Tensor", "host wait"),
+        ("draws", "aten.randn_like", "random numbers"),
+    ],
+)
+def test_what_cannot_be_captured_is_named_with_its_module(
+    captured, caplog, side, operation, reason
+):
+    outer = nn.Sequential(nn.Identity(), Network(side))
+    body = lambda given: outer(given["x"])  # noqa: E731
+    for _ in range(2):
+        run_captured(GraphCache(), outer, (), body, {"x": torch.ones(3)})
+    told = [r.message for r in caplog.records]
+    assert captured.made == 0 and len(told) == 1
+    assert operation in told[0] and "in 1 (Network)" in told[0] and reason in told[0]
+
+
+def test_verify_compares_every_nth_run(captured):
+    factor = [1.0]
+    body = lambda given: given["x"].mul_(factor[0])  # noqa: E731
+    cache = GraphCache(verify=2)
+    x = torch.ones(3)
+    for _ in range(5):
+        assert torch.equal(run_captured(cache, body, (), body, {"x": x}), x)
+    # A list in a closure is looked into; a graph is made to go stale by force.
+    (run,) = {id(r): r for r in [cache.runs.find(_key(body, x))]}.values()
+    run._run = native.GraphRun(
+        captured.driver.graph(lambda: run._recorded.output.fill_(9)),
+        tuple(run._recorded.inputs.values()),
+        run._recorded.output,
+        0,
+    )
+    with pytest.raises(StaleGraphError, match="invalidate"):
+        for _ in range(2):
+            run_captured(cache, body, (), body, {"x": x})
+
+
+def _key(body, x: Tensor):
+    return graph_key(body, {"x": x})[0]
 
 
 @pytest.mark.parametrize("name", ["cuGraphInstantiateWithFlags", "cuGraphLaunch"])

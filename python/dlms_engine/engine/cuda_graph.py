@@ -105,13 +105,23 @@ class CapturedRun:
                 )
             except torch.OutOfMemoryError as exc:
                 raise GraphCaptureError(f"the run cannot be captured: {explain(exc)}") from exc
-            if keys[0] != keys[-1] and not ignore_tensor_attributes(network):
-                raise UnsettledNetworkError(
-                    "the network changes its own attributes in every run, which a graph would not"
-                )
+            self._require_settled(keys, network, body, inputs)
             self._recorded, self._run = self._record(body, inputs)
         self.nbytes = self._recorded.nbytes
         self.graph_seconds = 0.0
+
+    def _require_settled(self, keys: list[Any], network: Any, body: Body, inputs: Inputs) -> None:
+        """The key must be the same before and after a run; ``keys`` are (key, without tensors)."""
+        if keys[0] == keys[-1]:
+            return
+        if keys[0] is not None and keys[0][1] == keys[-1][1]:
+            ignore_tensor_attributes(network)  # it keeps an activation; that is no setting
+            return
+        name = capture.changing_attribute(network, body, inputs)
+        raise UnsettledNetworkError(
+            f"the network changes {name} in every run, which a captured run would not: keep such "
+            "counters outside of it"
+        )
 
     def _record(self, body: Body, inputs: Inputs) -> tuple[capture.Recorded, Any]:
         recorded = capture.record(body, inputs, self.device)
@@ -271,14 +281,14 @@ class Runnable(NamedTuple):
     modules: tuple[Any, ...] = ()
     loop: capture.Loop | None = None
 
-    def key(self) -> tuple[Any, str]:
+    def key(self, tensors: bool | None = None) -> tuple[Any, str]:
         """As ``graph_key``; a loop's does not depend on the number of steps."""
         inputs, options = self.inputs, self.options
         if self.loop is not None:
             per_step = [(k, inputs[k].shape[1:], inputs[k].dtype) for k in self.loop.per_step]
             inputs = {k: v for k, v in inputs.items() if k not in self.loop.per_step}
             options = (*options, "loop", per_step)
-        return graph_key(self.network, inputs, options, self.modules)
+        return graph_key(self.network, inputs, options, self.modules, tensors)
 
     def capture(self) -> CapturedRun:
         """Raises ``GraphCaptureError``."""
@@ -290,7 +300,7 @@ class Runnable(NamedTuple):
         return LoopedRun(self.body, self.inputs, self.network, self._rekey, self.loop)
 
     def _rekey(self) -> Any:
-        return self.key()[0]
+        return self.key(True)[0], self.key(False)[0]
 
 
 def _plainly(body: Body, inputs: Inputs) -> Tensor:

@@ -62,6 +62,7 @@ def graph_key(
     inputs: Mapping[str, Tensor],
     options: tuple[Any, ...] = (),
     modules: tuple[Any, ...] = (),
+    tensor_attributes: bool | None = None,
 ) -> tuple[Any, str]:
     """The key of a run: two runs with equal keys may replay one graph.
 
@@ -76,6 +77,8 @@ def graph_key(
         inputs: tensors by name, the state first.
         options: whatever else the run depends on: plain values, tuples of them, dtypes.
         modules: more objects that the run depends on.
+        tensor_attributes: whether tensors that are plain attributes count; by default, but for
+            networks that keep a new one in every run.
 
     Returns:
         The key, and the path of a parameter that is not on the state's device, or "".
@@ -86,7 +89,7 @@ def graph_key(
         inputs if isinstance(inputs, dict) else dict(inputs),
         (options, _modes()),
         (network, *modules),
-        network not in _restless,
+        network not in _restless if tensor_attributes is None else tensor_attributes,
     )
     return answer
 
@@ -96,15 +99,9 @@ def identity(subject: Any) -> tuple[int, ...]:
     return (token(subject),)
 
 
-def ignore_tensor_attributes(network: Any) -> bool:
-    """Leaves out of the keys of `network` the tensors that its modules keep as plain attributes.
-
-    False if they are left out already.
-    """
-    if network in _restless:
-        return False
+def ignore_tensor_attributes(network: Any) -> None:
+    """Leaves out of the keys of `network` the tensors that its modules keep as plain attributes."""
     _restless.add(network)
-    return True
 
 
 def split_tensors(

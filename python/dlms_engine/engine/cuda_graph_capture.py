@@ -163,6 +163,25 @@ def device_offset(device: torch.device) -> int:
     return int(torch.cuda.default_generators[device_index(device)].get_offset())
 
 
+def changing_attribute(network: Any, body: Body, inputs: Inputs) -> str:
+    """The name of a plain attribute that a run of `body` changes, for a message."""
+
+    def settings() -> dict[str, Any]:
+        if not isinstance(network, nn.Module):
+            return {}
+        return {
+            f"{path}.{name}".removeprefix("."): value
+            for path, module in network.named_modules()
+            for name, value in vars(module).items()
+            if isinstance(value, bool | int | float | str)
+        }
+
+    before = settings()
+    body(_copies(inputs))
+    changed = [name for name, value in settings().items() if before.get(name) != value]
+    return f"its attribute {changed[0]}" if changed else "its own attributes"
+
+
 # -- the capture ---------------------------------------------------------------------------------
 
 
