@@ -2,6 +2,7 @@
 #
 #   make demo     distil a five-evaluation sampler and compare it with handcrafted ones (CPU)
 #   make test     every test that runs without a GPU
+#   make test-all the slow ones too: every pipeline, a thousand configs
 #   make lint     ruff, mypy --strict, clang-format
 #   make bench    per-step latency of the engine against diffusers' schedulers
 #   make gpu      correctness and speed of the GPU kernels (needs an NVIDIA GPU)
@@ -25,10 +26,10 @@ DEV := $(VENV)/.stamp-dev
 DEMO := $(if $(wildcard $(DEV)),$(DEV),$(VENV)/.stamp-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test lint format bench gpu docs clean
+.PHONY: help dev demo test test-all lint format bench gpu docs clean
 
 help:
-	@sed -n '3,10s/^# \{0,3\}//p' Makefile
+	@sed -n '3,11s/^# \{0,3\}//p' Makefile
 
 $(VENV)/.stamp-%: $(INPUTS)
 	@scripts/bootstrap.sh $(VENV) $*
@@ -41,6 +42,9 @@ demo: $(DEMO)
 
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
+
+test-all: $(DEV)
+	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
 
 lint: $(DEV)
 	$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from .pipelines.networks import network_of
 from .scheduler.base import EngineScheduler
 from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
 from .scheduler.runner import Runner, load_source
+from .scheduler.runs import Run, Runs
 
 __all__ = ["DLMSScheduler", "SchedulerMixin", "accelerate"]
 
@@ -123,12 +124,8 @@ class DLMSScheduler(EngineScheduler):
             sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
         else:
             sigmas = torch.arange(1, num_train_timesteps + 1) / num_train_timesteps
-        self.sigmas = sigmas.flip(0)
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
-        self.num_inference_steps: int | None = None
-        self._step_index: int | None = None
-        self._begin_index: int | None = None
-        self._runner: Runner | None = None
+        timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+        self._runs = Runs(Run(timesteps, sigmas.flip(0)))
         self._watch: Any = None
         self._acceleration: Any = None  # under accelerate()
 
@@ -182,7 +179,7 @@ class DLMSScheduler(EngineScheduler):
             ValueError: missing or contradicting arguments, a step number the solver cannot run.
         """
         make = Runner if self._acceleration is None else self._acceleration.runner
-        self._runner = runner = make(
+        runner = make(
             self._source,
             self.config,
             self.noise_model,
@@ -192,11 +189,8 @@ class DLMSScheduler(EngineScheduler):
             mu,
             self._watch,
         )
-        self.timesteps = runner.timesteps.to(device)
-        self.sigmas = runner.sigmas
-        self.num_inference_steps = len(runner.timesteps)
-        self._step_index = None
-        self._begin_index = None
+        steps = len(runner.timesteps)
+        self._runs.begin(Run(runner.timesteps.to(device), runner.sigmas, steps, runner))
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """The first step of the loop (image-to-image starts late)."""
@@ -263,39 +257,56 @@ class DLMSScheduler(EngineScheduler):
         """
         if eta or variance_noise is not None:
             raise ValueError(f"eta is {eta}, expected 0: the engine's solvers are deterministic")
-        if self._runner is None:
+        run = self._runs.stepping()
+        if run.runner is None:
             raise ValueError("call set_timesteps before step")
-        if self._step_index is None:
-            self._step_index = self._now(timestep)
-            self._runner.begin(self._step_index)
-        latents = self._runner.advance(self._step_index, model_output, sample)
-        self._step_index += 1
+        if run.step_index is None:
+            run.step_index = self._now(timestep)
+            run.runner.begin(run.step_index)
+        latents = run.runner.advance(run.step_index, model_output, sample)
+        run.step_index += 1
         return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)
 
 
-def accelerate(pipe: Any, solver: Any = "dpm_solver_pp", **settings: Any) -> Acceleration:
+def accelerate(pipe: Any, solver: Any = None, **settings: Any) -> Acceleration:
     """Runs ``pipe``'s denoising loop in the engine; the pipeline is called as before.
 
-    Network, guidance and step of every evaluation are one loop (one CUDA graph where the device
-    allows it). Calls whose arguments need the pipeline's own loop (callbacks, inpainting masks,
-    ``denoising_end``, guidance rescaling, adapters) run step by step, with the same solver.
+    The first call with new kinds of arguments runs step by step and is recorded; later ones run
+    network, guidance and step of every evaluation in one loop (one CUDA graph where the device
+    allows it), if the record shows that this gives the same. Other calls run step by step with the
+    same solver; ``report()`` says which and why.
 
     Args:
-        pipe: a diffusers pipeline with a ``unet`` or ``transformer``.
+        pipe: a diffusers pipeline, modular ones included.
         solver: anything ``DLMSScheduler`` takes; a per-sample solver watches the network's
-            bottleneck (``mid_block``) and runs step by step.
+            bottleneck (``mid_block``) and runs step by step. None keeps the solver of a pipeline
+            that has a ``DLMSScheduler`` already, and is ``"dpm_solver_pp"`` for others.
         settings: further arguments of ``DLMSScheduler``.
 
     Returns:
-        the ``Acceleration``; its ``undo()`` restores the pipeline.
+        the ``Acceleration``; its ``undo()`` restores the pipeline. Where the noise model is not
+        understood the pipeline keeps its own scheduler, which is logged and reported.
 
     Raises:
-        ValueError: the pipeline has neither a ``unet`` nor a ``transformer``.
+        ValueError: an unknown solver, or one made for another noise model.
     """
-    scheduler = DLMSScheduler.from_config(pipe.scheduler.config, solver=solver, **settings)
-    if not isinstance(scheduler.solver, str) and policy_of(scheduler.solver).needs_features:
+    original, refusal = pipe.scheduler, ""
+    config = {"_class_name": type(original).__name__, **original.config}
+    if solver is None:
+        kept = original.solver if isinstance(original, DLMSScheduler) else "dpm_solver_pp"
+        solver = kept
+    source = load_source(solver)
+    try:
+        scheduler = DLMSScheduler.from_config(config, solver=source, **settings)
+        scheduler.noise_model  # noqa: B018 - made here, so that it is refused here
+    except ValueError as exc:
+        if not isinstance(source, str):
+            raise
+        scheduler, refusal = None, str(exc)
+    learned = scheduler is not None and not isinstance(source, str)
+    if learned and policy_of(scheduler.solver).needs_features:
         scheduler.watch(network_of(pipe))
-    return Acceleration(pipe, scheduler)
+    return Acceleration(pipe, scheduler, refusal)

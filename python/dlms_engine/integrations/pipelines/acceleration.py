@@ -42,6 +42,7 @@ class Kind:
     report: KindReport
     program: Program | None = None
     stepwise: bool = False
+    own_scheduler: bool = False
 
 
 class SessionRunner(Runner):
@@ -49,6 +50,9 @@ class SessionRunner(Runner):
 
     session: Any = None
     finish: Callable[[DryRun], Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "session": None, "finish": None}  # a copy is nobody's to listen to
 
     def begin(self, index: int) -> None:
         """As always; a session scales the first input where the pipeline does not."""
@@ -79,10 +83,15 @@ class Acceleration:
     """What ``accelerate`` changed on a pipeline; ``undo`` changes it back.
 
     Calls from several threads take turns: each gets its own pictures.
+
+    Args:
+        scheduler: a ``DLMSScheduler``, or None where ``refusal`` says why there is none: the pipeline
+            then keeps its own.
     """
 
-    def __init__(self, pipe: Any, scheduler: Any) -> None:
+    def __init__(self, pipe: Any, scheduler: Any, refusal: str = "") -> None:
         self.pipe = pipe
+        self._refused = refusal
         self._class = type(pipe)
         self._scheduler = pipe.scheduler
         self._own = scheduler
@@ -96,8 +105,11 @@ class Acceleration:
         self._taps: list[Interception] = []
         self._names: list[str] = []
         self._listen()
-        scheduler.run_with(self)
-        set_scheduler(pipe, scheduler)
+        if scheduler is None:
+            log.warning("%s keeps its own scheduler: %s", self._class.__name__, refusal)
+        else:
+            scheduler.run_with(self)
+            set_scheduler(pipe, scheduler)
         made = subclass(self._class, self._accelerated())
         made.__call__ = functools.wraps(self._class.__call__)(made.__call__)
         pipe.__class__ = made
@@ -114,7 +126,7 @@ class Acceleration:
     def report(self) -> AccelerationReport:
         """Whole loop or step by step, and why, for each kind of arguments called so far."""
         kinds = [kind.report for kind in self._kinds.values()]
-        source = self._own.solver
+        source = "its own scheduler" if self._own is None else self._own.solver
         name = source if isinstance(source, str) else type(source).__name__
         return AccelerationReport(self._class.__name__, name, kinds, len(self._cache))
 
@@ -123,12 +135,13 @@ class Acceleration:
         if self.pipe is None:
             return
         self.pipe.__class__ = self._class
-        set_scheduler(self.pipe, self._scheduler)
+        if self._own is not None:
+            set_scheduler(self.pipe, self._scheduler)
+            self._own.unwatch()
+            self._own.run_with(None)
         for tap in self._taps:
             tap.remove()
         self._taps.clear()
-        self._own.unwatch()
-        self._own.run_with(None)
         self.pipe = None
 
     # -- listening -------------------------------------------------------------------------------
@@ -196,11 +209,13 @@ class Acceleration:
         reason = self._refusal(pipe, arguments)
         kind = self._kind(arguments, reason)
         kind.report.runs += 1
-        if kind.stepwise:
-            return self._timed(kind, None, pipe, args, kwargs)
-        if kind.program is None:
-            return self._recorded(kind, pipe, args, kwargs)
         rewind = rewinder(generators_of(arguments))
+        if kind.own_scheduler:
+            return self._with_own_scheduler(pipe, args, kwargs)
+        if kind.stepwise:
+            return self._safely(kind, None, rewind, pipe, args, kwargs)
+        if kind.program is None:
+            return self._recorded(kind, rewind, pipe, args, kwargs)
         try:
             dry = DryRun(kind.program, self._names, self._stand_ins)
             result = self._timed(kind, dry, pipe, args, kwargs)
@@ -211,9 +226,41 @@ class Acceleration:
             kind.stepwise, kind.program = True, None
             self._told(kind, str(exc))
             rewind()
-        return self._timed(kind, None, pipe, args, kwargs)
+        return self._safely(kind, None, rewind, pipe, args, kwargs)
+
+    def _safely(
+        self,
+        kind: Kind,
+        session: Recorder | None,
+        rewind: Callable[[], None],
+        pipe: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Step by step; where only our scheduler fails, the pipeline's own runs, and that is told."""
+        try:
+            return self._timed(kind, session, pipe, args, kwargs)
+        except Exception as exc:
+            named = self._own is not None and isinstance(self._own.solver, str)
+            if not named or pipe.scheduler is not self._own:
+                raise
+            rewind()
+            result = self._with_own_scheduler(pipe, args, kwargs)  # raises what diffusers raises
+            kind.own_scheduler = kind.stepwise = True
+            self._told(kind, f"its own scheduler runs: {type(exc).__name__}: {exc}")
+            log.warning("%s ran with its own scheduler: %s", self._class.__name__, exc)
+            return result
+
+    def _with_own_scheduler(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        set_scheduler(pipe, self._scheduler)
+        try:
+            return self._class.__call__(pipe, *args, **kwargs)
+        finally:
+            set_scheduler(pipe, self._own)
 
     def _refusal(self, pipe: Any, arguments: dict[str, Any]) -> str | None:
+        if self._own is None:
+            return f"its own scheduler runs: {self._refused}"
         if pipe.scheduler is not self._own:
             return "the pipeline's scheduler was replaced"
         if self._own.watched:
@@ -237,10 +284,17 @@ class Acceleration:
         return kind
 
     def _recorded(
-        self, kind: Kind, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        kind: Kind,
+        rewind: Callable[[], None],
+        pipe: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         recorder = Recorder(self._names, [tap.module for tap in self._taps])
-        result = self._timed(kind, recorder, pipe, args, kwargs)
+        result = self._safely(kind, recorder, rewind, pipe, args, kwargs)
+        if kind.own_scheduler:
+            return result
         kind.report.calls_per_step = recorder.calls_per_step
         try:
             kind.program = recorder.program()

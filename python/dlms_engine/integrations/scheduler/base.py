@@ -17,20 +17,71 @@ except ImportError as exc:
 from ...support.versioned import Versioned
 from .adopt import adopt, is_foreign
 from .noise import NoiseModel
-from .runner import Runner, Source, load_source
+from .runner import SOLVER_FILE, Runner, Source, load_source
+from .runs import Run, Runs
 
-SOLVER_FILE = "dlms_solver.safetensors"
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
 
 class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Loading, saving and noising; ``DLMSScheduler`` adds constructor and loop."""
 
-    timesteps: Tensor
     _source: Source
-    _runner: Runner | None
-    _step_index: int | None
-    _begin_index: int | None
+    _runs: Runs
+
+    # -- the run of the thread that asks ---------------------------------------------------------
+
+    def _run(self) -> Run:
+        run = self._runs.current()
+        assert run is not None
+        return run
+
+    @property
+    def timesteps(self) -> Tensor:
+        """``[steps]`` what the network is told in this thread's run."""
+        return self._run().timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: Tensor) -> None:
+        self._run().timesteps = value
+
+    @property
+    def sigmas(self) -> Tensor:
+        """``[steps + 1]`` sigma / alpha of the states in this thread's run; a flow's sigma."""
+        return self._run().sigmas
+
+    @sigmas.setter
+    def sigmas(self, value: Tensor) -> None:
+        self._run().sigmas = value
+
+    @property
+    def num_inference_steps(self) -> int | None:
+        """Steps of this thread's run; None before ``set_timesteps``."""
+        return self._run().num_inference_steps
+
+    @num_inference_steps.setter
+    def num_inference_steps(self, value: int | None) -> None:
+        self._run().num_inference_steps = value
+
+    @property
+    def _step_index(self) -> int | None:
+        return self._run().step_index
+
+    @_step_index.setter
+    def _step_index(self, value: int | None) -> None:
+        self._run().step_index = value
+
+    @property
+    def _begin_index(self) -> int | None:
+        return self._run().begin_index
+
+    @_begin_index.setter
+    def _begin_index(self, value: int | None) -> None:
+        self._run().begin_index = value
+
+    @property
+    def _runner(self) -> Runner | None:
+        return self._run().runner
 
     def _name_solver(self) -> None:
         """Keeps the config JSON-able, and ``solver`` in it even where it is the default.

@@ -32,6 +32,7 @@ from .watch import Watch
 
 SolverLike = Any  # Policy | DistilledSolver
 Source = str | SolverLike
+SOLVER_FILE = "dlms_solver.safetensors"
 
 
 def load_source(solver: Any) -> Source:
@@ -45,9 +46,12 @@ def load_source(solver: Any) -> Source:
         name = os.fspath(solver)
         if name in SOLVERS:
             return name
+        inside = os.path.join(name, SOLVER_FILE)
+        name = inside if os.path.isfile(inside) else name
         if not os.path.isfile(name):
             raise ValueError(
-                f"solver is {name!r}, expected one of {sorted(SOLVERS)} or a solver file's path"
+                f"solver is {name!r}, expected one of {sorted(SOLVERS)}, a solver file's path, or a "
+                f"directory with {SOLVER_FILE}"
             )
         from ...policies.distilled import load_solver
 

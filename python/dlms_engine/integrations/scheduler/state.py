@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,10 @@ class State:
         self._ring: Tensor | None = None
         self._rows: list[Tensor] = []
         self._backend: ops.Backend | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # the backend is chosen again where the copy runs
+        return {**vars(self), "_backend": None}
 
     def advance(
         self,
@@ -60,8 +65,10 @@ class State:
     def _ready(self, sample: Tensor) -> tuple[Tensor, Tensor, ops.Backend]:
         x, ring, backend = self._x, self._ring, self._backend
         fits = x is not None and x.shape == sample.shape and x.device == sample.device
-        if x is None or ring is None or backend is None or not fits:
+        if x is None or ring is None or not fits:
             return self._begin(sample)
+        if backend is None:
+            self._backend = backend = ops.select("auto", x.device)
         if _tracked(x, sample):
             self._x = x = sample.to(x.dtype)
         elif sample.dtype == x.dtype:
