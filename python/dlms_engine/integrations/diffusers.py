@@ -31,7 +31,7 @@ from .pipelines.networks import network_of
 from .scheduler.base import EngineScheduler
 from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
 from .scheduler.runner import Runner, load_source
-from .scheduler.runs import Run, Runs
+from .scheduler.runs import SchedulerRun, SchedulerRuns
 
 __all__ = ["DLMSScheduler", "SchedulerMixin", "accelerate"]
 
@@ -125,7 +125,7 @@ class DLMSScheduler(EngineScheduler):
         else:
             sigmas = torch.arange(1, num_train_timesteps + 1) / num_train_timesteps
         timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
-        self._runs = Runs(Run(timesteps, sigmas.flip(0)))
+        self._runs = SchedulerRuns(SchedulerRun(timesteps, sigmas.flip(0)))
         self._watch: Any = None
         self._acceleration: Any = None  # under accelerate()
 
@@ -190,7 +190,7 @@ class DLMSScheduler(EngineScheduler):
             self._watch,
         )
         steps = len(runner.timesteps)
-        self._runs.begin(Run(runner.timesteps.to(device), runner.sigmas, steps, runner))
+        self._runs.begin(SchedulerRun(runner.timesteps.to(device), runner.sigmas, steps, runner))
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """The first step of the loop (image-to-image starts late)."""

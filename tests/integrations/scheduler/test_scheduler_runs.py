@@ -14,7 +14,6 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
 from dlms_engine.integrations.diffusers import DLMSScheduler
-from dlms_engine.integrations.scheduler.runs import Runs
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CALLERS, STEPS = 8, 12
@@ -57,8 +56,8 @@ def test_threads_that_share_a_scheduler_get_their_own_results() -> None:
 
 def test_one_run_for_all_threads_would_mix_them_up(monkeypatch: Any) -> None:
     """Planted fault: the state on the scheduler, where it was."""
-    monkeypatch.setattr(Runs, "current", lambda self: self._newest)
-    monkeypatch.setattr(Runs, "stepping", lambda self: self._newest)
+    monkeypatch.setattr(SchedulerRuns, "current", lambda self: self._newest)
+    monkeypatch.setattr(SchedulerRuns, "stepping", lambda self: self._newest)
     scheduler = DLMSScheduler(solver="unipc")
     expected = [sample(scheduler, seed) for seed in range(CALLERS)]
     wrong = 0

@@ -85,7 +85,7 @@ def same(one: Any, other: Any) -> bool:
         return False  # a comparison that fails or has no single answer is no equality
 
 
-def kept(leaf: Any) -> Any:
+def snapshot(leaf: Any) -> Any:
     """``leaf`` as it is now, whatever the pipeline does with its memory later."""
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 

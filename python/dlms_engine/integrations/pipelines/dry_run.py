@@ -14,7 +14,18 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .calls import Call, NotReplayed, Slot, gram, kept, misfit, same, solve, take_apart, tolerance
+from .calls import (
+    Call,
+    NotReplayed,
+    Slot,
+    gram,
+    misfit,
+    same,
+    snapshot,
+    solve,
+    take_apart,
+    tolerance,
+)
 from .forms import read_columns
 from .recording import Program, SlotRecord
 
@@ -134,7 +145,7 @@ class DryRun:
 
     def _state(self, sample: Tensor) -> None:
         if self._latents is None:
-            self.start = kept(sample)
+            self.start = snapshot(sample)
         elif sample is not self._latents or sample._version != self._version:
             self._equal(sample, self._latents, "the pipeline changes the latents between two steps")
 
@@ -148,7 +159,7 @@ class DryRun:
         record = self.program.slots[call.slot]
         first = self.first.get(call.slot)
         if first is None:
-            first = self.first[call.slot] = [kept(leaf) for leaf in call.leaves]
+            first = self.first[call.slot] = [snapshot(leaf) for leaf in call.leaves]
             self.steps[call.slot] = {i: {} for i in record.steps}
         for i, leaf in enumerate(call.leaves):
             where = f"argument {record.paths[i]} of {self.names[call.slot.module]}"
@@ -156,7 +167,7 @@ class DryRun:
                 self._holds_state(where, record, i, leaf, first[i], sample, scaled)
             elif i in record.steps:
                 self._equal(leaf, record.steps[i][n], f"{where} does not only follow the step")
-                self.steps[call.slot][i][n] = kept(leaf)
+                self.steps[call.slot][i][n] = snapshot(leaf)
             else:
                 if not isinstance(leaf, Tensor) and not same(leaf, record.first[i]):
                     raise NotReplayed(f"{where} is not what it was in the recorded run")

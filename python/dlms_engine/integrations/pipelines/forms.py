@@ -96,7 +96,7 @@ def match(whole: Tensor, x: Tensor) -> Form | None:
     """The form by which ``whole`` holds the latents ``x`` exactly; None if it does not."""
     if not whole.is_floating_point() or not x.numel():
         return None
-    for form in candidates(tuple(whole.shape), tuple(x.shape)):
+    for form in possible_forms(tuple(whole.shape), tuple(x.shape)):
         piece = form.piece(x).to(whole.dtype)
         size = piece.shape[form.dim] if form.dim is not None else 0
         part = form.part(whole, size)
@@ -105,7 +105,7 @@ def match(whole: Tensor, x: Tensor) -> Form | None:
     return None
 
 
-def candidates(whole: Shape, x: Shape) -> Iterator[Form]:
+def possible_forms(whole: Shape, x: Shape) -> Iterator[Form]:
     """Every form that could lie in shape ``whole``, the simplest first."""
     if len(whole) == len(x) and x and x[0] and whole[0] % x[0] == 0:
         copies = whole[0] // x[0]
@@ -161,7 +161,7 @@ def output_columns(outputs: Sequence[Tensor], like: Shape) -> Iterator[tuple[For
         one, same = _count(like) // batch, {tuple(o.shape) for o in outputs}
         if len(same) == 1 and _count(next(iter(same))) == one:
             yield Form(len(outputs) // batch), True
-    for form in candidates(tuple(outputs[0].shape), like):
+    for form in possible_forms(tuple(outputs[0].shape), like):
         if form.sample is None:
             yield form, False
 

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ...support.files import replacing
 from ..scheduler.probe import Loop, first_argument
+from .networks import network_of
 
 log = logging.getLogger("dlms_engine")
 FORMAT = "dlms_engine.prompts/2"
@@ -62,18 +63,6 @@ class NetworkCall:
     guidance: float | None
     timestep: float
     scaled: bool
-
-
-def network_of(pipe: Any) -> nn.Module:
-    """The pipeline's ``unet`` or ``transformer``.
-
-    Raises:
-        ValueError: it has neither.
-    """
-    network = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-    if not isinstance(network, nn.Module):
-        raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer")
-    return network
 
 
 def is_batched(path: str, leaf: Any, count: int) -> bool:

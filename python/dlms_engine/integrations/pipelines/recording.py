@@ -22,10 +22,10 @@ from .calls import (
     Slot,
     caches,
     gram,
-    kept,
     misfit,
     same,
     small,
+    snapshot,
     solve,
     take_apart,
     tolerance,
@@ -201,7 +201,7 @@ class Recorder:
         self._slots[call.slot] = SlotRecord(
             spec=call.spec,
             paths=call.paths,
-            first=[kept(leaf) for leaf in call.leaves],
+            first=[snapshot(leaf) for leaf in call.leaves],
             forms=forms,
             columns=None,
             output_leaves=call.output_leaves,
@@ -230,7 +230,7 @@ class Recorder:
         ):
             raise NotReplayed(f"{where} changes its shape with the step")
         values = record.steps.setdefault(i, {})
-        values[n] = kept(leaf)
+        values[n] = snapshot(leaf)
 
     # -- outputs ---------------------------------------------------------------------------------
 

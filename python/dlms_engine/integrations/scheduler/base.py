@@ -18,7 +18,7 @@ from ...support.versioned import Versioned
 from .adopt import adopt, is_foreign
 from .noise import NoiseModel
 from .runner import SOLVER_FILE, Runner, Source, load_source
-from .runs import Run, Runs
+from .runs import SchedulerRun, SchedulerRuns
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 
@@ -27,11 +27,11 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
     """Loading, saving and noising; ``DLMSScheduler`` adds constructor and loop."""
 
     _source: Source
-    _runs: Runs
+    _runs: SchedulerRuns
 
     # -- the run of the thread that asks ---------------------------------------------------------
 
-    def _run(self) -> Run:
+    def _run(self) -> SchedulerRun:
         run = self._runs.current()
         assert run is not None
         return run

@@ -12,7 +12,7 @@ from .runner import Runner
 
 
 @dataclass
-class Run:
+class SchedulerRun:
     """Everything a scheduler carries between ``set_timesteps`` and the last step.
 
     Attributes:
@@ -30,29 +30,29 @@ class Run:
     thread: int | None = None
 
 
-class Runs:
+class SchedulerRuns:
     """The run of the thread that asks; a thread without one takes the newest, if nobody steps it."""
 
-    def __init__(self, newest: Run | None = None) -> None:
+    def __init__(self, newest: SchedulerRun | None = None) -> None:
         self._own = threading.local()
         self._newest = newest
 
     def __reduce__(self) -> Any:
         run = self.current()
         if run is not None:  # a copy goes on wherever it is taken
-            run = Run(**{**vars(run), "thread": None})
-        return (Runs, (run,))
+            run = SchedulerRun(**{**vars(run), "thread": None})
+        return (SchedulerRuns, (run,))
 
-    def begin(self, run: Run) -> None:
+    def begin(self, run: SchedulerRun) -> None:
         """``run`` is this thread's from now on."""
         self._own.run = self._newest = run
 
-    def current(self) -> Run | None:
+    def current(self) -> SchedulerRun | None:
         """The run of this thread, or the newest one."""
-        run: Run | None = getattr(self._own, "run", None)
+        run: SchedulerRun | None = getattr(self._own, "run", None)
         return self._newest if run is None else run
 
-    def stepping(self) -> Run:
+    def stepping(self) -> SchedulerRun:
         """The run whose next step this thread takes.
 
         Raises:
