@@ -14,7 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
 from dlms_engine.integrations.diffusers import DLMSScheduler
-from dlms_engine.integrations.scheduler.runs import SchedulerRuns  # noqa: E402
+from dlms_engine.integrations.scheduler.runs import SchedulerRuns
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 CALLERS, STEPS = 8, 12
