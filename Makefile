@@ -2,13 +2,15 @@
 #
 #   make demo     distil a five-evaluation sampler and compare it with handcrafted ones (CPU)
 #   make test     every test that runs without a GPU
-#   make test-all the slow ones too: every pipeline, a thousand configs
+#   make test-all the slow ones too (every pipeline, a thousand configs), on several Pythons and torches
+#   make wheel    one wheel, installed into a fresh environment and tried
 #   make lint     ruff, mypy --strict, clang-format
 #   make bench    per-step latency of the engine against diffusers' schedulers
 #   make gpu      correctness and speed of the GPU kernels (needs an NVIDIA GPU)
 #   make docs     the documentation site, in site/
 #
-# Variables: PYTHON=python3.12, TORCH='torch==2.13.0', VENV=.venv, ARGS='more options'.
+# Variables: PYTHON=python3.12, TORCH='torch==2.13.0', VENV=.venv, ARGS='more options',
+# MATRIX='--python 3.13 --torch newest' (make test-all).
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -26,10 +28,10 @@ DEV := $(VENV)/.stamp-dev
 DEMO := $(if $(wildcard $(DEV)),$(DEV),$(VENV)/.stamp-demo)
 
 .DEFAULT_GOAL := help
-.PHONY: help dev demo test test-all lint format bench gpu docs clean
+.PHONY: help dev demo test test-all wheel lint format bench gpu docs clean
 
 help:
-	@sed -n '3,11s/^# \{0,3\}//p' Makefile
+	@sed -n '3,12s/^# \{0,3\}//p' Makefile
 
 $(VENV)/.stamp-%: $(INPUTS)
 	@scripts/bootstrap.sh $(VENV) $*
@@ -43,8 +45,13 @@ demo: $(DEMO)
 test: $(DEV)
 	$(BIN)/python -m pytest $(ARGS)
 
+# the environments of the other versions are made in .matrix/ and kept
 test-all: $(DEV)
-	$(BIN)/python -m pytest -m 'slow or not slow' $(ARGS)
+	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	$(BIN)/python scripts/test_matrix.py $(MATRIX)
+
+wheel:
+	scripts/wheel.sh dist
 
 lint: $(DEV)
 	$(BIN)/ruff check .
@@ -68,4 +75,4 @@ docs: $(VENV)/.stamp-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .matrix build dist site .pytest_cache .mypy_cache .ruff_cache
