@@ -79,7 +79,7 @@ class _Thread:
     time: int = 0
     boards: list[int] = field(default_factory=lambda: [0] * 6)
     stores: int = 0
-    visited: frozenset[int] = frozenset()
+    repeated: frozenset[int] = frozenset()  # branches back that it has taken
 
     def copy(self, position: int) -> _Thread:
         return replace(self, position=position, boards=list(self.boards))
@@ -139,13 +139,14 @@ def round_trips(code: list[Instruction]) -> float:
     """Length of the slowest path that stores something, in round trips to memory.
 
     Both directions of every branch are walked; a path that calls a subroutine (the division of 64-bit
-    numbers, for states beyond 2^32 elements with a row a sample) or comes back to a place is left out.
+    numbers) is left out, and a branch back is taken once.
 
     Raises:
         ValueError: no path from the start to the end stores anything.
     """
     index = {instruction.address: i for i, instruction in enumerate(code)}
     pending, slowest, steps = [_Thread()], -1, 0
+    seen: dict[int, list[_Thread]] = {}
     while pending:
         thread = pending.pop()
         while thread.position < len(code):
@@ -164,18 +165,33 @@ def round_trips(code: list[Instruction]) -> float:
                     continue
                 break
             if here.operation in ("BRA", "JMP"):
-                target = index[int(_TARGET.findall(here.text)[-1], 16)]
-                if here.conditional and here.address not in thread.visited:
-                    pending.append(thread.copy(thread.position + 1))
-                if here.address in thread.visited:
+                if _hopeless(thread, seen):
                     break
-                thread.visited |= {here.address}
+                if here.conditional:
+                    pending.append(thread.copy(thread.position + 1))
+                target = index[int(_TARGET.findall(here.text)[-1], 16)]
+                if target <= thread.position:
+                    if here.address in thread.repeated:
+                        break
+                    thread.repeated |= {here.address}
                 thread.position = target
                 continue
             thread.position += 1
     if slowest < 0:
         raise ValueError("no path through the code stores anything")
     return slowest / ROUND_TRIP
+
+
+def _hopeless(thread: _Thread, seen: dict[int, list[_Thread]]) -> bool:
+    """Whether another walk was here as late or later, with every scoreboard and as free to go on."""
+    walks = seen.setdefault(thread.position, [])
+    for other in walks:
+        late = other.time >= thread.time and other.stores >= min(thread.stores, 1)
+        late = late and all(a >= b for a, b in zip(other.boards, thread.boards, strict=True))
+        if late and other.repeated <= thread.repeated:
+            return True
+    walks.append(thread.copy(thread.position))
+    return False
 
 
 def _issue(thread: _Thread, here: Instruction) -> None:

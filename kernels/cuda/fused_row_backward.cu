@@ -19,14 +19,41 @@ void sum_middle(
 }
 
 template <class S, class F>
-void launch(Backward<S, F> p, S* grad_row, const Tensor& x, const Sizes& sizes) {
+void launch_tiles(
+    const Backward<S, F>& p, dim3 grid, size_t shared, bool aligned, const Tensor& x) {
+  const cudaStream_t stream = current_stream(x);
+  if (!aligned) {
+    fused_row_backward_kernel<S, F, 0, false><<<grid, kThreads, shared, stream>>>(p);
+    return;
+  }
+  if constexpr (sizeof(S) == 4) {
+    if (p.depth == 2) {
+      fused_row_backward_kernel<S, F, 2, true><<<grid, kThreads, shared, stream>>>(p);
+      return;
+    }
+  }
+  if constexpr (sizeof(F) == 4) { // eight elements a thread: more slots do not fit the registers
+    if (p.depth == 3) {
+      fused_row_backward_kernel<S, F, 3, true><<<grid, kThreads, shared, stream>>>(p);
+      return;
+    }
+    if (p.depth == 4) {
+      fused_row_backward_kernel<S, F, 4, true><<<grid, kThreads, shared, stream>>>(p);
+      return;
+    }
+  }
+  fused_row_backward_kernel<S, F, 0, true><<<grid, kThreads, shared, stream>>>(p);
+}
+
+template <class S, class F>
+void launch(Backward<S, F> p, S* grad_row, bool aligned, const Tensor& x, const Sizes& sizes) {
   constexpr const char* op = "dlms::fused_row_backward";
   const int64_t width = kColB + sizes.depth;
   const size_t shared = sizeof(double) * static_cast<size_t>(kWarps * width);
   for (p.first = 0; p.first < sizes.batch; p.first += kMaxGroups) {
     const int64_t samples = std::min(sizes.batch - p.first, kMaxGroups);
     const dim3 grid(grid_size(op, p.tiles), static_cast<unsigned>(samples));
-    fused_row_backward_kernel<S, F><<<grid, kThreads, shared, current_stream(x)>>>(p);
+    launch_tiles(p, grid, shared, aligned, x);
     check_launch(op, samples * p.tiles, x);
   }
   if (sizes.row_stride != 0) {
@@ -88,13 +115,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_row_backward(const Tens
     p.total = sizes.total;
     p.row_stride = sizes.row_stride;
     p.depth = static_cast<int>(sizes.depth);
-    p.aligned = p.n % V == 0 && aligned16({p.grad_x_next, p.grad_m, p.grad_input, p.f, p.f_cond,
-                                    p.x, p.ring, p.grad_f, p.grad_f_cond, p.grad_x, p.grad_ring});
+    const bool aligned =
+        p.n % V == 0 && aligned16({p.grad_x_next, p.grad_m, p.grad_input, p.f, p.f_cond, p.x,
+                            p.ring, p.grad_f, p.grad_f_cond, p.grad_x, p.grad_ring});
     const int64_t width = kColB + sizes.depth;
     const Tensor partial =
         torch::stable::new_empty(x, {sizes.batch * p.tiles * width}, ScalarType::Double);
     p.partial = out<double>(partial);
-    launch(p, out<S>(grad_row), x, sizes);
+    launch(p, out<S>(grad_row), aligned, x, sizes);
   });
   return {grad_f, grad_f_cond, grad_x, grad_ring, grad_row};
 }

@@ -45,7 +45,6 @@ struct Backward {
   int64_t total;
   int64_t row_stride;
   int depth;
-  bool aligned;
 };
 
 // Sum over a warp; the same tree for every warp. Valid in lane 0.
@@ -65,123 +64,144 @@ __device__ __forceinline__ double dot(const A& u, const B& v) {
   return sum;
 }
 
-// Values of one thread that the history loop needs. count is 0 for threads past the sample's end:
-// their values are zero, so they add nothing, and they stay for the shuffles.
-template <class S, int V>
+// Where one thread's elements lie. count is 0 for threads past the sample's end: their values are
+// zero, so they add nothing, and they stay for the shuffles. kWhole: every pack is full and
+// aligned.
+template <bool kWhole, int V>
 struct Place {
   int64_t at;
-  bool whole;
   int count;
-  Pack<S, V> grad_next;
-  Pack<S, V> x_next;
+
+  template <class T>
+  __device__ __forceinline__ Pack<T, V> read(const T* p, bool wanted = true) const {
+    if constexpr (kWhole) {
+      return load_if<T, V>(p + at, wanted && count > 0, T(0.0f));
+    } else {
+      return load<T, V>(p + at, false, wanted ? count : 0);
+    }
+  }
+
+  template <class T>
+  __device__ __forceinline__ void write(T* p, const Pack<T, V>& v) const {
+    if constexpr (kWhole) {
+      if (count > 0) store<T, V>(p + at, v, true, V);
+    } else {
+      store<T, V>(p + at, v, false, count);
+    }
+  }
 };
 
-// Slots k0 .. k0 + G - 1: x_next += b_k m_{n-k}, grad_ring, and the warp's sum of G m_{n-k}.
-// The gradient to a zero weight reads its slot too, or learning could never leave zero; what is
-// not finite in a slot of weight zero (never written, perhaps) counts as zero.
-template <int G, int V, class S, class F>
-__device__ __forceinline__ void history(
-    const Backward<S, F>& p, Place<S, V>& t, const S* row, int slot, int k0, double* warp_sums) {
-  Pack<S, V> past[G];
+// One earlier slot: x_next += b m_{n-k}, its gradient, and the warp's sum of G m_{n-k}. The
+// gradient to a zero weight reads its slot too, or learning could never leave zero; what is not
+// finite in a slot of weight zero (never written, perhaps) counts as zero.
+template <bool kWhole, int V, class S>
+__device__ __forceinline__ void term(const Place<kWhole, V>& place, S b, Pack<S, V> past,
+    const Pack<S, V>& grad_next, Pack<S, V>& x_next, S* grad_slot, double* sum) {
+  Pack<S, V> grad;
 #pragma unroll
-  for (int g = 0; g < G; ++g) {
-    if (k0 + g < p.depth) {
-      const int64_t base = slot_back(slot, k0 + g, p.depth) * p.total;
-      past[g] = load<S, V>(p.ring + base + t.at, t.whole, t.count);
-    }
+  for (int j = 0; j < V; ++j) { // selections, no branches: the terms of several slots mix
+    past.at[j] = b != S(0) || isfinite(past.at[j]) ? past.at[j] : S(0);
+    const S sum_so_far = add(x_next.at[j], mul(b, past.at[j]));
+    x_next.at[j] = b != S(0) ? sum_so_far : x_next.at[j];
+    grad.at[j] = mul(b, grad_next.at[j]);
   }
-#pragma unroll
-  for (int g = 0; g < G; ++g) {
-    if (k0 + g >= p.depth) break;
-    const S b = row[kColB + k0 + g];
-    Pack<S, V> grad;
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      if (b != S(0)) {
-        t.x_next.at[j] = add(t.x_next.at[j], mul(b, past[g].at[j]));
-      } else if (!isfinite(past[g].at[j])) {
-        past[g].at[j] = S(0);
-      }
-      grad.at[j] = mul(b, t.grad_next.at[j]);
-    }
-    const int64_t base = slot_back(slot, k0 + g, p.depth) * p.total;
-    store<S, V>(p.grad_ring + base + t.at, grad, t.whole, t.count);
-    const double sum = warp_sum(dot<V>(t.grad_next, past[g]));
-    if (threadIdx.x % 32 == 0) warp_sums[kColB + k0 + g] = sum;
-  }
+  place.write(grad_slot, grad);
+  const double total = warp_sum(dot<V>(grad_next, past));
+  if (threadIdx.x % 32 == 0) *sum = total;
 }
 
-// One block: one tile of one sample.
-template <class S, class F>
+// One block: one tile of one sample. kDepth: the ring's depth when it is known at compile time,
+// with all loads before the first use of any; else 0, kHistoryGroup slots at a time.
+template <class S, class F, int kDepth, bool kWhole>
 // Two blocks a multiprocessor at least, so up to 128 registers: without the 2, ptxas aims at 64 for
 // float32 on sm_80 and spills.
 __global__ void __launch_bounds__(kThreads, 2) fused_row_backward_kernel(const Backward<S, F> p) {
   extern __shared__ double shared[]; // [kWarps, width]
   constexpr int V = kLanes<F>;
-  const int width = kColB + p.depth;
+  const int depth = kDepth > 0 ? kDepth : p.depth;
+  const int width = kColB + depth;
   double* warp_sums = shared + threadIdx.x / 32 * width;
   const bool lane0 = threadIdx.x % 32 == 0;
   const int64_t sample = p.first + blockIdx.y;
   const int64_t tile = blockIdx.x;
   const int64_t first = (tile * kThreads + threadIdx.x) * V;
   const int64_t left = p.n - first;
-  Place<S, V> t;
-  t.count = left >= V ? V : (left > 0 ? static_cast<int>(left) : 0);
-  t.whole = p.aligned && t.count == V;
-  t.at = t.count > 0 ? sample * p.n + first : 0;
+  Place<kWhole, V> place;
+  place.count = left >= V ? V : (left > 0 ? static_cast<int>(left) : 0);
+  place.at = place.count > 0 ? sample * p.n + first : 0;
   const S* row = p.row + sample * p.row_stride;
 
-  const Pack<S, V> x = load<S, V>(p.x + t.at, t.whole, t.count);
-  const Pack<F, V> f = load<F, V>(p.f + t.at, t.whole, t.count);
-  const Pack<S, V> g_x = load<S, V>(p.grad_x_next + t.at, t.whole, t.count);
-  const Pack<S, V> g_m = load<S, V>(p.grad_m + t.at, t.whole, t.count);
-  const Pack<F, V> g_i = load<F, V>(p.grad_input + t.at, t.whole, t.count);
+  constexpr int kKnown = kDepth > 0 ? kDepth : 1;
+  S c[kColB + kKnown];
+#pragma unroll
+  for (int column = 0; column < kColB + kKnown; ++column) c[column] = load_number(row + column);
+  const Pack<S, V> x = place.read(p.x);
+  const Pack<F, V> f = place.read(p.f);
+  const Pack<S, V> g_x = place.read(p.grad_x_next);
+  const Pack<S, V> g_m = place.read(p.grad_m);
+  const Pack<F, V> g_i = place.read(p.grad_input);
   const bool guided = p.f_cond != nullptr;
-  Pack<F, V> f_cond = f;
-  if (guided) f_cond = load<F, V>(p.f_cond + t.at, t.whole, t.count);
+  const Pack<F, V> f_cond = place.read(p.f_cond, guided);
+  const int slot = ring_slot(c[kColSlot], depth);
+  [[maybe_unused]] Pack<S, V> past[kKnown];
+#pragma unroll
+  for (int k = 1; k < kKnown; ++k) {
+    past[k] = place.read(p.ring + slot_back(slot, k, depth) * p.total);
+  }
 
-  const S c_skip = row[kColSkip];
-  const S c_out = row[kColOut];
-  const S a = row[kColA];
-  const S c_in = row[kColIn];
-  const S guidance = row[kColGuidance];
-  const S b0 = row[kColB];
-  const int slot = ring_slot(row[kColSlot], p.depth);
-
-  Pack<S, V> mixed, m, grad_m, branch, grad_mixed, grad_x, grad_input;
+  const S b0 = c[kColB];
+  const Pack<S, V> uncond = widen<S>(f), cond = widen<S>(f_cond), grad_input = widen<S>(g_i);
+  Pack<S, V> mixed, m, grad_m, branch, grad_mixed, grad_x, grad_next, x_next;
   Pack<F, V> grad_f, grad_f_cond;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    const S uncond = to_state<S>(f.at[j]);
-    branch.at[j] = sub(to_state<S>(f_cond.at[j]), uncond);
-    mixed.at[j] = guided ? add(uncond, mul(guidance, branch.at[j])) : uncond;
-    m.at[j] = add(mul(c_skip, x.at[j]), mul(c_out, mixed.at[j]));
-    t.x_next.at[j] = mul(a, x.at[j]);
-    if (b0 != S(0)) t.x_next.at[j] = add(t.x_next.at[j], mul(b0, m.at[j]));
-    grad_input.at[j] = to_state<S>(g_i.at[j]);
-    t.grad_next.at[j] = add(g_x.at[j], mul(c_in, grad_input.at[j]));
-    grad_m.at[j] = add(g_m.at[j], mul(b0, t.grad_next.at[j]));
-    grad_mixed.at[j] = mul(c_out, grad_m.at[j]);
-    grad_x.at[j] = add(mul(a, t.grad_next.at[j]), mul(c_skip, grad_m.at[j]));
-    const S scaled = mul(guidance, grad_mixed.at[j]);
+    branch.at[j] = sub(cond.at[j], uncond.at[j]);
+    mixed.at[j] = guided ? add(uncond.at[j], mul(c[kColGuidance], branch.at[j])) : uncond.at[j];
+    m.at[j] = add(mul(c[kColSkip], x.at[j]), mul(c[kColOut], mixed.at[j]));
+    x_next.at[j] = mul(c[kColA], x.at[j]);
+    if (b0 != S(0)) x_next.at[j] = add(x_next.at[j], mul(b0, m.at[j]));
+    grad_next.at[j] = add(g_x.at[j], mul(c[kColIn], grad_input.at[j]));
+    grad_m.at[j] = add(g_m.at[j], mul(b0, grad_next.at[j]));
+    grad_mixed.at[j] = mul(c[kColOut], grad_m.at[j]);
+    grad_x.at[j] = add(mul(c[kColA], grad_next.at[j]), mul(c[kColSkip], grad_m.at[j]));
+    const S scaled = mul(c[kColGuidance], grad_mixed.at[j]);
     grad_f.at[j] = From<F>::state(guided ? sub(grad_mixed.at[j], scaled) : grad_mixed.at[j]);
     grad_f_cond.at[j] = From<F>::state(scaled);
   }
-  store<S, V>(p.grad_x + t.at, grad_x, t.whole, t.count);
-  store<F, V>(p.grad_f + t.at, grad_f, t.whole, t.count);
-  if (guided) store<F, V>(p.grad_f_cond + t.at, grad_f_cond, t.whole, t.count);
-  Pack<S, V> zero{};
-  store<S, V>(p.grad_ring + slot * p.total + t.at, zero, t.whole, t.count);
+  place.write(p.grad_x, grad_x);
+  place.write(p.grad_f, grad_f);
+  if (guided) place.write(p.grad_f_cond, grad_f_cond);
+  place.write(p.grad_ring + slot * p.total, Pack<S, V>{});
 
   const double sum_skip = warp_sum(dot<V>(grad_m, x));
   const double sum_out = warp_sum(dot<V>(grad_m, mixed));
-  const double sum_a = warp_sum(dot<V>(t.grad_next, x));
+  const double sum_a = warp_sum(dot<V>(grad_next, x));
   const double sum_guidance = guided ? warp_sum(dot<V>(grad_mixed, branch)) : 0.0;
-  const double sum_b0 = warp_sum(dot<V>(t.grad_next, m));
-  for (int k = 1; k < p.depth; k += kHistoryGroup) {
-    history<kHistoryGroup, V>(p, t, row, slot, k, warp_sums);
+  const double sum_b0 = warp_sum(dot<V>(grad_next, m));
+  if constexpr (kDepth > 0) {
+#pragma unroll
+    for (int k = 1; k < kDepth; ++k) {
+      term(place, c[kColB + k], past[k], grad_next, x_next,
+          p.grad_ring + slot_back(slot, k, depth) * p.total, warp_sums + kColB + k);
+    }
+  } else {
+    for (int k0 = 1; k0 < depth; k0 += kHistoryGroup) {
+      Pack<S, V> group[kHistoryGroup];
+#pragma unroll
+      for (int g = 0; g < kHistoryGroup; ++g) {
+        if (k0 + g >= depth) break;
+        group[g] = place.read(p.ring + slot_back(slot, k0 + g, depth) * p.total);
+      }
+#pragma unroll
+      for (int g = 0; g < kHistoryGroup; ++g) {
+        const int k = k0 + g;
+        if (k >= depth) break;
+        term(place, row[kColB + k], group[g], grad_next, x_next,
+            p.grad_ring + slot_back(slot, k, depth) * p.total, warp_sums + kColB + k);
+      }
+    }
   }
-  const double sum_in = warp_sum(dot<V>(grad_input, t.x_next));
+  const double sum_in = warp_sum(dot<V>(grad_input, x_next));
   if (lane0) {
     warp_sums[kColSkip] = sum_skip;
     warp_sums[kColOut] = sum_out;

@@ -45,7 +45,7 @@ def test_cuda_kernels(tmp_path, name, arch):
     output = tmp_path / "kernel.o"
     found = compile_cuda(ROOT / "kernels" / "cuda" / f"{name}.cu", arch, output)
     assert [r.fault() for r in found if r.fault()] == []
-    assert len(found) == (64 if name == "fused_row" else 6), [r.kernel for r in found]
+    assert len(found) == (64 if name == "fused_row" else 15), [r.kernel for r in found]
     if name != "fused_row":
         return
     try:

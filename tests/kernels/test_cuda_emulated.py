@@ -236,6 +236,32 @@ def test_a_planted_fault_is_found(tmp_path, file: str, fault: tuple[str, str], w
         test_forward_bits(faulty, torch.float32, way, (3, 4, 8, 8), 3, True, True)
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ("b != S(0) || isfinite(past.at[j])", "true"),
+        ("x_next.at[j] = b != S(0) ? sum_so_far", "x_next.at[j] = true ? x_next.at[j]"),
+        ("sample * p.n + first : 0", "sample * p.n : 0"),
+        (
+            "past[k] = place.read(p.ring + slot_back(slot, k, depth)",
+            "past[k] = place.read(p.ring + k",
+        ),
+    ],
+    ids=["unfinite-slots", "no-history", "one-place", "wrong-slot"],
+)
+def test_a_planted_fault_of_the_backward_is_found(tmp_path, fault: tuple[str, str]):
+    folder = tmp_path / "cuda"
+    shutil.copytree(ROOT / "kernels" / "cuda", folder)
+    path = folder / "fused_row_backward_kernel.cuh"
+    source = path.read_text()
+    assert fault[0] in source
+    path.write_text(source.replace(*fault))
+    faulty = build(tmp_path, folder, "-O0")
+    with pytest.raises(AssertionError):
+        test_backward_bits_and_sums(faulty, torch.float32, True, (3, 4, 8, 8), 3, True, True)
+        test_backward_of_a_poisoned_slot_of_zero_weight(faulty)
+
+
 def test_a_planted_sign_is_found(tmp_path):
     folder = tmp_path / "cuda"
     shutil.copytree(ROOT / "kernels" / "cuda", folder)

@@ -69,6 +69,17 @@ void forward(
 }
 
 template <class S, class F>
+void run_backward(const Backward<S, F>& p, bool aligned) {
+  if (!aligned) return fused_row_backward_kernel<S, F, 0, false>(p);
+  switch (p.depth) {
+    case 2: fused_row_backward_kernel<S, F, 2, true>(p); break;
+    case 3: fused_row_backward_kernel<S, F, 3, true>(p); break;
+    case 4: fused_row_backward_kernel<S, F, 4, true>(p); break;
+    default: fused_row_backward_kernel<S, F, 0, true>(p);
+  }
+}
+
+template <class S, class F>
 void backward(void** t, const int64_t* size, bool aligned) {
   constexpr int V = kLanes<F>;
   Backward<S, F> p{};
@@ -91,7 +102,7 @@ void backward(void** t, const int64_t* size, bool aligned) {
   p.total = size[2];
   p.row_stride = size[3];
   p.depth = static_cast<int>(size[4]);
-  p.aligned = aligned && p.n % V == 0;
+  aligned = aligned && p.n % V == 0;
   const int64_t width = kColB + p.depth;
   std::vector<double> partial(batch * p.tiles * width, std::nan(""));
   p.partial = partial.data();
@@ -99,7 +110,7 @@ void backward(void** t, const int64_t* size, bool aligned) {
   for (p.first = 0; p.first < batch; p.first += most) {
     for (unsigned y = 0; y < min(batch - p.first, most); ++y) {
       for (unsigned x = 0; x < p.tiles; ++x) {
-        emulation::run_block({x, y}, kThreads, [&p] { fused_row_backward_kernel<S, F>(p); });
+        emulation::run_block({x, y}, kThreads, [&] { run_backward(p, aligned); });
       }
     }
   }
