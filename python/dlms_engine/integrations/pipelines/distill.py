@@ -156,6 +156,11 @@ def pipeline_denoiser(
         pipe.scheduler = original
     network = PipelineNetwork(network_of(pipe), call)
     model = scheduler.noise_model
+    if model.sign < 0:
+        raise ValueError(
+            f"{type(pipe).__name__}: networks that predict the negative (EDM v-prediction, inverted "
+            "flows) run handcrafted solvers only; distilling for them is not supported"
+        )
     scale = network._loop.time_scale(call.timestep, model.levels)
     guided = call.branches == 2
     denoiser = PipelineDenoiser(

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from ...support.files import replacing
 from ..scheduler.probe import Loop, first_argument
+from .branch_calls import joined_branches
 from .networks import network_of
 
 log = logging.getLogger("dlms_engine")
@@ -94,11 +95,48 @@ def capture(pipe: Any, arguments: dict[str, Any]) -> NetworkCall:
         raise RuntimeError(f"{type(pipe).__name__} did not call its network")
     guided = bool(getattr(pipe, "do_classifier_free_guidance", False))
     branches = 2 if guided else 1
+    batch, count = first_argument(*loop.call).shape[0], _prompts_of(arguments)
+    if count is not None and batch == count and (guided or _scaled_guidance(arguments)):
+        return _separate(pipe, arguments, count)
+    if batch % branches or (count is not None and batch != count * branches):
+        raise ValueError(
+            f"{type(pipe).__name__} calls its network with {batch} samples for {count} prompts and "
+            f"{branches} guidance branches: distilling takes one row for each"
+        )
     return NetworkCall(
         *loop.call,
-        prompts=first_argument(*loop.call).shape[0] // branches,
+        prompts=batch // branches,
         branches=branches,
         guidance=float(pipe.guidance_scale) if guided else None,
+        timestep=float(pipe.scheduler.timesteps.tolist()[0]),
+        scaled=pipe.scheduler.scaled_input,
+    )
+
+
+def _prompts_of(arguments: dict[str, Any]) -> int | None:
+    """How many prompts a call is for; None where it does not say."""
+    prompt = arguments.get("prompt")
+    if isinstance(prompt, (list, tuple)):
+        return len(prompt)
+    embeds = arguments.get("prompt_embeds")
+    return int(embeds.shape[0]) if isinstance(embeds, Tensor) else None
+
+
+def _scaled_guidance(arguments: dict[str, Any]) -> bool:
+    """Guidance across calls that a pipeline does not call classifier-free guidance."""
+    true_scale = arguments.get("true_cfg_scale")
+    return isinstance(true_scale, (int, float)) and true_scale > 1
+
+
+def _separate(pipe: Any, arguments: dict[str, Any], count: int) -> NetworkCall:
+    """The call of a pipeline that calls its network once per branch, for both of them."""
+    args, kwargs, guidance = joined_branches(pipe, arguments, count)
+    return NetworkCall(
+        args,
+        kwargs,
+        prompts=count,
+        branches=2,
+        guidance=guidance,
         timestep=float(pipe.scheduler.timesteps.tolist()[0]),
         scaled=pipe.scheduler.scaled_input,
     )
