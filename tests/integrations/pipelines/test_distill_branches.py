@@ -12,14 +12,14 @@ import torch
 pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
 pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
 sys.path.insert(0, str(Path(__file__).parents[1] / "matrix"))
-import videos  # noqa: E402
-from tiny_pipelines import embeddings  # noqa: E402
+import videos
+from tiny_pipelines import embeddings
 
-from dlms_engine import solvers  # noqa: E402
-from dlms_engine.engine.sampler import Sampler  # noqa: E402
-from dlms_engine.integrations.diffusers import DLMSScheduler  # noqa: E402
-from dlms_engine.integrations.pipelines import branch_calls  # noqa: E402
-from dlms_engine.integrations.pipelines.distill import pipeline_denoiser  # noqa: E402
+from dlms_engine import solvers
+from dlms_engine.engine.sampler import Sampler
+from dlms_engine.integrations.diffusers import DLMSScheduler
+from dlms_engine.integrations.pipelines import branch_calls
+from dlms_engine.integrations.pipelines.distill import pipeline_denoiser
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZE = {"height": 16, "width": 16, "num_frames": 5}
