@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.utils.backend_registration
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -181,7 +182,11 @@ def standin(*allowed: str) -> Iterator[StandInDevice]:
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
-        with StandInDevice(frozenset(allowed)) as device:
+        with (
+            StandInDevice(frozenset(allowed)) as device,
+            # It stops by raising, and no exception survives autograd's thread of this device.
+            torch.utils.checkpoint.set_checkpoint_early_stop(False),
+        ):
             yield device
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)

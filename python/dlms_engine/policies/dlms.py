@@ -91,6 +91,7 @@ class Designer(Versioned, nn.Module):
             )
         self.settings = settings
         self.process = process
+        self.t_start = float(grid[0])  # a copy for the host: the grid itself may lie on a GPU
         self.register_buffer("grid", grid.detach().to(torch.float64).clone())
         self.register_buffer("init_weights", weights.detach().to(torch.float64).clone())
         self.register_buffer("init_logits", self._remaining_logits(self.grid))
@@ -186,7 +187,6 @@ class DesignerPolicy:
         self.designer = designer
         self.process = designer.process
         self.prediction: Literal["data", "noise"] = designer.settings.prediction
-        self._t_start = float(designer.grid[0])  # read once: it may lie on a GPU, and never moves
 
     @property
     def nfe(self) -> int:
@@ -198,7 +198,7 @@ class DesignerPolicy:
 
     @property
     def t_start(self) -> float:
-        return self._t_start
+        return self.designer.t_start
 
     @property
     def grid(self) -> Tensor:
