@@ -170,10 +170,17 @@ def _functions() -> Iterator[str]:
         frame = frame.f_back  # type: ignore[assignment]
 
 
+class _Module(torch.utils.backend_registration._DummyBackendModule):
+    """``torch.gpu``."""
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
 def register() -> None:
     """Makes "gpu" a device of this process, for good."""
     registration = torch.utils.backend_registration
-    registration._setup_privateuseone_for_python_backend("gpu")
+    registration._setup_privateuseone_for_python_backend("gpu", _Module())
 
 
 @contextlib.contextmanager

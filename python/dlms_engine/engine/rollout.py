@@ -54,7 +54,7 @@ def rollout(
             return denoiser.predict(x, t, table.prediction, **cond)
 
         if rematerialise and torch.is_grad_enabled():
-            m = checkpoint(predict, x, t, use_reentrant=False)
+            m = checkpoint(predict, x, t, use_reentrant=False, preserve_rng_state=False)
         else:
             m = predict(x, t)
         outputs.append(m)

@@ -242,7 +242,9 @@ def student_end(learner: Dlms, x: Tensor) -> Tensor:
         x = learner.advance(x, t, design.time, design.weights, queue)
         t = design.time
         if n < settings.steps:
-            output: Any = checkpoint(predict, x, design.network_time, use_reentrant=False)
+            output: Any = checkpoint(
+                predict, x, design.network_time, use_reentrant=False, preserve_rng_state=False
+            )
             features = learner.features()
             queue = [output, *queue][: settings.resolved_order]
     return x
