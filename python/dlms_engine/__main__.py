@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+import torch
+
 from .cli import main
 from .support.parallel import finish, initialise
 
@@ -15,7 +17,8 @@ def interrupt(_signal: int, _frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":
-    if initialise().size > 1:
+    # Tensors on GPUs go through nccl, whatever else is asked for; without one gloo is all there is.
+    if initialise("cuda" if torch.cuda.is_available() else "cpu").size > 1:
         signal.signal(signal.SIGTERM, interrupt)
     try:
         main()

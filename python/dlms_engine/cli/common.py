@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from ..denoiser import Denoiser
@@ -29,6 +30,10 @@ ModelOption = Annotated[
         "module:function in the current folder or installed; it returns (denoiser, sample shape) "
         "or (denoiser, sample shape, conditions)."
     ),
+]
+DeviceOption = Annotated[
+    str | None,
+    typer.Option(help="Where the networks run: cpu, cuda or cuda:N. Default: where they load."),
 ]
 SolverOption = Annotated[Path | None, typer.Option(help="Solver file written by dlms distill.")]
 MethodOption = Annotated[
@@ -62,25 +67,30 @@ class Model:
     conditions: Any = None
 
 
-def load_model(spec: str) -> Model:
+def load_model(spec: str, device: str | None = None) -> Model:
     """A model of the package, a benchmark model, or what ``module:function`` returns.
 
+    Its networks are on ``device``; under torchrun "cuda" is the rank's own. None leaves them where
+    they load: the CPU, but for a benchmark model (DLMS_MODEL_DEVICE).
+
     Raises:
-        ValueError: no such function, or it returns something else.
+        ValueError: no such function, it returns something else, or there is no such device.
         FileNotFoundError: the benchmark model has not been made.
     """
     from .. import models
+    from ..support.parallel import rank_device
 
+    place = None if device is None else rank_device(device)
     if spec == "embedded":
-        return _embedded()
+        return _embedded(place)
     if spec in models.NAMES:
-        return Model(*models.load(spec)[:4])
+        return Model(*models.load(spec, place or "cpu")[:4])
     module_name, _, function_name = spec.partition(":")
     if not function_name:
         from ..lab import benchmark_model
 
         if spec in benchmark_model.NAMES:
-            return Model(*benchmark_model.load(spec))
+            return Model(*benchmark_model.load(spec, place))
         names = ("embedded", *models.NAMES, *benchmark_model.NAMES)
         raise ValueError(
             f"model is {spec!r}, expected {', '.join(map(repr, names))} or module:function"
@@ -92,28 +102,33 @@ def load_model(spec: str) -> Model:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"model {spec!r} cannot be imported: {error}") from error
     found = function()
-    if isinstance(found, Model):
-        return found
-    if not isinstance(found, tuple) or len(found) not in (2, 3):
-        raise ValueError(
-            f"model {spec!r} returned {type(found).__name__}, expected (denoiser, shape) or "
-            "(denoiser, shape, conditions)"
-        )
-    return Model(found[0], tuple(found[1]), conditions=found[2] if len(found) == 3 else None)
+    if not isinstance(found, Model):
+        if not isinstance(found, tuple) or len(found) not in (2, 3):
+            raise ValueError(
+                f"model {spec!r} returned {type(found).__name__}, expected (denoiser, shape) or "
+                "(denoiser, shape, conditions)"
+            )
+        conditions = found[2] if len(found) == 3 else None
+        found = Model(found[0], tuple(found[1]), conditions=conditions)
+    if place is not None:
+        found.denoiser.to(place)
+        if found.features is not None:
+            found.features.to(place)
+    return found
 
 
-def _embedded() -> Model:
+def _embedded(device: torch.device | None) -> Model:
     import torch
 
     from ..denoiser import Denoiser
     from ..models import embedded
     from ..processes import EDM
 
-    network = embedded.embedded_network().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = embedded.embedded_network(device or "cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     denoiser = Denoiser(
         network, EDM(), "edm", sigma_data=embedded.SIGMA_DATA, features="unet.mid_block"
     )
-    features = embedded.embedded_features()
+    features = embedded.embedded_features(device or "cpu")
     return Model(denoiser, embedded.IMAGE_SHAPE, features, embedded.embedded_reference())
 
 

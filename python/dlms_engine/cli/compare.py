@@ -10,7 +10,15 @@ from typing import Annotated
 import typer
 
 from .checks import check_seed
-from .common import JsonOption, ModelOption, distance_features, emit, load_model, parse_seeds
+from .common import (
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    distance_features,
+    emit,
+    load_model,
+    parse_seeds,
+)
 
 
 def compare_command(
@@ -44,6 +52,7 @@ def compare_command(
         Path, typer.Option(help="Where everything is kept; a second call goes on there.")
     ] = Path("compare-out"),
     model: ModelOption = "embedded",
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Distil every method at the same cost and budget, and measure them side by side."""
@@ -68,7 +77,7 @@ def compare_command(
         batch=batch,
         seed=seed,
     )
-    held = load_model(model)
+    held = load_model(model, device)
     result = run(
         held.denoiser,
         distance_features(held),

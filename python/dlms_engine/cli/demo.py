@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonOption, Model, emit, load_model, parse_seeds
+from .common import DeviceOption, JsonOption, Model, emit, load_model, parse_seeds
 
 if TYPE_CHECKING:
     from ..lab.record.measure import Entry, Measured, Measurer
@@ -33,6 +33,7 @@ def demo(
     seeds: Annotated[str, typer.Option(help="Seeds of the images in the picture.")] = "0-15",
     fresh: Annotated[bool, typer.Option(help="Start anew instead of going on.")] = False,
     model: Annotated[str, typer.Option(hidden=True)] = "embedded",
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Distil a five-evaluation sampler and compare it with the best handcrafted ones.
@@ -42,7 +43,7 @@ def demo(
     started = time.perf_counter()
     shown = parse_seeds(seeds)
     folder.mkdir(parents=True, exist_ok=True)
-    held = load_model(model)
+    held = load_model(model, device)
     say = _silent if as_json else typer.echo
     if fresh:
         for path in [*folder.glob("*.safetensors"), *folder.glob("cache/*.safetensors")]:
@@ -188,7 +189,9 @@ def _draw(
     }
     pictures = [plots.side_by_side(panels, folder / "samples.png", title="The same seeds")]
     sigma = float(process.sigma(exact.t_start))
-    table = solver.table(model.denoiser, seeded_noise(range(64), model.shape, sigma))
+    table = solver.table(
+        model.denoiser, seeded_noise(range(64), model.shape, sigma, device=model.denoiser.device)
+    )
     steps = int(table.grid.shape[-1]) - 1
     handcrafted = {
         "polynomial": grids.polynomial(process, steps),

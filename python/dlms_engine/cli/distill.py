@@ -12,6 +12,7 @@ from . import config as configs
 from . import pipeline as pipelines
 from .checks import check_seed, check_solver_output, refuse_beside
 from .common import (
+    DeviceOption,
     JsonOption,
     ModelOption,
     NfeOption,
@@ -68,7 +69,7 @@ def distill_command(
     guidance_scale: pipelines.GuidanceOption = None,
     call: pipelines.CallOption = None,
     cache: pipelines.CacheOption = None,
-    device: pipelines.DeviceOption = "cpu",
+    device: DeviceOption = None,
     dtype: pipelines.DtypeOption = "float32",
     plot: Annotated[Path | None, typer.Option(help="Also draw the loss curve.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
@@ -99,10 +100,12 @@ def distill_command(
         raise ValueError("no place for the solver: give --output FILE.safetensors")
     check_solver_output(output, folder_too=pipeline is not None)
     if pipeline is None:
-        refuse_beside(context, "without --pipeline PATH", ("device", "dtype"))
+        refuse_beside(context, "without --pipeline PATH", ("dtype",))
     else:
         refuse_beside(context, "beside --pipeline, which brings its own network", ("model",))
-    asked = pipelines.PipelineOptions(pipeline, prompts, guidance_scale, call, cache, device, dtype)
+    asked = pipelines.PipelineOptions(
+        pipeline, prompts, guidance_scale, call, cache, device or "cpu", dtype
+    )
     if asked.check():
         pipelines.distill_for_pipeline(
             asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed,
@@ -116,7 +119,7 @@ def distill_command(
         raise ValueError(f"{output.parent} is no folder: create it, or choose another --output")
     from .. import learners
 
-    held = load_model(model)
+    held = load_model(model, device)
     if settings.get("last_step") == "features" and held.features is None:
         raise ValueError("last_step=features needs a model with a feature network")
     started = time.perf_counter()

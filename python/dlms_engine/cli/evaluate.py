@@ -11,6 +11,7 @@ import typer
 from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
+    DeviceOption,
     GridOption,
     JsonOption,
     MethodOption,
@@ -81,6 +82,7 @@ def evaluate_command(
     ] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     model: ModelOption = "embedded",
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Endpoint RMSE and Frechet distance of a sampler.
@@ -97,7 +99,7 @@ def evaluate_command(
         refuse_beside(context, "without --record", RECORD_ONLY)
         if solver:
             refuse_beside(context, "beside --solver FILE", HANDCRAFTED)
-    held = load_model(model)
+    held = load_model(model, device)
     from ..lab.record.record import RecordSettings
 
     if record:

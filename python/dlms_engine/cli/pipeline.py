@@ -38,9 +38,6 @@ CacheOption = Annotated[
     Path | None,
     typer.Option(help="With --pipeline: folder of embeddings and latents; default: by OUTPUT."),
 ]
-DeviceOption = Annotated[
-    str, typer.Option(help="With --pipeline: where its network runs, e.g. cuda.")
-]
 DtypeOption = Annotated[
     str, typer.Option(help=f"With --pipeline: weights of its network, one of {', '.join(_DTYPES)}.")
 ]
@@ -174,11 +171,12 @@ def _loaded(options: PipelineOptions) -> Any:
     import torch
 
     from ..integrations.pipelines.distill import load_pipeline
+    from ..support.parallel import rank_device
 
     pipe = load_pipeline(options.pipeline, getattr(torch, options.dtype))
     pipe.set_progress_bar_config(disable=True)
     try:
-        return pipe.to(options.device)
+        return pipe.to(rank_device(options.device))
     except (RuntimeError, AssertionError) as exc:  # torch says "not compiled with CUDA" by assert
         raise ValueError(f"device {options.device!r} cannot be used: {exc}") from exc
 

@@ -15,6 +15,7 @@ from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
     BackendOption,
+    DeviceOption,
     GridOption,
     JsonOption,
     MethodOption,
@@ -56,6 +57,7 @@ def sample(
     columns: Annotated[int, typer.Option(min=0, help="Images a row; 0 makes a square.")] = 0,
     backend: BackendOption = "auto",
     model: ModelOption = "embedded",
+    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Sample images with a solver file or a handcrafted solver."""
@@ -71,7 +73,7 @@ def sample(
 
     from ..engine.sampler import Sampler
 
-    held = load_model(model)
+    held = load_model(model, device)
     label, policy = choose_solver(
         held.denoiser.process, solver, method, nfe, grid=grid, order=order, afs=afs, options=options
     )
@@ -106,12 +108,13 @@ def _shared(
     import torch
 
     from ..support.parallel import World
+    from ..support.transfer import to_host
 
     world = World.current()
     found: list[Tensor] = []
     for part_numbers in world.rounds(len(parts)):
         own = world.deal(part_numbers)
-        images = torch.zeros(0, *shape) if own is None else sample(parts[own])
+        images = torch.zeros(0, *shape) if own is None else to_host(sample(parts[own]))
         if world.size > 1:  # all ranks send as many
             images = torch.cat([images, torch.zeros(len(parts[0]) - len(images), *shape)])
         several = world.gather(images)

@@ -81,7 +81,8 @@ class BenchmarkNetwork(nn.Module):
     ) -> None:
         super().__init__()
         # The first parameter's dtype is what a denoiser hands over: float32, whatever the U-Net's.
-        self.outside = nn.Parameter(torch.zeros(()), requires_grad=False)
+        place = next(unet.parameters()).device
+        self.outside = nn.Parameter(torch.zeros((), device=place), requires_grad=False)
         self.unet = unet
         self.precise = precise
         self.bottleneck = nn.Identity()
@@ -111,15 +112,15 @@ class BenchmarkNetwork(nn.Module):
         unet = self.precise if gradients and self.precise is not None else self.unet
         call = self._both if gradients or len(x) < COMPILED_FROM else self._fast
         inside = next(unet.parameters())
-        moved = x.to(inside.device, inside.dtype, memory_format=torch.channels_last)
+        moved = x.to(inside.dtype, memory_format=torch.channels_last)
         wide = torch.promote_types(c_noise.dtype, torch.float32)
-        output, middle = call(moved, c_noise.to(inside.device, wide), unet)
-        self.bottleneck(middle.to(x.device, x.dtype))
-        return output.to(x.device, x.dtype, memory_format=torch.contiguous_format)
+        output, middle = call(moved, c_noise.to(wide), unet)
+        self.bottleneck(middle.to(x.dtype))
+        return output.to(x.dtype, memory_format=torch.contiguous_format)
 
 
-class Visiting(nn.Module):
-    """A feature network on its own device and in its own dtype, called with tensors from anywhere."""
+class FloatFeatures(nn.Module):
+    """A feature network in its own dtype and memory format, called in any."""
 
     def __init__(self, network: ResidualFeatures) -> None:
         super().__init__()
@@ -127,10 +128,9 @@ class Visiting(nn.Module):
         self.num_features = network.num_features
 
     def forward(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` -> ``[B, F]`` on the device and in the dtype of ``images``."""
-        inside = self.network.scale
-        moved = images.to(inside.device, inside.dtype, memory_format=torch.channels_last)
-        return cast(Tensor, self.network(moved).to(images.device, images.dtype))
+        """``[B, 3, H, W]`` -> ``[B, F]`` in the dtype of ``images``."""
+        moved = images.to(self.network.scale.dtype, memory_format=torch.channels_last)
+        return cast(Tensor, self.network(moved).to(images.dtype))
 
 
 def folder(name: str) -> Path:
@@ -156,14 +156,17 @@ def folder(name: str) -> Path:
     return path
 
 
-def load(name: str) -> BenchmarkModel:
+def load(name: str, device: torch.device | str | None = None) -> BenchmarkModel:
     """The model, in eval mode, with frozen parameters.
+
+    Args:
+        device: where it lives; None for DLMS_MODEL_DEVICE or what that defaults to.
 
     Raises:
         ValueError: no such model, or an environment variable holds no word it may hold.
         FileNotFoundError: its files are absent.
     """
-    device, dtype, path = _device(), _dtype(), folder(name)
+    device, dtype, path = torch.device(device or _device()), _dtype(), folder(name)
     config = read_config(path)
     unet = load_unet(name, device, dtype)
     precise = None if dtype == torch.float32 else load_unet(name, device)
@@ -173,7 +176,7 @@ def load(name: str) -> BenchmarkModel:
     denoiser = Denoiser(network, process, "edm", sigma_data=sigma_data, features="bottleneck")
     shape = (3, unet.size, unet.size)
     return BenchmarkModel(
-        denoiser, shape, Visiting(read_features(path, device)), read_reference(path)
+        denoiser, shape, FloatFeatures(read_features(path, device)), read_reference(path)
     )
 
 

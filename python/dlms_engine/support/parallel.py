@@ -86,6 +86,27 @@ class World:
         return value
 
 
+def rank_device(device: torch.device | str) -> torch.device:
+    """``device``, and for "cuda" under ``torchrun`` the GPU of this rank, which becomes current.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:N") from error
+    if place.type != "cuda":
+        return place
+    if place.index is None:
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    count = torch.cuda.device_count()
+    if place.index >= count:
+        raise ValueError(f"device is {str(device)!r}, but torch sees {count} GPUs: {place} is none")
+    torch.cuda.set_device(place)  # nccl talks through the current one
+    return place
+
+
 def initialise(device: torch.device | str = "cpu") -> World:
     """Joins the group that ``torchrun`` describes in the environment, once; else a world of one.
 

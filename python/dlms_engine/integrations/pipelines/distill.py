@@ -47,7 +47,7 @@ class PipelineNetwork(nn.Module):
         call: what it was made with.
         first: number of the batch's first sample, so that training goes through all prompts.
 
-    The network's own device is used whatever the samples' device is.
+    Samples come on the network's device; the remembered arguments are moved there once.
     """
 
     def __init__(self, network: nn.Module, call: NetworkCall) -> None:
@@ -64,13 +64,21 @@ class PipelineNetwork(nn.Module):
     def forward(self, x: Tensor, time: Tensor, **_: Any) -> Tensor:
         """``x`` ``[branches * B, ...]``, ``time`` ``[branches * B]`` in the network's unit."""
         batch = x.shape[0] // self._branches
-        device = next((p.device for p in self.network.parameters()), x.device)
+        device = x.device
+        self._place(device)
         rows = (torch.arange(batch, device=device) + self.first) % self._prompts
         rows = torch.cat([rows + self._prompts * k for k in range(self._branches)])
-        chosen = {k: v[rows.to(v.device)].to(device) for k, v in self._batched.items()}
-        chosen |= {k: v.to(device) for k, v in self._shared.items()}
-        out = self._loop.evaluate(x.to(device), time.to(device), chosen).to(x.device)
+        chosen = {k: v[rows] for k, v in self._batched.items()}
+        chosen |= self._shared
+        out = self._loop.evaluate(x, time, chosen)
         return out[:, : x.shape[1]] if out.ndim == 4 else out
+
+    def _place(self, device: torch.device) -> None:
+        """The arguments on ``device``, where they are not."""
+        for kept in (self._batched, self._shared):
+            for name, value in kept.items():
+                if value.device != device:
+                    kept[name] = value.to(device)
 
 
 def _batched(call: NetworkCall) -> dict[str, Tensor]:
@@ -271,7 +279,8 @@ def _attach(denoiser: Denoiser, features: str | None, shape: tuple[int, ...]) ->
     tap = FeatureTap()
     handle = module.register_forward_hook(tap)
     with torch.no_grad():
-        denoiser(torch.zeros(1, *shape), denoiser.process.t_max)
+        zeros = torch.zeros(1, *shape, device=denoiser.device)
+        denoiser(zeros, denoiser.process.t_max)
     handle.remove()
     raw = tap.value
     length = 0 if raw is None else raw.mean(dim=1).numel() // raw.shape[0]

@@ -17,6 +17,7 @@ from ...engine.sampler import Sampler, seeded_noise
 from ...evaluation.frechet import FeatureSums, feature_sums
 from ...processes import grids
 from ...support.parallel import World
+from ...support.transfer import to_host
 from ...tables.file import StatePolicy
 from ...tables.policy import Policy
 from ...tables.table import SolverTable
@@ -125,7 +126,7 @@ class Measurer:
             own = self.world.deal(range(len(parts)))
             found = torch.zeros(self.batch, *self.shape)
             if own is not None:
-                found[: len(parts[own])] = self._run(sampler, self._noise(parts[own]))
+                found[: len(parts[own])] = to_host(self._run(sampler, self._noise(parts[own])))
             for part, images in zip(parts, self.world.gather(found), strict=False):
                 x[done : done + len(part)] = images[: len(part)]
                 done += len(part)
@@ -135,9 +136,13 @@ class Measurer:
 
     @torch.no_grad()
     def sums(self, images: Tensor) -> FeatureSums:
-        """Feature sums of finished images ``[B, ...]``, clamped to [-1, 1] as a file would be."""
-        features = [self.features(part.clamp(-1, 1)) for part in torch.split(images, self.batch)]
-        return feature_sums(torch.cat(features))
+        """Feature sums of finished images ``[B, ...]``, clamped to [-1, 1] as a file would be.
+
+        They are made where the model is; the sums are on the CPU.
+        """
+        parts = torch.split(images.to(self.denoiser.device), self.batch)
+        sums = feature_sums(torch.cat([self.features(part.clamp(-1, 1)) for part in parts]))
+        return FeatureSums(*map(to_host, sums))
 
     @torch.no_grad()
     def measure(
@@ -197,7 +202,7 @@ class Measurer:
         self._advance(nfe * sum(len(part) for k, part in enumerate(parts) if k != own))
 
     def _noise(self, seeds: range) -> Tensor:
-        return seeded_noise(seeds, self.shape, self._scale)
+        return seeded_noise(seeds, self.shape, self._scale, device=self.denoiser.device)
 
     def _sampler(self, entry: Entry, shared: bool) -> Sampler:
         static = entry.policy.static_table() is not None
@@ -221,7 +226,8 @@ class Measurer:
 
     def _empty(self, entries: int) -> dict[str, Tensor]:
         if self._width is None:
-            self._width = int(self.features(torch.zeros(1, *self.shape)).shape[1])
+            zeros = torch.zeros(1, *self.shape, device=self.denoiser.device)
+            self._width = int(self.features(zeros).shape[1])
         f = self._width
         return {
             "done": torch.tensor(0),
@@ -236,8 +242,8 @@ class Measurer:
         state["total"][row] += found.total
         state["outer"][row] += found.outer
         if target is not None and len(target):
-            difference = x[: len(target)].double() - target.double()
-            state["error"][row] += difference.square().sum()
+            difference = x[: len(target)].double() - target.to(x.device).double()
+            state["error"][row] += to_host(difference.square().sum())
             state["compared"][row] += difference.numel()
 
     @staticmethod

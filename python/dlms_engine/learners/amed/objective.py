@@ -22,6 +22,7 @@ from ...policies.amed_formulas import Walk, asked_range
 from ...policies.amed_predictor import AmedPredictor, Choice
 from ...policies.static_table import mean_decisions
 from ...solvers import SOLVERS
+from ...support.transfer import host_numbers
 from ..settings import plain
 from ..training.bottleneck import feature_size, reads_bottleneck
 from ..training.trainer import Numbers
@@ -102,7 +103,7 @@ class Amed:
     def describe(self) -> dict[str, Any]:
         noise, _ = self._validation.pair()
         choices = mean_decisions(self.policy, self.denoiser, noise[:16], **self.cond).values()
-        return {name: [float(getattr(c, name)) for c in choices] for name in Choice._fields}
+        return {name: host_numbers([getattr(c, name) for c in choices]) for name in Choice._fields}
 
     def fingerprint(self) -> dict[str, Any]:
         return {"method": "amed", **plain(self.settings)}
