@@ -8,8 +8,7 @@ They are too large for the package. ``benchmarks/models/NAME/`` of a checkout ho
                         gradient runs; there it stays float32, as do the features
     DLMS_MODEL_COMPILE  1: torch.compile the U-Net for large batches without gradients
 
-On a GPU the networks live there and the samples stay on the host: everything that works on a CPU
-model works on these, bit for bit the same noise included.
+The samples live where the networks do; the noise is the same, bit for bit, wherever that is.
 """
 
 from __future__ import annotations
@@ -60,11 +59,10 @@ class BenchmarkModel(NamedTuple):
 
 
 class BenchmarkNetwork(nn.Module):
-    """``network(x, c_noise)`` as EDM preconditioning calls it, wherever the U-Net lives.
+    """``network(x, c_noise)`` as EDM preconditioning calls it, whatever the U-Net's dtype.
 
-    Tensors go in and come out on the caller's device in the caller's dtype; between, the U-Net runs
-    on its own device and in its own dtype. ``bottleneck`` passes on the middle block's output
-    ``[B, C, 8, 8]`` where the caller is, for a denoiser's tap.
+    Tensors go in and come out in the caller's dtype; between, the U-Net runs in its own.
+    ``bottleneck`` passes on the middle block's output ``[B, C, 8, 8]``, for a denoiser's tap.
 
     Args:
         unet: a network with a ``mid_block``, called with c_noise.
