@@ -39,27 +39,27 @@ class BrokenRules(AssertionError):
 
 
 class DeviceTensor(Tensor):
-    """A tensor that says it is on "gpu"; ``inner`` holds its numbers on the CPU."""
+    """A tensor that says it is on "gpu"; ``numbers`` holds its numbers on the CPU."""
 
-    inner: Tensor
+    numbers: Tensor
 
     @staticmethod
-    def __new__(cls, inner: Tensor, device: torch.device) -> DeviceTensor:
+    def __new__(cls, numbers: Tensor, device: torch.device) -> DeviceTensor:
         outer = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            layout=inner.layout,
+            numbers.size(),
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            layout=numbers.layout,
             device=device,
             requires_grad=False,
         )
-        outer.inner = inner
+        outer.numbers = numbers
         return outer
 
     def __repr__(self, **_: Any) -> str:
-        return f"DeviceTensor({self.inner}, {self.device})"
+        return f"DeviceTensor({self.numbers}, {self.device})"
 
     def __float__(self) -> float:  # torch's own asks for the device's driver
         return float(self.item())
@@ -119,7 +119,7 @@ class StandInDevice(TorchDispatchMode):
         place = args[0].device if func is aten.copy_.default else (target or here)
         if target is not None:
             kwargs["device"] = torch.device("cpu")
-        plain = tree_map(lambda a: a.inner if isinstance(a, DeviceTensor) else a, (args, kwargs))
+        plain = tree_map(lambda a: a.numbers if isinstance(a, DeviceTensor) else a, (args, kwargs))
         out = func(*plain[0], **plain[1])
         if func is aten._to_copy.default and target is not None and target != here:
             out = out.clone() if out is plain[0][0] else out
@@ -127,7 +127,7 @@ class StandInDevice(TorchDispatchMode):
 
     def _wrap(self, out: Any, leaves: list[Tensor], plain: Any, place: torch.device) -> Any:
         """Results on the device; one that is an argument (in-place, out=) stays that argument."""
-        known = {id(a.inner): a for a in leaves if isinstance(a, DeviceTensor)}
+        known = {id(a.numbers): a for a in leaves if isinstance(a, DeviceTensor)}
 
         def wrap(value: Any) -> Any:
             if not isinstance(value, Tensor):

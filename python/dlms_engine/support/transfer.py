@@ -46,7 +46,7 @@ def host_numbers(values: Sequence[Tensor | float]) -> list[float]:
     for device in kinds:
         here = [t for t in tensors if t.device == device]
         flat = torch.stack([t.detach().reshape(()).to(torch.float64) for t in here])
-        read |= {id(t): n for t, n in zip(here, to_host(flat).tolist(), strict=True)}
+        read |= {id(t): n for t, n in zip(here, flat.cpu().tolist(), strict=True)}
     return [read[id(v)] if isinstance(v, Tensor) else float(v) for v in values]
 
 

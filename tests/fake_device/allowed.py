@@ -1,0 +1,11 @@
+"""Every place where the host may read from the device, and why; nothing else may."""
+
+ALLOWED = {
+    "support.transfer.host_numbers": "what an optimiser step logs, or a score: all at once",
+    "support.transfer.rows_down": "the gradient of a table's rows, one tensor an update",
+    "support.transfer.to_host": "finished results, for a report, a table or a file",
+    "evaluation.frechet.FrechetDistance.update": "refuses samples that are not finite",
+    "evaluation.frechet.FrechetDistance.sums": "finished sums",
+}
+SAMPLING: dict[str, str] = {}
+"""A run reads nothing."""
