@@ -4,6 +4,10 @@ ALLOWED = {
     "support.transfer.host_numbers": "what an optimiser step logs, or a score: all at once",
     "support.transfer.rows_down": "the gradient of a table's rows, one tensor an update",
     "support.transfer.to_host": "finished results, for a report, a table or a file",
+    "learners.training.checkpoint.save_checkpoint": "a checkpoint",
+    "learners.training.identity._bytes": "what a checkpoint belongs to, where one is kept",
+    "policies.dlms.DesignerPolicy.state": "a solver file",
+    "policies.amed.AmedPolicy.state": "a solver file",
     "evaluation.frechet.FrechetDistance.update": "refuses samples that are not finite",
     "evaluation.frechet.FrechetDistance.sums": "finished sums",
 }

@@ -65,7 +65,7 @@ def test_gradients_equal_central_differences(loss: Any) -> None:
 
     def value() -> float:
         (numbers,) = learner.iteration(batch)
-        return numbers["loss"]
+        return float(numbers["loss"])
 
     learner.free.zero_grad()
     value()

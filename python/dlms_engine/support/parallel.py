@@ -98,7 +98,7 @@ def rank_device(device: torch.device | str) -> torch.device:
         raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:N") from error
     if place.type != "cuda":
         return place
-    if place.index is None:
+    if ":" not in str(place):
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     count = torch.cuda.device_count()
     if place.index >= count:
