@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .common import JsonOption, ModelOption, NfeOption, emit, load_model
+from .common import DeviceOption, JsonOption, ModelOption, NfeOption, emit, load_model
 
 
 def recommend_command(
     model: ModelOption = "embedded",
+    device: DeviceOption = None,
     nfe: NfeOption = 5,
     effort: Annotated[
         str,
@@ -35,7 +36,7 @@ def recommend_command(
     from ..learners.start import recommend
     from ..policies.distilled import save_solver
 
-    loaded = load_model(model)
+    loaded = load_model(model, device)
     start = recommend(
         loaded.denoiser,
         nfe,

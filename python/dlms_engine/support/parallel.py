@@ -95,14 +95,16 @@ def rank_device(device: torch.device | str) -> torch.device:
     try:
         place = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"device is {device!r}, expected cpu, cuda or cuda:N") from error
+        raise ValueError(
+            f"device {str(device)!r} is unknown, expected cpu, cuda or cuda:N"
+        ) from error
     if place.type != "cuda":
         return place
     if ":" not in str(place):
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     count = torch.cuda.device_count()
     if place.index >= count:
-        raise ValueError(f"device is {str(device)!r}, but torch sees {count} GPUs: {place} is none")
+        raise ValueError(f"device {str(device)!r} cannot be used: torch sees {count} GPUs here")
     torch.cuda.set_device(place)  # nccl talks through the current one
     return place
 
