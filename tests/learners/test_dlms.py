@@ -427,6 +427,20 @@ def test_settings_refuse_what_cannot_be():
         DlmsSettings(init="ipndm")
     with pytest.raises(ValueError, match="nfe is 0"):
         DlmsSettings(nfe=0)
-    with pytest.raises(ValueError, match="features='mid_block'"):
-        Dlms(Denoiser(Network(), EDM, "data"), DlmsSettings(), (16,))
     assert dataclasses.replace(DlmsSettings(), nfe=7).steps == 8
+
+
+def test_without_a_tap_every_sample_gets_the_same_rows(caplog):
+    """It was an error, and so was a bottleneck that is not 8x8."""
+    caplog.set_level("INFO", logger="dlms_engine")
+    learner = Dlms(Denoiser(Network(), EDM, "data"), DlmsSettings(), (16,))
+    assert learner.module.settings.features == 0 and "taps no module" in caplog.text
+    network = Network()
+    network.narrow = torch.nn.Identity()
+
+    def cut(_module, _inputs, output):
+        network.narrow(output[:, :, :3, :5])
+
+    network.tap.register_forward_hook(cut)
+    learner = Dlms(Denoiser(network, EDM, "data", features="narrow"), DlmsSettings(), (16,))
+    assert learner.module.settings.features == 15
