@@ -106,7 +106,7 @@ def test_what_was_resolved_does_the_same_again(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("nefs: 3", "unknown key 'nefs'; known keys: cache, call"),
+        ("nefs: 3", "unknown key 'nefs'; known keys: budget, cache, call"),
         ("config: x.yaml", "unknown key 'config'"),
         ("nfe: many", "Invalid value for '--nfe'"),
         ("nfe: 4.5", "Invalid value for '--nfe'"),
@@ -115,11 +115,11 @@ def test_what_was_resolved_does_the_same_again(
         ("nfe: !!python/object/apply:os.getcwd []", "cannot be understood"),
         ("settings: [lr]", "expected names with values"),
         ("settings: {colour: 1}", "unknown setting 'colour'; known settings:"),
-        ("settings: {lr: fast}", "lr is 'fast', expected a number"),
+        ("method: dlms\nsettings: {lr: fast}", "lr is 'fast', expected a number"),
         ("settings: {nfe: 3}", "use --nfe"),
-        ("settings: {teacher: {ordr: 3}}", "unknown setting 'teacher_ordr'"),
-        ("settings: {teacher: {order: 3}, teacher_order: 2}", "teacher_order is given twice"),
-        ("settings: {prediction: dta}", "prediction is 'dta'"),
+        ("method: dlms\nsettings: {teacher: {ordr: 3}}", "unknown setting 'teacher_ordr'"),
+        ("method: dlms\nsettings: {teacher: {order: 3}, teacher_order: 2}", "teacher_order is given twice"),
+        ("method: dlms\nsettings: {prediction: dta}", "prediction is 'dta'"),
     ],
 )
 def test_mistakes_in_the_file_are_named(
