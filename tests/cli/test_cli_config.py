@@ -118,7 +118,10 @@ def test_what_was_resolved_does_the_same_again(
         ("method: dlms\nsettings: {lr: fast}", "lr is 'fast', expected a number"),
         ("settings: {nfe: 3}", "use --nfe"),
         ("method: dlms\nsettings: {teacher: {ordr: 3}}", "unknown setting 'teacher_ordr'"),
-        ("method: dlms\nsettings: {teacher: {order: 3}, teacher_order: 2}", "teacher_order is given twice"),
+        (
+            "method: dlms\nsettings: {teacher: {order: 3}, teacher_order: 2}",
+            "teacher_order is given twice",
+        ),
         ("method: dlms\nsettings: {prediction: dta}", "prediction is 'dta'"),
     ],
 )

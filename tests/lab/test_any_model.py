@@ -1,0 +1,41 @@
+"""The models learners are tried on are made the same every time; the page says what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dlms_engine.lab import any_model, grounds
+
+
+@pytest.mark.parametrize("name", ["flow-2d", "guided-8x8"])
+def test_training_is_deterministic(name: str) -> None:
+    ground = grounds.GROUNDS[name]
+    one, two = (grounds.train_ground(ground, steps=3, batch=8).state_dict() for _ in range(2))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    other = grounds.train_ground(ground, steps=4, batch=8).state_dict()  # planted
+    assert any(not torch.equal(one[key], other[key]) for key in one)
+
+
+def test_every_ground_denoises_in_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = grounds.train_ground
+    monkeypatch.setattr(grounds, "train_ground", lambda g: quick(g, steps=1, batch=4))
+    for name in grounds.GROUNDS:
+        for _ in range(2):  # trained, then read from the folder
+            denoiser, shape, conditions = grounds.load(name, tmp_path)
+            cond = {k: v[:2] for k, v in conditions.items()}
+            x = torch.randn(2, *shape)
+            assert denoiser(x, 0.5, **cond).shape == x.shape
+    with pytest.raises(ValueError, match="expected one of"):
+        grounds.load("flow-3d", tmp_path)
+
+
+def test_page_shows_ratio_and_interval() -> None:
+    cell = {
+        "model": "flow-2d", "nfe": 5, "base": "ddim/uniform", "chosen": "table", "base_rmse": 0.2,
+        "auto_rmse": 0.1, "ratio": 2.0, "interval": [1.9, 2.1], "calls": 1000, "seconds": 3.0,
+    }  # fmt: skip
+    text = any_model.models_page([cell], "the command")
+    assert "**2.00** (1.90 to 2.10)" in text and "the command" in text and "ddim/uniform" in text
