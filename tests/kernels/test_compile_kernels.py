@@ -141,7 +141,7 @@ def test_waits_are_counted_on_the_slowest_path():
 
 
 def check_machine_code(sass: str) -> None:
-    """Forward: no contraction, no local memory, and every full pack stored in 16-byte words."""
+    """Forward: no contraction, no local memory, every full pack moved in 16-byte words."""
     functions = re.split(r"Function : ", sass)[1:]
     assert functions
     for code in functions:
@@ -150,13 +150,20 @@ def check_machine_code(sass: str) -> None:
         words = 5 if ("bfloat16" in name or "half" in name) else 3  # x, m: fp32; input: network
         if re.search(r"any_kernelI\w+Lb0E", name):
             words = 0  # the kernel of unaligned states
+        if match := re.search(r"fused_row_kernelI.*Li(\d)ELb([01])ELb([01])E", name):
+            depth, early, guided = (int(group) for group in match.groups())
+            slots = depth if early else depth - 1
+            loads = (words - 1) // 2 * (1 + slots) + 1 + guided  # x, slots; F, twice if guided
+            assert len(re.findall(r"\bLDG\.E\.128\b", code)) == loads, name
         assert len(re.findall(r"\bSTG\.E\.128\b", code)) == words, name
 
 
 def test_the_machine_code_check_can_fail():
     good = "Function : k\n STG.E.128 STG.E.128 STG.E.128\n"
     check_machine_code(good)
-    for bad in (good + "FFMA R1", good + "LDL R1", good.replace("E.128", "E", 1)):
+    split = good.replace("k\n", "fused_row_kernelIffLi2ELb0ELb0E\n LDG.E.128 LDG.E.128 LDG.E\n")
+    check_machine_code(split.replace("LDG.E\n", "LDG.E.128\n"))
+    for bad in (good + "FFMA R1", good + "LDL R1", good.replace("E.128", "E", 1), split):
         with pytest.raises(AssertionError):
             check_machine_code(bad)
 
