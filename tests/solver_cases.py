@@ -25,9 +25,9 @@ PROCESSES = {
     "flow inside": RectifiedFlow(0.02, 0.98),
 }
 CONFIGS = {
-    f"{name}/{label}": (name, options)
+    "/".join([name, *(f"{key}={value}" for key, value in options.items())]): (name, options)
     for name, solver in SOLVERS.items()
-    for label, options in solver.variants.items()
+    for options in solver.variants
 }
 CONFIGS["ddim/noise"] = ("ddim", {"prediction": "noise"})
 CONFIGS["dpm_solver_pp/noise"] = ("dpm_solver_pp", {"order": 3, "prediction": "noise"})
@@ -42,16 +42,16 @@ every_config = pytest.mark.parametrize(
 SHORT = {
     key: CONFIGS[key]
     for key in (
-        "ddim/ddim",
-        "ipndm/ipndm4",
-        "ipndm_v/ipndm_v3",
-        "deis/deis3",
-        "dpm_solver_pp/dpm++3m-flat",
-        "unipc/unipc3-bh1-flat",
-        "unipc/unipc3-bh2",
-        "dpm_solver_pp_2s/dpm++2s",
-        "dpm_solver_2/dpm2",
-        "heun/heun",
+        "ddim",
+        "ipndm/order=4",
+        "ipndm_v/order=3",
+        "deis/order=3",
+        "dpm_solver_pp/order=3/lower_order_final=False",
+        "unipc/order=3/variant=bh1/lower_order_final=False",
+        "unipc/order=3/variant=bh2/lower_order_final=True",
+        "dpm_solver_pp_2s",
+        "dpm_solver_2",
+        "heun",
         "dpm_solver_pp/noise",
         "unipc/noise",
     )

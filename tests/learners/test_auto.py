@@ -75,7 +75,7 @@ def test_a_step_is_the_least_squares_step() -> None:
     """Against the normal equations of a Jacobian by central differences in float64."""
     p = problem(VP())
     form = GeneralTable(
-        next(c for c in handcrafted_candidates(VP(), 3) if c.label == "ddim/quadratic")
+        next(c for c in handcrafted_candidates(VP(), 3) if c.label == "ddim/time_quadratic")
     )
     exact = ExactSolution(p)
     fit = GaussNewton(p, form, Targets(exact))

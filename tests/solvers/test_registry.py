@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import torch
 
 from dlms_engine.processes import EDM, Process, RectifiedFlow
 from dlms_engine.solvers import SOLVERS, handcrafted
-from dlms_engine.solvers.registry import standard_grids
+from dlms_engine.solvers.registry import handcrafted_table, label_of, parse_label, standard_grids
 
 
 @pytest.mark.parametrize("process", [EDM(), RectifiedFlow()], ids=lambda p: p.name)
@@ -29,7 +33,7 @@ def test_two_stage_solvers_appear_where_they_can() -> None:
     assert not any(label.startswith("heun") and "afs" not in label for label in odd)
     assert any(label.startswith("heun") and "afs" in label for label in odd)
     flow = [label for label, _ in handcrafted(RectifiedFlow(), 5)]
-    assert "heun/uniform" in flow  # the step to t = 0 costs one evaluation
+    assert "heun/time_uniform" in flow  # the step to t = 0 costs one evaluation
 
 
 def test_equal_tables_are_listed_once() -> None:
@@ -43,3 +47,53 @@ def test_equal_tables_are_listed_once() -> None:
 def test_bad_budget() -> None:
     with pytest.raises(ValueError, match="nfe is 0"):
         handcrafted(EDM(), 0)
+
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("process", [EDM(), RectifiedFlow()], ids=lambda p: p.name)
+@pytest.mark.parametrize("nfe", [3, 4])
+def test_a_label_is_read_back_as_its_table(process: Process, nfe: int) -> None:
+    for label, table in handcrafted(process, nfe):
+        said = parse_label(label)
+        assert said.grid is not None
+        again = handcrafted_table(
+            process, said.method, nfe, grid=said.grid, afs=said.afs, **said.options
+        )
+        assert torch.equal(again.a, table.a) and torch.equal(again.b, table.b), label
+        assert label_of(again, said.grid) == label
+
+
+def test_options_that_have_no_word_are_named() -> None:
+    table = handcrafted_table(EDM(), "ddim", 3, prediction="noise")
+    assert label_of(table, "polynomial") == "ddim-prediction=noise/polynomial"
+    assert parse_label("ddim-prediction=noise/polynomial").options == {"prediction": "noise"}
+    assert parse_label("ipndm4").grid is None and parse_label("dpm_solver_2").options == {}
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "euler/polynomial",
+        "ipndm4/poly7",
+        "dpm++3m/logsnr",
+        "ipndm4-flat/logsnr",
+        "ddim/logsnr/afs/x",
+    ],
+)
+def test_what_is_no_label_is_refused(label: str) -> None:
+    with pytest.raises(ValueError, match="method"):
+        parse_label(label)
+
+
+def test_committed_results_use_these_labels() -> None:
+    labels = {
+        row["solver"]
+        for path in RESULTS.glob("*.json")
+        for row in json.loads(path.read_text(encoding="utf-8")).get("rows", ())
+        if not row.get("learned", True) and "solver" in row
+    }
+    assert len(labels) > 100
+    for label in labels:
+        assert parse_label(label).grid, label

@@ -37,7 +37,10 @@ DeviceOption = Annotated[
 ]
 SolverOption = Annotated[Path | None, typer.Option(help="Solver file written by dlms distill.")]
 MethodOption = Annotated[
-    str | None, typer.Option(help="Handcrafted solver instead of a file, e.g. ipndm.")
+    str | None,
+    typer.Option(
+        help="Handcrafted solver instead of a file: ipndm, or a label such as ipndm4/polynomial."
+    ),
 ]
 NfeOption = Annotated[int, typer.Option(min=1, help="Network evaluations.")]
 GridOption = Annotated[
@@ -211,14 +214,22 @@ def choose_solver(
     """
     if solver is not None and method is not None:
         raise ValueError("give --solver FILE or --method NAME, not both")
-    from ..solvers.registry import handcrafted_table, label_of
+    from ..solvers.registry import handcrafted_table, label_of, parse_label
 
     if solver is None:
         twice = sorted({"grid", "order", "afs"} & set(options or {}))
         if twice:
             raise ValueError(f"--set {twice[0]}=...: use --{twice[0]} instead")
+        said = parse_label(method or "ipndm")
+        if "/" in (method or "") and (order is not None or grid != "polynomial" or afs != "off"):
+            raise ValueError(
+                f"method {method!r} is a whole label: leave out --grid, --order, --afs"
+            )
+        grid, afs = said.grid or grid, said.afs if said.afs != "off" else afs
+        order = said.options.pop("order", order)
+        settings = {**said.options, **(options or {})}
         table = handcrafted_table(
-            process, method or "ipndm", nfe, grid=grid, order=order, afs=afs, **(options or {})
+            process, said.method, nfe, grid=grid, order=order, afs=afs, **settings
         )
         return label_of(table, grid), table
     from ..policies.distilled import load_solver

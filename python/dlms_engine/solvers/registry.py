@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from ..processes import Process, RectifiedFlow, VPDiscrete
-from ..processes.grids import GRIDS, logsnr, polynomial, shifted, time_uniform
+from ..processes.grids import GRIDS, named_grid
 from ..tables.file import register_method
 from ..tables.table import SolverTable
 from .common import Afs
@@ -26,57 +28,53 @@ Grid = Callable[[Process, int], Tensor]
 
 @dataclass(frozen=True)
 class Solver:
-    """A maker, how many evaluations its steps cost, and the settings worth comparing.
+    """A maker, how many evaluations its steps cost, and the options worth comparing.
 
-    ``variants`` maps a short label to keyword arguments of ``make``.
+    ``variants`` are keyword arguments of ``make`` beside the grid and ``afs``.
     """
 
     make: Callable[..., SolverTable]
     evaluations_per_step: int
-    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    variants: tuple[dict[str, Any], ...] = ({},)
 
     @property
     def options(self) -> tuple[str, ...]:
         """Keyword arguments ``make`` takes."""
-        return tuple(
-            name
+        return tuple(self.defaults)
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Keyword argument of ``make`` -> its default."""
+        return {
+            name: parameter.default
             for name, parameter in inspect.signature(self.make).parameters.items()
             if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-        )
+        }
+
+
+def _each(**values: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
+    """Every combination of the values, the last name fastest."""
+    return tuple(
+        dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())
+    )
 
 
 SOLVERS: dict[str, Solver] = {
-    "ddim": Solver(ddim, 1, {"ddim": {}}),
-    "ipndm": Solver(ipndm, 1, {f"ipndm{p}": {"order": p} for p in (2, 3, 4)}),
-    "ipndm_v": Solver(ipndm_v, 1, {f"ipndm_v{p}": {"order": p} for p in (2, 3, 4)}),
-    "deis": Solver(deis, 1, {f"deis{p}": {"order": p} for p in (2, 3, 4)}),
+    "ddim": Solver(ddim, 1),
+    "ipndm": Solver(ipndm, 1, _each(order=(2, 3, 4))),
+    "ipndm_v": Solver(ipndm_v, 1, _each(order=(2, 3, 4))),
+    "deis": Solver(deis, 1, _each(order=(2, 3, 4))),
     "dpm_solver_pp": Solver(
         dpm_solver_pp,
         1,
-        {
-            f"dpm++{p}m{'' if low else '-flat'}": {"order": p, "lower_order_final": low}
-            for p in (2, 3)
-            for low in (True, False)
-        }
-        | {"dpm++3m-exact": {"order": 3, "exact": True}},
+        (*_each(order=(2, 3), lower_order_final=(True, False)), {"order": 3, "exact": True}),
     ),
     "unipc": Solver(
-        unipc,
-        1,
-        {
-            f"unipc{p}-{v}{'' if low else '-flat'}": {
-                "order": p,
-                "variant": v,
-                "lower_order_final": low,
-            }
-            for p in (2, 3)
-            for v in ("bh1", "bh2")
-            for low in (True, False)
-        },
+        unipc, 1, _each(order=(2, 3), variant=("bh1", "bh2"), lower_order_final=(True, False))
     ),
-    "dpm_solver_pp_2s": Solver(dpm_solver_pp_2s, 2, {"dpm++2s": {}}),
-    "dpm_solver_2": Solver(dpm_solver_2, 2, {"dpm2": {}}),
-    "heun": Solver(heun, 2, {"heun": {}}),
+    "dpm_solver_pp_2s": Solver(dpm_solver_pp_2s, 2),
+    "dpm_solver_2": Solver(dpm_solver_2, 2),
+    "heun": Solver(heun, 2),
 }
 for _name in SOLVERS:
     register_method(_name)
@@ -110,17 +108,14 @@ def make_solver(name: str, process: Process, grid: Tensor, **options: Any) -> So
 
 
 def standard_grids(process: Process) -> dict[str, Grid]:
-    """The handcrafted grids that exist for ``process``, by label."""
-    grids: dict[str, Grid] = {"uniform": time_uniform}
-    if isinstance(process, RectifiedFlow):
-        return {**grids, "shift3": shifted}
-    grids["quadratic"] = lambda p, n: time_uniform(p, n, 2.0)
-    grids["poly7"] = polynomial
-    if math.isfinite(float(process.lambda_(process.t_min))):
-        grids["logsnr"] = logsnr
-    if isinstance(process, VPDiscrete):
-        grids["index"] = grids.pop("uniform")
-    return grids
+    """The handcrafted grids that exist for ``process``, by their names in ``grids.GRIDS``."""
+    names = ["time_uniform", "shifted"]
+    if not isinstance(process, RectifiedFlow):
+        first = "discrete" if isinstance(process, VPDiscrete) else "time_uniform"
+        names = [first, "time_quadratic", "polynomial"]
+        if math.isfinite(float(process.lambda_(process.t_min))):
+            names.append("logsnr")
+    return {name: GRIDS[name] for name in names}
 
 
 def handcrafted(
@@ -135,19 +130,18 @@ def handcrafted(
     if isinstance(nfe, bool) or not isinstance(nfe, int) or nfe < 1:
         raise ValueError(f"nfe is {nfe!r}, expected an integer >= 1")
     found = list[tuple[str, SolverTable]]()
-    for grid_label, grid in standard_grids(process).items():
+    for name, grid in standard_grids(process).items():
         for kind in afs:
             tables = list[SolverTable]()
-            for label, table in _tables(process, nfe, grid, kind):
+            for table in _tables(process, nfe, grid, kind):
                 if any(_same(table, other) for other in tables):
                     continue
                 tables.append(table)
-                suffix = "" if kind is False else f"/afs-{table.options['afs']}"
-                found.append((f"{label}/{grid_label}{suffix}", table))
+                found.append((label_of(table, name), table))
     return found
 
 
-def _tables(process: Process, nfe: int, grid: Grid, afs: Afs) -> Iterator[tuple[str, SolverTable]]:
+def _tables(process: Process, nfe: int, grid: Grid, afs: Afs) -> Iterator[SolverTable]:
     for solver in SOLVERS.values():
         # infinite ends and AFS each save at most one evaluation
         base = math.ceil(nfe / solver.evaluations_per_step)
@@ -155,14 +149,13 @@ def _tables(process: Process, nfe: int, grid: Grid, afs: Afs) -> Iterator[tuple[
             if steps - (afs is not False) < 1:
                 continue
             times = grid(process, steps)
-            variants = iter(solver.variants.items())
-            label, options = next(variants)
-            table = solver.make(process, times, afs=afs, **options)
+            first, *others = solver.variants
+            table = solver.make(process, times, afs=afs, **first)
             if table.nfe != nfe:
                 continue
-            yield label, table
-            for label, options in variants:
-                yield label, solver.make(process, times, afs=afs, **options)
+            yield table
+            for options in others:
+                yield solver.make(process, times, afs=afs, **options)
             break
 
 
@@ -171,21 +164,6 @@ def _same(left: SolverTable, right: SolverTable) -> bool:
     return left.prediction == right.prediction and all(
         one.shape == other.shape and bool((one - other).abs().max() < 1e-13) for one, other in pairs
     )
-
-
-def grid_maker(process: Process, name: str) -> Callable[[Process, int], Tensor]:
-    """A grid by its function's name or by its label in comparison tables.
-
-    Raises:
-        ValueError: unknown name, or a grid that ``process`` does not have.
-    """
-    known: dict[str, Callable[[Process, int], Tensor]] = {
-        **GRIDS,
-        **standard_grids(process),
-    }
-    if name not in known:
-        raise ValueError(f"grid is {name!r}, expected one of {', '.join(sorted(known))}")
-    return known[name]
 
 
 def handcrafted_table(
@@ -208,10 +186,9 @@ def handcrafted_table(
     if order is not None:
         options["order"] = order
     options["afs"] = False if afs == "off" else afs
-    make_grid = grid_maker(process, grid)
     possible: set[int] = set()
     for steps in range(2 if afs != "off" else 1, nfe + 3):
-        table = make_solver(method, process, make_grid(process, steps), **options)
+        table = make_solver(method, process, named_grid(process, grid, steps), **options)
         if table.nfe == nfe:
             return table
         possible.add(table.nfe)
@@ -219,9 +196,73 @@ def handcrafted_table(
     raise ValueError(f"{method} cannot make exactly {nfe} evaluations; near it: {sorted(near)}")
 
 
+# -- labels: solver[order][-option]/grid[/afs-kind] ------------------------------------------------
+
+_WORDS: dict[str, tuple[str, Any]] = {
+    "flat": ("lower_order_final", False),
+    "exact": ("exact", True),
+    "bh1": ("variant", "bh1"),
+    "rhoab": ("variant", "rhoab"),
+}
+"""Word in a label -> the option it stands for; other options are ``name=value``."""
+
+
+class Label(NamedTuple):
+    """What a label says, as ``handcrafted_table`` takes it."""
+
+    method: str
+    options: dict[str, Any]
+    grid: str | None
+    afs: str
+
+
 def label_of(table: SolverTable, grid: str) -> str:
-    """``ipndm4/polynomial/afs-dockhorn``: name, order, grid, analytical first step."""
-    parts = [f"{table.name}{table.options.get('order', '')}", grid]
-    if table.options.get("afs"):
-        parts.append(f"afs-{table.options['afs']}")
-    return "/".join(parts)
+    """``dpm_solver_pp3-flat/logsnr/afs-dockhorn``: name, order, options, grid, first step.
+
+    Options that are the maker's defaults are not named; ``parse_label`` reads it back.
+    """
+    options = {k: v for k, v in table.options.items() if k not in ("order", "afs")}
+    defaults = SOLVERS[table.name].defaults if table.name in SOLVERS else options
+    words = [
+        next((word for word, held in _WORDS.items() if held == (key, value)), f"{key}={value}")
+        for key, value in options.items()
+        if value != defaults.get(key, value)
+    ]
+    head = f"{table.name}{table.options.get('order', '')}"
+    afs = table.options.get("afs")
+    return "/".join(["-".join([head, *words]), grid, *([f"afs-{afs}"] if afs else [])])
+
+
+def parse_label(text: str) -> Label:
+    """The parts of a label; the grid is None where it is left out.
+
+    Raises:
+        ValueError: not ``solver[order][-option]/grid[/afs-kind]``, or a name that is unknown.
+    """
+    (head, *words), *rest = text.split("/")[0].split("-"), *text.split("/")[1:]
+    names = [n for n in SOLVERS if head == n or (head[: len(n)] == n and head[len(n) :].isdigit())]
+    if not names or len(rest) > 2:
+        raise ValueError(
+            f"method is {text!r}, expected solver[order][-option]/grid[/afs-kind] with a solver "
+            f"of {sorted(SOLVERS)}"
+        )
+    method = max(names, key=len)
+    options: dict[str, Any] = {"order": int(head[len(method) :])} if head != method else {}
+    for word in words:
+        name, _, value = word.partition("=")
+        known = {w: o for w, o in _WORDS.items() if o[0] in SOLVERS[method].options}
+        if not value and word not in known:
+            raise ValueError(f"method {text!r}: {word!r} is no option, expected {sorted(known)}")
+        options |= dict([known[word]]) if not value else {name: _plain(value)}
+    afs = [part for part in rest if part.startswith("afs-")]
+    grid = next((part for part in rest if part not in afs), None)
+    if len(rest) - len(afs) > 1 or (grid is not None and grid not in GRIDS):
+        raise ValueError(f"method {text!r}: grid is {grid!r}, expected one of {', '.join(GRIDS)}")
+    return Label(method, options, grid, afs[0].removeprefix("afs-") if afs else "off")
+
+
+def _plain(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
