@@ -103,14 +103,6 @@ Kind kind_of(PyObject* object) {
   return kind;
 }
 
-void prefetch(const void* object) {
-#if defined(__GNUC__)
-  __builtin_prefetch(object);
-#else
-  (void)object;
-#endif
-}
-
 // Addresses met so far: open addressing, since a large network has thousands of modules.
 class Seen {
  public:
@@ -150,6 +142,14 @@ class Bytes {
   void put(const T& number) {
     put(&number, sizeof number);
   }
+  // A tag and its value.
+  template <class T>
+  void put(char tag, const T& number) {
+    char both[1 + sizeof number];
+    both[0] = tag;
+    std::memcpy(both + 1, &number, sizeof number);
+    put(both, sizeof both);
+  }
   void put(const void* data, size_t bytes) {
     if (memory_.size() - used_ < bytes) memory_.resize(2 * memory_.size() + bytes);
     std::memcpy(memory_.data() + used_, data, bytes);
@@ -185,6 +185,7 @@ class Writer {
   }
   void tag(Tag tag) { out_.put(tag); }
   void pointer(const void* pointer) { raw_number(pointer); }
+  bool scalar(PyObject* object);
   void text(PyObject* object);
   void integer(PyObject* object);
   void sequence(PyObject* object, int depth);
@@ -221,10 +222,7 @@ void Writer::text(PyObject* object) {
 void Writer::integer(PyObject* object) {
   int overflow = 0;
   const long long number = PyLong_AsLongLongAndOverflow(object, &overflow);
-  if (overflow == 0) {
-    tag(kInt);
-    return raw_number(number);
-  }
+  if (overflow == 0) return out_.put(kInt, number);
   const py::str written{py::handle(object)};
   text(written.ptr());
 }
@@ -235,8 +233,10 @@ void Writer::sequence(PyObject* object, int depth) {
   tag(size > kLongest ? kLong : kSequence);
   raw_number(size);
   if (size > kLongest) return;
-  for (Py_ssize_t i = 0; i < size; ++i)
-    value(tuple ? PyTuple_GET_ITEM(object, i) : PyList_GET_ITEM(object, i), depth + 1);
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    PyObject* item = tuple ? PyTuple_GET_ITEM(object, i) : PyList_GET_ITEM(object, i);
+    if (!scalar(item)) value(item, depth + 1);
+  }
 }
 
 void Writer::mapping(PyObject* object, int depth) {
@@ -256,10 +256,13 @@ void Writer::mapping(PyObject* object, int depth) {
 std::pair<int, int> Writer::tensor(PyObject* item) {
   TensorPlace place;
   if (place_of(item, &place)) {
-    tag(kTensor);
-    pointer(place.data);
-    raw_number(place.dtype);
-    raw_number(place.device);
+    struct {
+      const void* data;
+      uint32_t dtype;
+      int32_t type, index, unused; // no padding: every byte counts
+    } const packed = {place.data, place.dtype, place.device.first, place.device.second, 0};
+    static_assert(sizeof packed == sizeof(void*) + 16, "padding would be compared");
+    out_.put(kTensor, packed);
     return place.device;
   }
   const bool before = tensor_attributes_;
@@ -311,12 +314,24 @@ void Writer::object(PyObject* object, Kind kind, int depth) {
   if (PyDict_Check(dict.ptr())) mapping(dict.ptr(), depth);
 }
 
-void Writer::value(PyObject* item, int depth) {
-  if (item == Py_None) return tag(kNone);
-  if (PyBool_Check(item)) {
-    tag(kBool);
-    return raw_number(static_cast<char>(item == Py_True));
+// The settings that most modules have: written at once. False: something else.
+bool Writer::scalar(PyObject* item) {
+  if (item == Py_None) {
+    tag(kNone);
+  } else if (item == Py_True || item == Py_False) {
+    out_.put(kBool, static_cast<char>(item == Py_True));
+  } else if (PyFloat_CheckExact(item)) {
+    out_.put(kFloat, PyFloat_AS_DOUBLE(item));
+  } else if (PyLong_CheckExact(item)) {
+    integer(item);
+  } else {
+    return false;
   }
+  return true;
+}
+
+void Writer::value(PyObject* item, int depth) {
+  if (scalar(item)) return;
   if (PyLong_Check(item)) return integer(item);
   if (PyFloat_Check(item)) {
     tag(kFloat);
@@ -433,13 +448,14 @@ const Attributes& attributes() {
 }
 
 void Writer::attribute(PyObject* name, PyObject* item) {
-  if (PyDict_Check(item) && PyDict_GET_SIZE(item) == 0) return; // most of a module's hooks
+  const bool empty = PyDict_Check(item) && PyDict_GET_SIZE(item) == 0;
+  if (empty) return; // most of a module's hooks
   if (PyUnicode_CHECK_INTERNED(name)) {
     pointer(name);
   } else {
     text(name);
   }
-  value(item, 1);
+  if (!scalar(item)) value(item, 1);
 }
 
 void Writer::module(PyObject* object) {
@@ -451,9 +467,6 @@ void Writer::module(PyObject* object) {
   const Attributes& known = attributes();
   PyObject *name = nullptr, *item = nullptr, *submodules = nullptr;
   Py_ssize_t position = 0;
-  // A large network is read faster than memory answers: what is needed next is asked for first.
-  while (PyDict_Next(dict.ptr(), &position, nullptr, &item)) prefetch(item);
-  position = 0;
   while (PyDict_Next(dict.ptr(), &position, &name, &item)) {
     switch (known.of(name)) {
       case Attribute::kParameters: tensors(item, true); break;

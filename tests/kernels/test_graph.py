@@ -205,6 +205,7 @@ def test_a_network_that_counts_its_calls_runs_plainly_and_the_counter_is_named(c
 
 @pytest.mark.parametrize("side", ["keeps", "caches", "indexes"])
 def test_a_network_that_keeps_activations_or_fills_a_cache_is_captured_once(captured, side):
+    captured.watched = True
     network, cache = Network(side), GraphCache()
     through(network, cache, 5)
     assert captured.made == 1 and cache.stats()["replays"] == 4
@@ -221,6 +222,7 @@ def test_a_network_that_keeps_activations_or_fills_a_cache_is_captured_once(capt
 def test_what_cannot_be_captured_is_named_with_its_module(
     captured, caplog, side, operation, reason
 ):
+    captured.watched = True
     outer = nn.Sequential(nn.Identity(), Network(side))
     body = lambda given: outer(given["x"])  # noqa: E731
     for _ in range(2):
