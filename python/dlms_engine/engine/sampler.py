@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -34,13 +35,17 @@ from .steps import (
     run_plain,
 )
 
+log = logging.getLogger("dlms_engine")
+
 
 class Step(NamedTuple):
     """What a callback is told after each row."""
 
     index: int  # type: ignore[assignment]  # 0 .. nfe - 1; hides tuple.index
     nfe: int
-    x: Tensor  # [B, ...] the state after the row; the live buffer: clone it to keep it
+    # [B, ...] the state after the row; the live buffer: clone it to keep it. Values written into it
+    # count from the next evaluation on.
+    x: Tensor
 
 
 Callback = Callable[[Step], None]
@@ -59,9 +64,12 @@ class Sampler(Versioned, nn.Module):
         backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``. An explicit choice
             that cannot be had raises ``BackendUnavailable``; ``"auto"`` falls back.
         dtype: dtype of state and history, float32 (float64 for verification).
+        check_finite: whether samples that are not finite are reported (once, with the evaluation). None
+            looks on the CPU only: on a GPU a look makes the host wait for the run.
 
     Raises:
-        ValueError: the policy belongs to another process than the denoiser's.
+        ValueError: the policy belongs to another process than the denoiser's, needs features that it
+            does not tap, or a float64 state meets a network of another dtype.
     """
 
     def __init__(
@@ -71,11 +79,23 @@ class Sampler(Versioned, nn.Module):
         *,
         backend: str = "auto",
         dtype: torch.dtype = torch.float32,
+        check_finite: bool | None = None,
     ) -> None:
         super().__init__()
         if dtype not in (torch.float32, torch.float64):
             raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.float64 (state)")
         policy = policy_of(policy)
+        network_dtype = denoiser.network_dtype
+        if dtype == torch.float64 and network_dtype not in (None, torch.float64):
+            raise ValueError(
+                f"dtype is {dtype}, but the network's parameters are {network_dtype}: a float64 state "
+                "needs a float64 network (network.double()); float32 is the usual state"
+            )
+        if policy.needs_features and not denoiser.features:
+            raise ValueError(
+                "the solver computes its rows from the network's features, but the denoiser taps none: "
+                "Denoiser(..., features='mid_block'), with the module it was distilled with"
+            )
         if policy.process.config() != denoiser.process.config():
             raise ValueError(
                 f"the solver was made for {config_summary(policy.process.config())}; the denoiser "
@@ -91,7 +111,9 @@ class Sampler(Versioned, nn.Module):
         self.backend = backend
         ops.select(backend)
         self._engines = EnginePool()
-        self._plans: dict[tuple[torch.device, torch.dtype], Plan] = {}
+        self.check_finite = check_finite
+        self._plans: dict[Any, Plan] = {}
+        self._told_not_finite = False
         if self._table is not None:
             self._plan(torch.device("cpu"))
 
@@ -155,7 +177,33 @@ class Sampler(Versioned, nn.Module):
         x = self._run(x, after if watched else None, cond)
         if bar is not None:
             bar.close()
+        if not self._told_not_finite and not self._is_finite(x):
+            self._tell_where(noise.to(place, self.dtype, copy=True), cond)
         return (x, torch.stack(states)) if return_trajectory else x
+
+    def _is_finite(self, x: Tensor) -> bool:
+        """Whether the samples are; unless asked for, not looked at where a look makes the host wait."""
+        look = x.device.type == "cpu" if self.check_finite is None else self.check_finite
+        if not look or torch.compiler.is_compiling() or type(x) is not Tensor:
+            return True
+        return bool(torch.isfinite(x).all())
+
+    def _tell_where(self, x: Tensor, cond: dict[str, Any]) -> None:
+        """Says once which evaluation gave the first number that is not finite: runs once more."""
+        self._told_not_finite = True
+        first: list[int] = []
+
+        def after(n: int, state: Tensor) -> None:
+            if not first and not bool(torch.isfinite(state).all()):
+                first.append(n)
+
+        self._run(x, after, cond)
+        where = f"from evaluation {first[0] + 1} of {self.nfe} on" if first else "at the end"
+        log.warning(
+            "the samples are not finite %s: the network's output overflows (float16 instead of "
+            "bfloat16?), or its prediction type or time range is another one",
+            where,
+        )
 
     def _run(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
         if self.denoiser.dynamic_thresholding is not None:
@@ -205,10 +253,13 @@ class Sampler(Versioned, nn.Module):
     # -- steps --------------------------------------------------------------------------------
 
     def _plan(self, device: torch.device) -> Plan:
-        key = (device, level_dtype(self.denoiser, self.dtype))
+        # The guidance scale may change from run to run; it is a number of every row.
+        key = (device, level_dtype(self.denoiser, self.dtype), guidance(self.denoiser))
         plan = self._plans.get(key)
         if plan is None:
             assert self._table is not None
+            if len(self._plans) >= 16:
+                self._plans.clear()
             plan = self._plans[key] = plan_table(self.denoiser, self._table, self.dtype, device)
         return plan
 
