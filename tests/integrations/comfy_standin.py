@@ -50,11 +50,19 @@ class KSampler:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Puts ``comfy.samplers`` with ``KSAMPLER`` where imports find it."""
+    """Puts ``comfy.samplers`` and ``comfy.k_diffusion.sampling`` where imports find them."""
     samplers = ModuleType("comfy.samplers")
     samplers.KSAMPLER = KSampler
+    samplers.KSAMPLER_NAMES = ["euler"]
+    samplers.SAMPLER_NAMES = ["euler", "ddim"]
+    samplers.KSampler = SimpleNamespace(SAMPLERS=samplers.SAMPLER_NAMES)
+    sampling = ModuleType("comfy.k_diffusion.sampling")
+    folder = ModuleType("comfy.k_diffusion")
+    folder.sampling = sampling
     package = ModuleType("comfy")
-    package.samplers = samplers
+    package.samplers, package.k_diffusion = samplers, folder
+    monkeypatch.setitem(sys.modules, "comfy.k_diffusion", folder)
+    monkeypatch.setitem(sys.modules, "comfy.k_diffusion.sampling", sampling)
     monkeypatch.setitem(sys.modules, "comfy", package)
     monkeypatch.setitem(sys.modules, "comfy.samplers", samplers)
 

@@ -143,6 +143,12 @@ def test_checkpoints_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names["denoiser"].prediction == "edm" and (tmp_path / "edm64.safetensors").exists()
 
 
+def test_pipelines_page() -> None:
+    """Made by the matrix, whose own test holds each row to it."""
+    page = (DOCS / "pipelines.md").read_text(encoding="utf-8")
+    assert "```python" not in page and "WanPipeline" in page
+
+
 def test_every_page_is_run() -> None:
     """A new page needs a test here."""
     tested = {f"test_{page.stem}_page" for page in DOCS.glob("*.md")}

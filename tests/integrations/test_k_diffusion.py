@@ -136,7 +136,7 @@ def test_misuse_is_named() -> None:
     with pytest.raises(ValueError, match="get_sigmas_dlms"):
         sample_dlms(gaussian, noise(), get_sigmas_dlms(4, 0.1, 9.0), disable=True, solver=table)
     with pytest.raises(ValueError, match="decreasing"):
-        sample_dlms(gaussian, noise(), torch.tensor([1.0, 2.0]), disable=True)
+        sample_dlms(gaussian, noise(), torch.tensor([2.0, 1.0, 1.5]), disable=True)
     with pytest.raises(ValueError, match="at most 1"):
         sample_dlms(gaussian, noise(), torch.tensor([2.0, 0.0]), disable=True, flow=True)
     with pytest.raises(ValueError, match="n is 3"):
@@ -197,3 +197,97 @@ def test_nodes_read_solver_files(comfy: None, tmp_path: Any) -> None:
     assert sigmas.shape == (6,)
     out = sampler.sample(model, sigmas, noise() * sigmas[0], lambda *_: None)
     assert bool(out.isfinite().all())
+
+
+def test_the_samplers_are_in_ksamplers_list(comfy: None) -> None:
+    import comfy.samplers
+    from comfy.k_diffusion import sampling
+
+    from dlms_engine.integrations.comfyui.ksampler import register
+
+    names = register()
+    assert register() == names  # a second load adds nothing
+    assert "dlms_unipc" in names
+    assert comfy.samplers.KSampler.SAMPLERS.count("dlms_unipc") == 1
+    assert comfy.samplers.KSAMPLER_NAMES.count("dlms_unipc") == 1
+    sigmas = get_sigmas_dlms(6)
+    start = noise() * sigmas[0]
+    found = sampling.sample_dlms_unipc(gaussian, start, sigmas, disable=True)
+    assert torch.equal(found, sample_dlms(gaussian, start, sigmas, disable=True, solver="unipc"))
+
+
+def test_a_solver_file_is_checked_when_loaded_and_read_again_when_changed(tmp_path: Any) -> None:
+    from dlms_engine.integrations.comfyui.nodes import DLMSSampler, DLMSSigmas
+    from dlms_engine.policies.distilled import save_solver
+
+    assert DLMSSampler.VALIDATE_INPUTS("") is True
+    assert "solver_file" in str(DLMSSampler.VALIDATE_INPUTS(str(tmp_path / "missing.safetensors")))
+    process = processes.EDM(0.0292, 14.6146)
+    path = tmp_path / "five.safetensors"
+    save_solver(path, solvers.dpm_solver_pp(process, grids.polynomial(process, 5), order=2))
+    assert DLMSSigmas.VALIDATE_INPUTS(str(path)) is True
+    before = DLMSSampler.IS_CHANGED(solver_file=str(path), solver="ddim", order=2)
+    assert before == DLMSSampler.IS_CHANGED(solver_file=str(path))
+    save_solver(path, solvers.dpm_solver_pp(process, grids.polynomial(process, 6), order=2))
+    assert DLMSSampler.IS_CHANGED(solver_file=str(path)) != before
+
+
+def test_a_split_schedule_keeps_its_order_up_to_the_split() -> None:
+    """SplitSigmas: the first part ended with a first-order step, as if the picture were finished."""
+    sigmas = get_sigmas_dlms(8)
+    start = noise() * sigmas[0]
+    seen: list[Tensor] = []
+    sample_dlms(
+        gaussian, start, sigmas, None, lambda d: seen.append(d["x"].clone()), True, solver_order=2
+    )
+    half = sample_dlms(gaussian, start, sigmas[:5], disable=True, solver_order=2)
+    assert (half - seen[4]).abs().max() < 1e-5 * seen[4].abs().max()
+
+
+def test_two_evaluation_solvers_count_the_schedules_steps() -> None:
+    """ComfyUI's progress went to 11 of 6."""
+    steps: list[int] = []
+    sigmas = get_sigmas_dlms(6)
+    sample_dlms(
+        gaussian, noise() * sigmas[0], sigmas, None, lambda d: steps.append(d["i"]), True,
+        solver="heun",
+    )  # fmt: skip
+    assert max(steps) == 5 and steps == sorted(steps)
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_a_flipped_schedule_runs_from_data_to_noise(flow: bool) -> None:
+    """FlipSigmas raised. There and back with many steps is where it began."""
+    denoise = gaussian_flow if flow else gaussian
+    sigmas = (
+        get_sigmas_dlms(400, 0.01, 1.0 if flow else 10.0, schedule="shifted")
+        if flow
+        else (get_sigmas_dlms(400, 0.01, 10.0))
+    )
+    flipped = sigmas.flip(0).clone()
+    flipped[0] = 1e-4
+    data = noise() * STD
+    there = sample_dlms(denoise, data, flipped, disable=True, flow=flow)
+    back = sample_dlms(denoise, there, sigmas, disable=True, flow=flow, solver="ddim")
+    assert (back - data).abs().max() < 0.05
+
+
+def test_the_node_pack_is_complete() -> None:
+    """What ComfyUI's manager and its users look for in a folder of custom_nodes."""
+    import json
+    from pathlib import Path
+
+    import dlms_engine.integrations.comfyui as pack
+
+    folder = Path(pack.__file__).parent
+    assert "dlms-engine" in (folder / "requirements.txt").read_text()
+    assert "[tool.comfy]" in (folder / "pyproject.toml").read_text()
+    assert "custom_nodes" in (folder / "README.md").read_text()
+    workflow = json.loads((folder / "example_workflow.json").read_text())
+    used = {node["class_type"] for node in workflow.values()}
+    assert set(pack.NODE_CLASS_MAPPINGS) <= used
+    for node in workflow.values():
+        kind = pack.NODE_CLASS_MAPPINGS.get(node["class_type"])
+        if kind is not None:
+            asked = kind.INPUT_TYPES()
+            assert set(node["inputs"]) == {*asked["required"], *asked["optional"]}

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from .scheduler.runner import load_source
 from .scheduler.spread import spread
 from .scheduler.state import State
 
+log = logging.getLogger("dlms_engine")
 Schedule = Literal["karras", "exponential", "uniform", "shifted"]
 
 
@@ -62,6 +64,8 @@ def sample_dlms(
     Raises:
         ValueError: sigmas that do not decrease, or are not the learned solver's.
     """
+    if _rising(sigmas):
+        return _unsampled(model, x, sigmas, extra_args or {}, callback, disable)
     levels = _levels(sigmas)
     flow = is_flow(model) if flow is None else flow
     noise_model = _noise_model(levels, flow)
@@ -82,8 +86,39 @@ def sample_dlms(
         denoised = model(x if i or scale == 1.0 else x * scale, sigma * ones, **(extra_args or {}))
         if callback is not None:
             # ``sigma`` is a view of a tensor made before the loop: nothing is read here
-            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+            # ``i`` counts the schedule's steps: two-evaluation solvers have more rows than those
+            step = i * (len(levels) - 1) // (rows.count - begin)
+            callback({"x": x, "i": step, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
         x = state.advance(n, denoised, x)
+    return x
+
+
+def _rising(sigmas: Tensor) -> bool:
+    """Whether a schedule goes from data to noise, as a flipped one does."""
+    return len(sigmas) > 1 and bool((sigmas.detach().cpu().diff() > 0).all())
+
+
+def _unsampled(
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    callback: Callable[[dict[str, Any]], Any] | None,
+    disable: bool | None,
+) -> Tensor:
+    """Euler's method from data to noise: multistep tables are made for falling levels only."""
+    log.info("the sigmas rise: Euler's method runs, whatever the solver")
+    ones = x.new_ones(x.shape[0])
+    levels = sigmas.to(device=x.device, dtype=torch.float64)
+    tiny = 1e-4 * float(levels[-1])
+    for i in tqdm(range(len(levels) - 1), disable=disable):
+        sigma, following = levels[i].clamp(min=tiny), levels[i + 1]
+        denoised = model(x, sigma.to(x.dtype) * ones, **extra_args)
+        if callback is not None:
+            told = sigma.to(x.dtype)
+            callback({"x": x, "i": i, "sigma": told, "sigma_hat": told, "denoised": denoised})
+        ratio = (following / sigma).to(x.dtype)
+        x = ratio * x + (1 - ratio) * denoised
     return x
 
 
@@ -182,7 +217,9 @@ def _named(
     # float32 sigmas near 1 would leave a flow an alpha of rounding errors
     if isinstance(process, RectifiedFlow) and float(levels[0]) > 1 - 1e-6:
         levels = torch.cat([torch.ones(1, dtype=torch.float64), levels[1:]])
-    options = tables.solver_options(name, order, True, extra, len(levels) - 1)
+    # the first part of a split schedule does not end here: its order stays
+    ends = float(levels[-1]) == 0
+    options = tables.solver_options(name, order, ends, extra, len(levels) - 1)
     return table_rows(tables.named_table(name, process, levels, options))
 
 

@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dlms_engine.integrations.k_diffusion import get_sigmas_dlms, is_flow, sample_dlms
+from dlms_engine.integrations.scheduler.runner import load_source
 from dlms_engine.solvers import SOLVERS
 
 CATEGORY = "sampling/custom_sampling"
 
 
-class DLMSSampler:
+class SolverFile:
+    """What both nodes do about ``solver_file``: notice a new file, refuse a bad one when loaded."""
+
+    @classmethod
+    def IS_CHANGED(cls, solver_file: str = "", **_: Any) -> str:
+        """ComfyUI runs the node again when this changes: path, size and time of the file."""
+        path = solver_file.strip()
+        if not path or not os.path.isfile(path):
+            return path
+        status = os.stat(path)
+        return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, solver_file: str = "") -> bool | str:
+        """True, or what is wrong with ``solver_file``, before anything runs."""
+        if not solver_file.strip():
+            return True
+        try:
+            load_source(solver_file.strip())
+        except (OSError, ValueError) as exc:
+            return f"solver_file: {exc}"
+        return True
+
+
+class DLMSSampler(SolverFile):
     """Gives a SAMPLER that runs a handcrafted solver or a solver file."""
 
     RETURN_TYPES = ("SAMPLER",)
@@ -43,7 +69,7 @@ class DLMSSampler:
         return (comfy.samplers.KSAMPLER(sample_dlms, options),)
 
 
-class DLMSSigmas:
+class DLMSSigmas(SolverFile):
     """Gives SIGMAS: a schedule over the model's range, or those of a solver file."""
 
     RETURN_TYPES = ("SIGMAS",)
