@@ -73,6 +73,25 @@ def pair() -> tuple[Denoiser, tuple[int, ...]]:
     return held.denoiser, held.shape
 
 
+def labelled() -> Model:
+    """``tiny`` with a number a sample that the network is told."""
+    held = tiny()
+
+    class Labelled(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
+            out: Tensor = self.network(x, c_noise)
+            return out + 0.1 * label.to(out.dtype).reshape(-1, 1, 1, 1)
+
+    network = held.denoiser.network
+    assert isinstance(network, nn.Module)
+    denoiser = Denoiser(Labelled(network), EDM(), "edm")
+    return Model(denoiser, SHAPE, conditions={"label": torch.arange(3.0)})
+
+
 def wrong() -> str:
     """Not a model."""
     return "no model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -225,32 +226,75 @@ def test_record_is_complete_and_resumes(
     assert "the network ran again" in complaint(capsys, *last)
 
 
+@pytest.mark.parametrize("model", ["cli_model:tiny", "cli_model:labelled"])
 def test_demo_runs_resumes_and_draws(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
     from dlms_engine.cli import demo
 
-    monkeypatch.setattr(demo, "SCREEN", 2)
-    monkeypatch.setattr(demo, "TWICE", 6)
-    monkeypatch.setattr(demo, "ACCURATE_NFE", 8)
-    quick = {"batch": 16, "validation_samples": 4, "validation_steps": 8}
-    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **quick, "validate_every": 0})
-    sizes = ("--trajectories", 16, "--samples", 8, "--seeds", "0-3")
-    arguments = ("demo", *TINY, "--folder", tmp_path / "out", *sizes)
+    monkeypatch.setattr(demo, "ACCURATE_NFE", 12)
+    monkeypatch.setattr(demo, "SLOW_SECONDS", 0.0)
+    sizes = ("--budget", "600calls", "--samples", 8, "--seeds", "0-3", "--nfe", 3)
+    arguments = ("demo", "--model", model, "--folder", tmp_path / "out", *sizes)
     first = answer(capsys, *arguments)
     rows = first["rows"]
     assert isinstance(rows, list)
-    assert [row["nfe"] for row in rows] == [8, 5, 5, 6]
-    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {
-        "samples.png",
-        "grid.png",
-        "loss.png",
-    }
+    assert [row["nfe"] for row in rows] == [3, 3, 6]
+    assert first["times_closer"] == pytest.approx(rows[1]["rmse"] / rows[0]["rmse"])
+    assert (tmp_path / "out" / "samples.png").is_file()
     again = answer(capsys, *arguments)
     assert again["rows"] == rows
     assert run(*arguments) == 0
-    assert "DLMS" in capsys.readouterr().out
+    assert "times closer to the accurate picture" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_demo_draws_what_was_learned(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from dlms_engine.cli.demo import learning_errors
+    from dlms_engine.lab.demo_pictures import learning_curve
+
+    rounds = [{"rmse_before": 0.4, "rmse": 0.2}, {"rmse_before": 0.2, "rmse": 0.1}]
+    errors = learning_errors([*rounds, {"before": 0.1, "after": 0.05}])
+    assert errors == [0.4, 0.2, 0.1, 0.05] and learning_errors([]) == []
+    path = learning_curve(errors, {"untrained": 0.4}, tmp_path / "loss.png", title="Learning")
+    assert path.stat().st_size > 1000
+
+
+def test_demo_samples_every_seed_under_its_own_condition() -> None:
+    from dlms_engine.cli import demo
+
+    model = common.load_model("cli_model:labelled")
+    table = registry.handcrafted_table(processes.EDM(), "ipndm", 3)
+    together = demo.sampled(model, table, [0, 1, 2])
+    assert torch.equal(together[2], demo.sampled(model, table, [2])[0])
+    plain = dataclasses.replace(model, conditions={"label": torch.zeros(3)})
+    assert not torch.equal(together[2], demo.sampled(plain, table, [2])[0])
+
+
+def test_demo_takes_the_emoji_model_where_its_files_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dlms_engine import models
+    from dlms_engine.cli import demo
+
+    tiny = common.load_model("cli_model:tiny")
+    assert tiny.features is not None and tiny.reference is not None
+    found = models.PretrainedModel(
+        tiny.denoiser, tiny.shape, tiny.features, tiny.reference, ("face", "heart")
+    )
+    scales: list[object] = []
+
+    def load(_name: str, _device: object, guidance_scale: object) -> models.PretrainedModel:
+        scales.append(guidance_scale)
+        return found
+
+    monkeypatch.setattr(models, "installed", lambda _name: True)
+    monkeypatch.setattr(models, "load", load)
+    name, model = demo.demo_model("auto")
+    assert (name, scales) == ("emoji", [demo.DEMO_GUIDANCE])
+    assert model.conditions["class_labels"].tolist() == [0, 1]
+    monkeypatch.setattr(models, "installed", lambda _name: False)
+    monkeypatch.setattr(demo, "load_model", lambda spec, _device: spec)
+    assert demo.demo_model("auto") == ("embedded", "embedded")
 
 
 def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,7 +310,8 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
     }
     root = Path(__file__).parents[2]
     checked = 0
-    for text in ((root / "docs/cli.md").read_text(), (root / "README.md").read_text()):
+    pages = ("docs/cli.md", "README.md", "docs/your_model.md", "docs/production.md")
+    for text in ((root / page).read_text() for page in (*pages, "docs/benchmarks.md")):
         for line in re.findall(r"^    dlms (.+)$", text, flags=re.MULTILINE):
             command, *words = line.split("#")[0].split()
             used = {word.partition("=")[0] for word in words if word.startswith("--")}
@@ -276,7 +321,7 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:
                 known["bench"] = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
             assert used <= known[command] | {"--help", "--json", "--debug"}, line
             checked += 1
-    assert checked > 10
+    assert checked > 20
 
 
 def test_export_names_the_solver_and_hands_over_what_was_asked(tmp_path, capsys, monkeypatch):

@@ -50,7 +50,7 @@ def test_samples_file_holds_the_exact_pixels(tmp_path: Path) -> None:
 def _drawn(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The figures that are written from here on."""
     figures: list[object] = []
-    write = plots._write
+    write = plots.write_figure
 
     def keep(figure: object, path: object) -> Path:
         figures.append(figure)

@@ -25,7 +25,7 @@ DRAWN = ("loss", "error", "rmse", "distance", "validation")
 """Words in the names of history columns worth a curve."""
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     """A figure that belongs to no window system and to no global state."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -39,7 +39,7 @@ def _new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def _write(figure: Any, path: str | os.PathLike[str]) -> Path:
+def write_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
     """Atomic: a reader never sees half a picture."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def _write(figure: Any, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -74,7 +74,7 @@ def loss_curve(
     columns = _numeric_columns(history, without=step)
     if not columns:
         raise ValueError("the history holds no positive numbers: nothing to draw")
-    figure = _new_figure(6.0, 3.6)
+    figure = new_figure(6.0, 3.6)
     axes = figure.subplots()
     for index, (name, points) in enumerate(columns.items()):
         at = [float(history[row].get(step, row)) for row, _ in points]
@@ -82,8 +82,8 @@ def loss_curve(
         axes.plot(at, [value for _, value in points], label=name, color=colour, linewidth=1.2)
     axes.set(xlabel=step, yscale="log", title=title)
     axes.legend(frameon=False, fontsize=8)
-    _tidy(axes)
-    return _write(figure, path)
+    tidy(axes)
+    return write_figure(figure, path)
 
 
 def _numeric_columns(
@@ -116,7 +116,7 @@ def grids(
         learned: label -> times ``[steps + 1]``, or ``[B, steps + 1]`` for grids that differ a
             sample: then the geometric mean is drawn with the band from smallest to largest.
     """
-    figure = _new_figure(6.0, 4.0)
+    figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
     for index, (label, times) in enumerate(handcrafted.items()):
         colour = HANDCRAFTED_COLOURS[index % len(HANDCRAFTED_COLOURS)]
@@ -132,8 +132,8 @@ def grids(
     axes.set(xlabel="step", ylabel=r"$\sigma / \alpha$", yscale="log", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False, fontsize=8)
-    _tidy(axes)
-    return _write(figure, path)
+    tidy(axes)
+    return write_figure(figure, path)
 
 
 def _noise_level(process: Process, times: Tensor) -> Tensor:
@@ -159,7 +159,7 @@ def quality(
         learned: label -> {nfe: value}, drawn solid.
         floor: value of a perfect sampler, drawn as a horizontal line.
     """
-    figure = _new_figure(6.4, 4.2)
+    figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
     for index, (label, values) in enumerate(handcrafted.items()):
         colour = HANDCRAFTED_COLOURS[index % len(HANDCRAFTED_COLOURS)]
@@ -174,8 +174,8 @@ def quality(
     many = len(handcrafted) + len(learned) > 6  # beside the curves, not on them
     beside = {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)} if many else {}
     axes.legend(frameon=False, fontsize=7, **beside)
-    _tidy(axes)
-    return _write(figure, path)
+    tidy(axes)
+    return write_figure(figure, path)
 
 
 def _curve(axes: Any, label: str, values: Mapping[int, float], **style: Any) -> None:
@@ -252,7 +252,7 @@ def side_by_side(
     lines = -(-len(canvases) // across)
     across = -(-len(canvases) // lines)
     tall = panel_width * height / width + 0.3
-    figure = _new_figure(panel_width * across, lines * tall + 0.45)
+    figure = new_figure(panel_width * across, lines * tall + 0.45)
     axes = figure.subplots(lines, across, squeeze=False).flatten()
     for axis in axes:
         axis.set_axis_off()
@@ -261,4 +261,4 @@ def side_by_side(
         axis.set_title(label, fontsize=9)
     if title:
         figure.suptitle(title, fontsize=10)
-    return _write(figure, path)
+    return write_figure(figure, path)

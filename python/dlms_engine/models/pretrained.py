@@ -104,6 +104,19 @@ def folder(name: str) -> Path:
     return path
 
 
+def installed(name: str) -> bool:
+    """Whether the files of a model of the package are installed.
+
+    Raises:
+        ValueError: no such model.
+    """
+    try:
+        folder(name)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def read(
     path: Path,
     device: torch.device | str = "cpu",
