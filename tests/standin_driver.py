@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine import cuda_graph, cuda_graph_capture
 from dlms_engine.engine.native import native
 
@@ -71,8 +72,12 @@ class Standin:
         self.library.standin_fail(name.encode(), status)
 
     def alive(self) -> int:
-        """Graphs, plain and instantiated, that nobody has destroyed."""
+        """Graphs, plain and instantiated, and events that nobody has destroyed."""
         return int(self.library.standin_alive())
+
+    def unordered(self) -> int:
+        """Runs that began before the end of one that was enqueued earlier; of one run at a time."""
+        return int(self.library.standin_unordered())
 
     def depth(self) -> int:
         """Contexts pushed and not popped."""
@@ -111,7 +116,13 @@ def driver(standin_library: Path) -> Iterator[Standin]:
     native.use_cuda_driver(str(standin_library))
     made = Standin(standin_library)
     yield made
-    for name in ("cuGraphLaunch", "cuGraphInstantiateWithFlags", "cuGraphExecMemcpyNodeSetParams"):
+    for name in (
+        "cuStreamWaitEvent",
+        "cuMemcpyDtoDAsync_v2",
+        "cuGraphLaunch",
+        "cuEventRecord",
+        "cuGraphInstantiateWithFlags",
+    ):
         made.fail(name, 0)
     native.use_cuda_driver("")
 
@@ -203,6 +214,8 @@ def captured(driver: Standin, monkeypatch: pytest.MonkeyPatch) -> StandinCapture
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(cuda_graph, "_shown", set())
+    # As on a GPU, where it does not look: that would make the host wait.
+    monkeypatch.setattr(Denoiser, "_refuse_blind", lambda denoiser, alpha: None)
     return capture
 
 

@@ -9,6 +9,7 @@
 #include <string>
 
 struct CUctx_st;
+struct CUevent_st;
 struct CUfunc_st;
 struct CUgraph_st;
 struct CUgraphExec_st;
@@ -18,6 +19,7 @@ struct CUstream_st;
 namespace dlms::cuda {
 
 using Context = CUctx_st*;
+using Event = CUevent_st*;
 using Function = CUfunc_st*;
 using Graph = CUgraph_st*;
 using GraphExec = CUgraphExec_st*;
@@ -25,31 +27,12 @@ using GraphNode = CUgraphNode_st*;
 using Stream = CUstream_st*;
 using DevicePtr = unsigned long long;
 
-constexpr int kMemoryDevice = 2;                    // CU_MEMORYTYPE_DEVICE
 constexpr unsigned long long kAutoFreeOnLaunch = 1; // as torch instantiates its own graphs
 constexpr int kNodeConditional = 13;                // CU_GRAPH_NODE_TYPE_CONDITIONAL
 constexpr int kConditionWhile = 1;                  // CU_GRAPH_COND_TYPE_WHILE
 constexpr unsigned kConditionAssignDefault = 1;     // CU_GRAPH_COND_ASSIGN_DEFAULT
 constexpr unsigned kStreamNonBlocking = 1;          // CU_STREAM_NON_BLOCKING
-
-// CUDA_MEMCPY3D_v2. A plain copy is Height = Depth = 1.
-struct Copy {
-  size_t src_x = 0, src_y = 0, src_z = 0, src_lod = 0;
-  int src_type = kMemoryDevice;
-  const void* src_host = nullptr;
-  DevicePtr src = 0;
-  void* src_array = nullptr;
-  void* reserved0 = nullptr;
-  size_t src_pitch = 0, src_height = 0;
-  size_t dst_x = 0, dst_y = 0, dst_z = 0, dst_lod = 0;
-  int dst_type = kMemoryDevice;
-  void* dst_host = nullptr;
-  DevicePtr dst = 0;
-  void* dst_array = nullptr;
-  void* reserved1 = nullptr;
-  size_t dst_pitch = 0, dst_height = 0;
-  size_t width = 0, height = 1, depth = 1;
-};
+constexpr unsigned kEventDisableTiming = 2;         // CU_EVENT_DISABLE_TIMING
 
 // CUDA_KERNEL_NODE_PARAMS_v2
 struct KernelNode {
@@ -91,50 +74,53 @@ class DriverError : public std::runtime_error {
 };
 
 // (member, symbol in the library, parameters). The suffixes are part of the interface.
-#define DLMS_DRIVER_REQUIRED(entry)                                                                \
-  entry(init, "cuInit", (unsigned flags)) entry(                                                   \
-      error_string, "cuGetErrorString", (int status, const char** text)) entry(device_get,         \
-      "cuDeviceGet", (int* device, int ordinal)) entry(primary_retain, "cuDevicePrimaryCtxRetain", \
-      (Context * context, int device)) entry(primary_release, "cuDevicePrimaryCtxRelease_v2",      \
-      (int device)) entry(context_push, "cuCtxPushCurrent_v2",                                     \
-      (Context context)) entry(context_pop, "cuCtxPopCurrent_v2", (Context * context))             \
-      entry(stream_create, "cuStreamCreate", (Stream * stream, unsigned flags)) entry(             \
-          stream_synchronize, "cuStreamSynchronize", (Stream stream)) entry(stream_destroy,        \
-          "cuStreamDestroy_v2", (Stream stream)) entry(memory_allocate, "cuMemAlloc_v2",           \
-          (DevicePtr * memory, size_t bytes)) entry(memory_free, "cuMemFree_v2",                   \
-          (DevicePtr memory)) entry(graph_create, "cuGraphCreate",                                 \
-          (Graph * graph, unsigned flags)) entry(graph_clone, "cuGraphClone",                      \
-          (Graph * clone, Graph graph)) entry(graph_destroy, "cuGraphDestroy",                     \
-          (Graph graph)) entry(graph_roots, "cuGraphGetRootNodes",                                 \
-          (Graph graph, GraphNode * nodes, size_t* count)) entry(graph_nodes, "cuGraphGetNodes",   \
-          (Graph graph, GraphNode * nodes, size_t* count)) entry(node_dependents,                  \
-          "cuGraphNodeGetDependentNodes", (GraphNode node, GraphNode * dependents, size_t* count)) \
-          entry(add_dependencies, "cuGraphAddDependencies",                                        \
-              (Graph graph, const GraphNode* from, const GraphNode* to,                            \
-                  size_t count)) entry(add_copy, "cuGraphAddMemcpyNode",                           \
-              (GraphNode * node, Graph graph, const GraphNode* after, size_t count,                \
-                  const Copy* copy, Context context)) entry(add_memset, "cuGraphAddMemsetNode",    \
-              (GraphNode * node, Graph graph, const GraphNode* after, size_t count,                \
-                  const MemsetNode* memset, Context context)) entry(add_kernel,                    \
-              "cuGraphAddKernelNode_v2",                                                           \
-              (GraphNode * node, Graph graph, const GraphNode* after, size_t count,                \
-                  const KernelNode* kernel)) entry(add_child, "cuGraphAddChildGraphNode",          \
-              (GraphNode * node, Graph graph, const GraphNode* after, size_t count, Graph child))  \
-              entry(set_copy, "cuGraphExecMemcpyNodeSetParams",                                    \
-                  (GraphExec exec, GraphNode node, const Copy* copy, Context context))             \
-                  entry(instantiate, "cuGraphInstantiateWithFlags",                                \
-                      (GraphExec * exec, Graph graph, unsigned long long flags))                   \
-                      entry(upload, "cuGraphUpload", (GraphExec exec, Stream stream))              \
-                          entry(launch, "cuGraphLaunch", (GraphExec exec, Stream stream))          \
-                              entry(exec_destroy, "cuGraphExecDestroy", (GraphExec exec))
+// clang-format off
+#define DLMS_DRIVER_REQUIRED(entry) \
+  entry(init, "cuInit", (unsigned flags)) \
+  entry(error_string, "cuGetErrorString", (int status, const char** text)) \
+  entry(device_get, "cuDeviceGet", (int* device, int ordinal)) \
+  entry(primary_retain, "cuDevicePrimaryCtxRetain", (Context* context, int device)) \
+  entry(primary_release, "cuDevicePrimaryCtxRelease_v2", (int device)) \
+  entry(context_push, "cuCtxPushCurrent_v2", (Context context)) \
+  entry(context_pop, "cuCtxPopCurrent_v2", (Context* context)) \
+  entry(stream_create, "cuStreamCreate", (Stream* stream, unsigned flags)) \
+  entry(stream_synchronize, "cuStreamSynchronize", (Stream stream)) \
+  entry(stream_destroy, "cuStreamDestroy_v2", (Stream stream)) \
+  entry(stream_wait, "cuStreamWaitEvent", (Stream stream, Event event, unsigned flags)) \
+  entry(event_create, "cuEventCreate", (Event* event, unsigned flags)) \
+  entry(event_record, "cuEventRecord", (Event event, Stream stream)) \
+  entry(event_destroy, "cuEventDestroy_v2", (Event event)) \
+  entry(memory_allocate, "cuMemAlloc_v2", (DevicePtr* memory, size_t bytes)) \
+  entry(memory_free, "cuMemFree_v2", (DevicePtr memory)) \
+  entry(copy_async, "cuMemcpyDtoDAsync_v2", \
+      (DevicePtr to, DevicePtr from, size_t bytes, Stream stream)) \
+  entry(graph_create, "cuGraphCreate", (Graph* graph, unsigned flags)) \
+  entry(graph_destroy, "cuGraphDestroy", (Graph graph)) \
+  entry(graph_nodes, "cuGraphGetNodes", (Graph graph, GraphNode* nodes, size_t* count)) \
+  entry(add_memset, "cuGraphAddMemsetNode", \
+      (GraphNode* node, Graph graph, const GraphNode* after, size_t count, \
+       const MemsetNode* memset, Context context)) \
+  entry(add_kernel, "cuGraphAddKernelNode_v2", \
+      (GraphNode* node, Graph graph, const GraphNode* after, size_t count, \
+       const KernelNode* kernel)) \
+  entry(add_child, "cuGraphAddChildGraphNode", \
+      (GraphNode* node, Graph graph, const GraphNode* after, size_t count, \
+       Graph child)) \
+  entry(instantiate, "cuGraphInstantiateWithFlags", \
+      (GraphExec* exec, Graph graph, unsigned long long flags)) \
+  entry(upload, "cuGraphUpload", (GraphExec exec, Stream stream)) \
+  entry(launch, "cuGraphLaunch", (GraphExec exec, Stream stream)) \
+  entry(exec_destroy, "cuGraphExecDestroy", (GraphExec exec))
 
 // Drivers before CUDA 12.4 lack these: null.
-#define DLMS_DRIVER_OPTIONAL(entry)                                                \
-  entry(conditional_handle, "cuGraphConditionalHandleCreate",                      \
-      (unsigned long long* handle, Graph graph, Context context, unsigned initial, \
-          unsigned flags)) entry(add_node, "cuGraphAddNode",                       \
-      (GraphNode * node, Graph graph, const GraphNode* after, size_t count,        \
-          ConditionalNode* parameters))
+#define DLMS_DRIVER_OPTIONAL(entry) \
+  entry(conditional_handle, "cuGraphConditionalHandleCreate", \
+      (unsigned long long* handle, Graph graph, Context context, \
+       unsigned initial, unsigned flags)) \
+  entry(add_node, "cuGraphAddNode", \
+      (GraphNode* node, Graph graph, const GraphNode* after, size_t count, \
+       ConditionalNode* parameters))
+// clang-format on
 
 struct Driver {
 #define DLMS_DECLARE(member, symbol, parameters) int(*member) parameters = nullptr;

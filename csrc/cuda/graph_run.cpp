@@ -9,35 +9,6 @@ DevicePtr address(const void* pointer) {
   return static_cast<DevicePtr>(reinterpret_cast<uintptr_t>(pointer));
 }
 
-Copy copy_of(const void* from, void* to, size_t bytes) {
-  Copy copy;
-  copy.src = address(from);
-  copy.dst = address(to);
-  copy.src_pitch = copy.dst_pitch = copy.width = bytes;
-  copy.src_height = copy.dst_height = 1;
-  return copy;
-}
-
-std::vector<GraphNode> nodes_of(
-    const Driver& driver, Graph graph, int (*query)(Graph, GraphNode*, size_t*)) {
-  size_t count = 0;
-  driver.check(query(graph, nullptr, &count), "cuGraphGetNodes");
-  std::vector<GraphNode> nodes(count);
-  if (count != 0) driver.check(query(graph, nodes.data(), &count), "cuGraphGetNodes");
-  return nodes;
-}
-
-std::vector<GraphNode> leaves_of(const Driver& driver, const std::vector<GraphNode>& nodes) {
-  std::vector<GraphNode> leaves;
-  for (const GraphNode node : nodes) {
-    size_t dependents = 0;
-    driver.check(
-        driver.node_dependents(node, nullptr, &dependents), "cuGraphNodeGetDependentNodes");
-    if (dependents == 0) leaves.push_back(node);
-  }
-  return leaves;
-}
-
 } // namespace
 
 GraphRun::GraphRun(
@@ -51,12 +22,9 @@ GraphRun::GraphRun(
   try {
     check_spans();
     const ContextScope scope(driver_, context_.get());
-    if (graph_ == nullptr) driver_.check(driver_.graph_clone(&graph_, graph), "cuGraphClone");
-    add_copies();
-    driver_.check(
-        driver_.instantiate(&exec_, graph_, kAutoFreeOnLaunch), "cuGraphInstantiateWithFlags");
+    make(graph);
   } catch (...) {
-    if (graph_ != nullptr) driver_.graph_destroy(graph_);
+    destroy();
     throw;
   }
 }
@@ -69,45 +37,28 @@ void GraphRun::check_spans() const {
     throw std::invalid_argument("the output of a captured run is empty");
 }
 
-// The copies start out bound to their own buffers and are bound anew by the first launch.
-void GraphRun::add_copies() {
-  const std::vector<GraphNode> all = nodes_of(driver_, graph_, driver_.graph_nodes);
-  if (all.empty())
+// The instantiated graph is never changed: after a change the driver sends all of it to the device
+// again with the next launch, which for a thousand nodes takes longer than every copy around it.
+void GraphRun::make(Graph graph) {
+  driver_.check(driver_.graph_nodes(graph, nullptr, &nodes_), "cuGraphGetNodes");
+  if (nodes_ == 0)
     throw DriverError(
         "the capture recorded nothing: its work ran on another stream or device than the "
         "capture's");
-  const std::vector<GraphNode> roots = nodes_of(driver_, graph_, driver_.graph_roots);
-  const std::vector<GraphNode> leaves = leaves_of(driver_, all);
-  for (const Span& span : inputs_) {
-    const Copy copy = copy_of(span.data, span.data, span.bytes);
-    GraphNode node = nullptr;
-    driver_.check(
-        driver_.add_copy(&node, graph_, nullptr, 0, &copy, context_.get()), "cuGraphAddMemcpyNode");
-    for (const GraphNode root : roots)
-      driver_.check(driver_.add_dependencies(graph_, &node, &root, 1), "cuGraphAddDependencies");
-    copies_.push_back(node);
-  }
-  const Copy copy = copy_of(output_.data, output_.data, output_.bytes);
+  driver_.check(driver_.event_create(&done_, kEventDisableTiming), "cuEventCreate");
   driver_.check(
-      driver_.add_copy(&result_, graph_, leaves.data(), leaves.size(), &copy, context_.get()),
-      "cuGraphAddMemcpyNode");
-  bound_ = inputs_;
-  bound_output_ = output_;
-  nodes_ = all.size() + inputs_.size() + 1;
+      driver_.instantiate(&exec_, graph, kAutoFreeOnLaunch), "cuGraphInstantiateWithFlags");
 }
 
 GraphRun::~GraphRun() {
-  // A run that is under way goes on: the driver keeps what it needs until it has ended.
-  if (exec_ != nullptr) driver_.exec_destroy(exec_);
-  if (graph_ != nullptr) driver_.graph_destroy(graph_);
+  destroy();
 }
 
-void GraphRun::bind(GraphNode node, Span& bound, const void* from, void* to, size_t bytes) {
-  const Copy copy = copy_of(from, to, bytes);
-  // Runs that are already enqueued keep the addresses that they were enqueued with.
-  driver_.check(
-      driver_.set_copy(exec_, node, &copy, context_.get()), "cuGraphExecMemcpyNodeSetParams");
-  bound.bytes = bytes;
+// A run that is under way goes on: the driver keeps what it needs until it has ended.
+void GraphRun::destroy() {
+  if (exec_ != nullptr) driver_.exec_destroy(exec_);
+  if (done_ != nullptr) driver_.event_destroy(done_);
+  if (graph_ != nullptr) driver_.graph_destroy(graph_);
 }
 
 void GraphRun::launch(const std::vector<Span>& inputs, void* output, Stream stream) {
@@ -121,17 +72,27 @@ void GraphRun::launch(const std::vector<Span>& inputs, void* output, Stream stre
                                   std::to_string(inputs_[i].bytes));
   const ContextScope scope(driver_, context_.get());
   const std::lock_guard<std::mutex> lock(mutex_);
-  for (size_t i = 0; i < inputs.size(); ++i) {
-    if (bound_[i].data == inputs[i].data && bound_[i].bytes == inputs[i].bytes) continue;
-    bind(copies_[i], bound_[i], inputs[i].data, inputs_[i].data, inputs[i].bytes);
-    bound_[i].data = inputs[i].data;
+  // Also on the stream of the run before: its handle may be that of a new stream by now.
+  driver_.check(driver_.stream_wait(stream, done_, 0), "cuStreamWaitEvent");
+  try {
+    enqueue(inputs, output, stream);
+  } catch (...) {
+    driver_.event_record(done_, stream); // the next run waits for what was enqueued
+    throw;
   }
-  if (bound_output_.data != output) {
-    bind(result_, bound_output_, output_.data, output, output_.bytes);
-    bound_output_.data = output;
-  }
-  driver_.check(driver_.launch(exec_, stream), "cuGraphLaunch");
+  driver_.check(driver_.event_record(done_, stream), "cuEventRecord");
   launches_.fetch_add(1, std::memory_order_relaxed);
+}
+
+// Every input is copied, also from the address of the run before: its values may be others.
+void GraphRun::enqueue(const std::vector<Span>& inputs, void* output, Stream stream) {
+  for (size_t i = 0; i < inputs.size(); ++i)
+    driver_.check(driver_.copy_async(
+                      address(inputs_[i].data), address(inputs[i].data), inputs[i].bytes, stream),
+        "cuMemcpyDtoDAsync");
+  driver_.check(driver_.launch(exec_, stream), "cuGraphLaunch");
+  driver_.check(driver_.copy_async(address(output), address(output_.data), output_.bytes, stream),
+      "cuMemcpyDtoDAsync");
 }
 
 void GraphRun::upload(Stream stream) {

@@ -1,5 +1,5 @@
-// A captured run: one instantiated CUDA graph that copies its inputs in, runs and copies its result
-// out, started by one call of the driver.
+// A captured run: an instantiated CUDA graph on buffers of its own, with copies before and after
+// it.
 #pragma once
 
 #include <atomic>
@@ -19,23 +19,23 @@ struct Span {
 
 class GraphRun {
  public:
-  // graph: what a stream capture recorded, or a loop_graph. It is copied, or taken over (a graph
-  // with a loop cannot be copied; it is destroyed with this object, and if this throws). The memory
-  // that it refers to must outlive this object. Its first nodes may read `inputs`, its last have
-  // written `output`. DriverError: the graph is empty (work of another device or stream is not
-  // recorded), or the driver refuses it.
-  enum class Ownership { kCopy, kTake };
+  // graph: what a stream capture recorded, or a loop_graph. It is only read, and stays the caller's
+  // (kBorrow), or is destroyed with this object, and if this throws (kTake). The memory that it
+  // refers to must outlive this object. Its nodes may read `inputs` and have written `output`.
+  // DriverError: the graph is empty (work of another device or stream is not recorded), or the
+  // driver refuses it.
+  enum class Ownership { kBorrow, kTake };
   GraphRun(Graph graph, std::vector<Span> inputs, Span output, int device,
-      Ownership ownership = Ownership::kCopy);
+      Ownership ownership = Ownership::kBorrow);
   ~GraphRun();
   GraphRun(const GraphRun&) = delete;
   GraphRun& operator=(const GraphRun&) = delete;
 
   // Enqueues one run on `stream`, and does not wait for it: inputs[i].bytes are copied from
-  // inputs[i].data, the result to `output`. The memory may be used again by work enqueued on
-  // `stream` afterwards. Any thread, any stream of the device: CUDA orders the runs of one
-  // instantiated graph, also across streams.
-  // std::invalid_argument: another number of inputs, or more bytes than an input holds.
+  // inputs[i].data, the graph runs, the result is copied to `output`. The memory may be used again
+  // by work enqueued on `stream` afterwards. Any thread, any stream of the device: a run waits, on
+  // the device, for the one before it, since they share the buffers. std::invalid_argument: another
+  // number of inputs, or more bytes than an input holds.
   void launch(const std::vector<Span>& inputs, void* output, Stream stream);
 
   // Sends the graph to the device ahead of the first run.
@@ -44,26 +44,24 @@ class GraphRun {
   int device() const { return device_; }
   const std::vector<Span>& inputs() const { return inputs_; }
   Span output() const { return output_; }
-  size_t nodes() const { return nodes_; } // copies included
+  size_t nodes() const { return nodes_; } // without the copies around it
   uint64_t launches() const { return launches_.load(std::memory_order_relaxed); }
 
  private:
   void check_spans() const;
-  void add_copies();
-  void bind(GraphNode node, Span& bound, const void* from, void* to, size_t bytes);
+  void make(Graph graph);
+  void destroy();
+  void enqueue(const std::vector<Span>& inputs, void* output, Stream stream);
 
   const Driver& driver_;
   int device_;
   PrimaryContext context_;
   std::vector<Span> inputs_;
   Span output_;
-  std::mutex mutex_; // re-binding and launching belong together
+  std::mutex mutex_; // a run's copies and its launch belong together
   Graph graph_ = nullptr;
   GraphExec exec_ = nullptr;
-  std::vector<GraphNode> copies_;
-  GraphNode result_ = nullptr;
-  std::vector<Span> bound_; // what the copies read now
-  Span bound_output_;       // and where the result goes
+  Event done_ = nullptr; // of the latest run
   size_t nodes_ = 0;
   std::atomic<uint64_t> launches_{0};
 };

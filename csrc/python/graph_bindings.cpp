@@ -50,7 +50,7 @@ class TensorRun {
     const RawTensor out = memory_of(output_, "the output buffer");
     output_layout_ = {out.dtype, out.device};
     const Span span{out.data, out.bytes};
-    const auto ownership = take ? GraphRun::Ownership::kTake : GraphRun::Ownership::kCopy;
+    const auto ownership = take ? GraphRun::Ownership::kTake : GraphRun::Ownership::kBorrow;
     const py::gil_scoped_release release;
     run_ = std::make_unique<GraphRun>(
         handle_of<cuda::Graph>(graph), std::move(spans), span, device, ownership);
@@ -158,14 +158,13 @@ void bind_runs(py::module_& m) {
       },
       py::arg("device"), "A stream of its own on a device, never destroyed.");
   py::class_<TensorRun>(m, "GraphRun",
-      "One instantiated CUDA graph: copies its inputs in, runs, copies its result out.")
+      "An instantiated CUDA graph: inputs are copied in, it runs, its result is copied out.")
       .def(py::init<uintptr_t, const py::tuple&, py::object, int, bool>(), py::arg("graph"),
           py::arg("inputs"), py::arg("output"), py::arg("device"), py::arg("take") = false,
-          "graph: cudaGraph_t, copied, or taken over if `take`; inputs, output: the tensors that "
-          "it "
-          "reads and writes.")
+          "graph: cudaGraph_t, only read, or taken over if `take`; inputs, output: the tensors "
+          "that it reads and writes.")
       .def("launch", &TensorRun::launch, py::arg("inputs"), py::arg("output"), py::arg("stream"),
-          "Enqueue one run on a stream (cudaStream_t): one call of the driver, no wait.")
+          "Enqueue one run on a stream (cudaStream_t), copies included, without waiting.")
       .def(
           "upload",
           [](TensorRun& run, uintptr_t stream) {
@@ -175,7 +174,7 @@ void bind_runs(py::module_& m) {
           py::arg("stream"))
       .def_property_readonly(
           "nodes", [](TensorRun& run) { return run.run().nodes(); },
-          "Nodes of the graph, copies included.")
+          "Nodes of the graph, without the copies around it.")
       .def_property_readonly("launches", [](TensorRun& run) { return run.run().launches(); });
 }
 

@@ -86,7 +86,7 @@ def tests(name: str, measures: str, limit: float, *selection: str) -> Stage:
 def all_tests() -> tuple[Stage, ...]:
     """The tests that need a GPU; then those of Triton kernels, which run interpreted without one."""
     return (
-        tests("tests", "every test marked needs_cuda", 110, "-m", "needs_cuda",
+        tests("tests", "every test marked needs_cuda", 150, "-m", "needs_cuda",
               *files_with("needs_cuda")),
         tests("tests-triton", "the tests of Triton kernels, compiled instead of interpreted", 110,
               "-m", "not needs_cuda and not slow", *files_with("triton_device()")),

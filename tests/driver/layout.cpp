@@ -14,23 +14,8 @@
       sizeof(std::declval<ours>().our_field) == sizeof(std::declval<theirs>().their_field), "")
 
 using dlms::cuda::ConditionalNode;
-using dlms::cuda::Copy;
 using dlms::cuda::KernelNode;
 using dlms::cuda::MemsetNode;
-
-static_assert(sizeof(Copy) == sizeof(CUDA_MEMCPY3D));
-SAME(Copy, src_type, CUDA_MEMCPY3D, srcMemoryType);
-SAME(Copy, src, CUDA_MEMCPY3D, srcDevice);
-SAME(Copy, src_pitch, CUDA_MEMCPY3D, srcPitch);
-SAME(Copy, src_height, CUDA_MEMCPY3D, srcHeight);
-SAME(Copy, dst_type, CUDA_MEMCPY3D, dstMemoryType);
-SAME(Copy, dst, CUDA_MEMCPY3D, dstDevice);
-SAME(Copy, dst_pitch, CUDA_MEMCPY3D, dstPitch);
-SAME(Copy, dst_height, CUDA_MEMCPY3D, dstHeight);
-SAME(Copy, width, CUDA_MEMCPY3D, WidthInBytes);
-SAME(Copy, height, CUDA_MEMCPY3D, Height);
-SAME(Copy, depth, CUDA_MEMCPY3D, Depth);
-static_assert(dlms::cuda::kMemoryDevice == CU_MEMORYTYPE_DEVICE);
 
 static_assert(sizeof(KernelNode) == sizeof(CUDA_KERNEL_NODE_PARAMS_v2));
 SAME(KernelNode, function, CUDA_KERNEL_NODE_PARAMS_v2, func);
@@ -56,7 +41,9 @@ static_assert(dlms::cuda::kNodeConditional == CU_GRAPH_NODE_TYPE_CONDITIONAL);
 static_assert(dlms::cuda::kConditionWhile == CU_GRAPH_COND_TYPE_WHILE);
 static_assert(dlms::cuda::kConditionAssignDefault == CU_GRAPH_COND_ASSIGN_DEFAULT);
 static_assert(dlms::cuda::kStreamNonBlocking == CU_STREAM_NON_BLOCKING);
+static_assert(dlms::cuda::kEventDisableTiming == CU_EVENT_DISABLE_TIMING);
 static_assert(dlms::cuda::kAutoFreeOnLaunch == CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH);
 static_assert(std::is_same_v<dlms::cuda::DevicePtr, CUdeviceptr>);
+static_assert(std::is_same_v<dlms::cuda::Event, CUevent>);
 static_assert(std::is_same_v<dlms::cuda::Graph, CUgraph>);
 static_assert(std::is_same_v<dlms::cuda::Stream, CUstream>);

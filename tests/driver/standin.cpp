@@ -13,23 +13,6 @@
 
 namespace {
 
-struct Copy { // CUDA_MEMCPY3D_v2, the fields of a plain copy
-  size_t before_src[4];
-  int src_type;
-  const void* src_host;
-  unsigned long long src;
-  void* src_array;
-  void* reserved0;
-  size_t src_pitch, src_height;
-  size_t before_dst[4];
-  int dst_type;
-  void* dst_host;
-  unsigned long long dst;
-  void* dst_array;
-  void* reserved1;
-  size_t dst_pitch, dst_height;
-  size_t width, height, depth;
-};
 struct Kernel {
   void (*function)(void**);
   unsigned grid[3], block[3], shared;
@@ -55,8 +38,7 @@ struct Conditional {
 };
 
 struct Node {
-  enum Kind { kCopy, kKernel, kMemset, kChild, kWhile } kind;
-  Copy copy{};
+  enum Kind { kKernel, kMemset, kChild, kWhile } kind;
   void (*function)(void**) = nullptr;
   std::vector<std::vector<char>> arguments; // values, copied when the node is added
   Memset memset{};
@@ -71,8 +53,12 @@ struct Graph {
   Graph* body_slot = nullptr;
 };
 struct Exec {
-  Graph* graph;                 // a copy
-  std::map<Node*, Node*> nodes; // of the graph it was made from -> of the copy
+  Graph* graph; // a copy
+};
+// Work is done when it is enqueued, so waiting is only checked: an event has to have been recorded
+// after the last work of a run, on whatever stream.
+struct Event {
+  long recorded = 0; // the number of the latest work when it was
 };
 
 std::mutex mutex;
@@ -80,6 +66,8 @@ std::map<std::string, int> calls, failures;
 std::atomic<int> depth{0};
 std::map<unsigned long long, unsigned> conditions;
 unsigned long long next_handle = 1;
+std::atomic<long> work{0};     // copies and launches so far
+std::atomic<int> unordered{0}; // runs that did not wait for the one before
 std::set<void*> alive;
 constexpr size_t kArgument = 8; // every argument of the tests' kernels
 
@@ -92,19 +80,18 @@ int enter(const char* name) {
 #define ENTER(name) \
   if (const int status = enter(name)) return status
 
-Graph* copy_of(const Graph* from, std::map<Node*, Node*>* map) {
+Graph* copy_of(const Graph* from) {
   auto* to = new Graph(*from);
-  std::map<Node*, Node*> local;
-  if (map == nullptr) map = &local;
+  std::map<Node*, Node*> made; // node of the original -> its copy
   for (Node*& node : to->nodes) {
-    Node* made = new Node(*node);
-    made->graph = to;
-    (*map)[node] = made;
-    if (made->child != nullptr) made->child = copy_of(made->child, map);
-    node = made;
+    Node* copy = new Node(*node);
+    copy->graph = to;
+    made[node] = copy;
+    if (copy->child != nullptr) copy->child = copy_of(copy->child);
+    node = copy;
   }
   for (Node* node : to->nodes)
-    for (Node*& before : node->after) before = map->at(before);
+    for (Node*& before : node->after) before = made.at(before);
   const std::lock_guard<std::mutex> lock(mutex);
   alive.insert(to);
   return to;
@@ -114,10 +101,6 @@ void run(Graph* graph);
 
 void run(Node* node) {
   switch (node->kind) {
-    case Node::kCopy:
-      std::memmove(reinterpret_cast<void*>(node->copy.dst),
-          reinterpret_cast<const void*>(node->copy.src), node->copy.width);
-      return;
     case Node::kKernel: {
       std::vector<void*> pointers;
       for (auto& value : node->arguments) pointers.push_back(value.data());
@@ -246,6 +229,37 @@ int cuStreamDestroy_v2(void* stream) {
   delete static_cast<int*>(stream);
   return 0;
 }
+int cuEventCreate(Event** event, unsigned) {
+  ENTER("cuEventCreate");
+  *event = new Event;
+  const std::lock_guard<std::mutex> lock(mutex);
+  alive.insert(*event);
+  return 0;
+}
+int cuEventRecord(Event* event, void*) {
+  ENTER("cuEventRecord");
+  event->recorded = work;
+  return 0;
+}
+int cuStreamWaitEvent(void*, Event* event, unsigned) {
+  ENTER("cuStreamWaitEvent");
+  if (event->recorded != work) ++unordered;
+  return 0;
+}
+int standin_unordered() { // with one run and one thread at a time
+  return unordered;
+}
+int cuEventDestroy_v2(Event* event) {
+  ENTER("cuEventDestroy_v2");
+  const std::lock_guard<std::mutex> lock(mutex);
+  return alive.erase(event) == 1 ? 0 : 1;
+}
+int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, void*) {
+  ENTER("cuMemcpyDtoDAsync_v2");
+  ++work;
+  std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+  return 0;
+}
 int cuMemAlloc_v2(unsigned long long* memory, size_t bytes) {
   ENTER("cuMemAlloc_v2");
   *memory = reinterpret_cast<unsigned long long>(new char[bytes]);
@@ -263,11 +277,6 @@ int cuGraphCreate(Graph** graph, unsigned) {
   alive.insert(*graph);
   return 0;
 }
-int cuGraphClone(Graph** clone, Graph* graph) {
-  ENTER("cuGraphClone");
-  *clone = copy_of(graph, nullptr);
-  return 0;
-}
 int cuGraphDestroy(Graph* graph) {
   ENTER("cuGraphDestroy");
   const std::lock_guard<std::mutex> lock(mutex);
@@ -277,37 +286,6 @@ int cuGraphGetNodes(Graph* graph, Node** nodes, size_t* count) {
   ENTER("cuGraphGetNodes");
   if (nodes != nullptr) std::memcpy(nodes, graph->nodes.data(), *count * sizeof(Node*));
   *count = graph->nodes.size();
-  return 0;
-}
-int cuGraphGetRootNodes(Graph* graph, Node** nodes, size_t* count) {
-  ENTER("cuGraphGetRootNodes");
-  size_t n = 0;
-  for (Node* node : graph->nodes) {
-    if (!node->after.empty()) continue;
-    if (nodes != nullptr) nodes[n] = node;
-    ++n;
-  }
-  *count = n;
-  return 0;
-}
-int cuGraphNodeGetDependentNodes(Node* node, Node**, size_t* count) {
-  ENTER("cuGraphNodeGetDependentNodes");
-  *count = 0;
-  for (Node* other : node->graph->nodes)
-    for (Node* before : other->after) *count += before == node ? 1 : 0;
-  return 0;
-}
-int cuGraphAddDependencies(Graph*, Node* const* from, Node* const* to, size_t count) {
-  ENTER("cuGraphAddDependencies");
-  for (size_t i = 0; i < count; ++i) to[i]->after.push_back(from[i]);
-  return 0;
-}
-int cuGraphAddMemcpyNode(
-    Node** node, Graph* graph, Node* const* after, size_t count, const Copy* copy, void*) {
-  ENTER("cuGraphAddMemcpyNode");
-  if (copy->height != 1 || copy->depth != 1 || copy->width == 0) return 1;
-  *node = add(graph, after, count, Node::kCopy);
-  (*node)->copy = *copy;
   return 0;
 }
 int cuGraphAddMemsetNode(
@@ -333,7 +311,7 @@ int cuGraphAddChildGraphNode(
     Node** node, Graph* graph, Node* const* after, size_t count, Graph* child) {
   ENTER("cuGraphAddChildGraphNode");
   *node = add(graph, after, count, Node::kChild);
-  (*node)->child = copy_of(child, nullptr);
+  (*node)->child = copy_of(child);
   return 0;
 }
 int cuGraphConditionalHandleCreate(
@@ -357,13 +335,7 @@ int cuGraphAddNode(
 int cuGraphInstantiateWithFlags(Exec** exec, Graph* graph, unsigned long long) {
   ENTER("cuGraphInstantiateWithFlags");
   *exec = new Exec;
-  (*exec)->graph = copy_of(graph, &(*exec)->nodes);
-  return 0;
-}
-int cuGraphExecMemcpyNodeSetParams(Exec* exec, Node* node, const Copy* copy, void*) {
-  ENTER("cuGraphExecMemcpyNodeSetParams");
-  if (exec->nodes.count(node) == 0) return 1;
-  exec->nodes.at(node)->copy = *copy;
+  (*exec)->graph = copy_of(graph);
   return 0;
 }
 int cuGraphUpload(Exec*, void*) {
@@ -372,6 +344,7 @@ int cuGraphUpload(Exec*, void*) {
 }
 int cuGraphLaunch(Exec* exec, void*) {
   ENTER("cuGraphLaunch");
+  ++work;
   run(exec->graph);
   return 0;
 }

@@ -266,3 +266,16 @@ def test_a_loop_has_a_largest_number_of_steps(replayed, captured, monkeypatch):
     held = make("table", "eager", TinyNetwork)
     assert torch.equal(replayed(held, noise(0)), held(noise(0)))
     assert captured.loops == 0 and captured.made == 1
+
+
+def test_a_learned_policy_follows_the_network():
+    """Bug: it was moved in the first run, which torch.compile cannot do."""
+    denoiser = Denoiser(TinyNetwork(), EDM, "edm", features="mid_block")
+    policy = designer_policy()
+    held = Sampler(denoiser, policy)
+    assert policy.grid.device.type == "cpu"
+    held.to("meta")
+    assert policy.grid.device.type == "meta"
+    elsewhere = designer_policy()
+    Sampler(denoiser, elsewhere)
+    assert elsewhere.grid.device.type == "meta"

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from dlms_engine import grids, ops, processes, solvers
 from dlms_engine.denoiser import Denoiser
+from dlms_engine.engine import cuda_graph_capture
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.engine.steps import run_plain
 from dlms_engine.policies.amed import AmedPolicy
@@ -127,3 +128,41 @@ def test_the_check_can_fail(network, error):
     table = solvers.ddim(process, grids.polynomial(process, 3))
     with pytest.raises(error):
         check(Sampler(Denoiser(network(), process, "edm"), table))
+
+
+class Written(TorchDispatchMode):
+    """Operations that write memory, which a capture would repeat."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and "empty" not in str(func):
+            self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_loops_beginning_leaves_the_number_of_steps_alone(monkeypatch):
+    """Bug: it was made by torch.zeros, so that the graph cleared what had been copied in."""
+    seen = Written()
+
+    def record_into(pool, device, work):
+        with seen:
+            return None, work()
+
+    monkeypatch.setattr(cuda_graph_capture, "_fresh_pool", lambda device: None)
+    monkeypatch.setattr(cuda_graph_capture, "_record_into", record_into)
+    monkeypatch.setattr(cuda_graph_capture, "pool_bytes", lambda pool: 0)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    loop = cuda_graph_capture.Loop(
+        lambda given: None, lambda given, carried, number: None, "x", ("rows",)
+    )
+    inputs = {"x": torch.zeros(2), "rows": torch.zeros(4, 3)}
+    recorded, number, count = cuda_graph_capture.record_loop(loop, inputs, torch.device("cpu"))
+    assert number.shape == count.shape == (1,) and number.dtype == count.dtype == torch.int32
+    assert recorded.inputs["rows"].shape == (cuda_graph_capture.MAX_STEPS, 3)
+    assert seen.names == []
+    with seen:  # a planted fault
+        torch.zeros(2)
+    assert seen.names != []

@@ -46,7 +46,7 @@ def test_the_drivers_layouts_are_those_of_cuda_h(tmp_path):
     # A planted fault: a field between two others.
     text = (CSRC / "driver.h").read_text("utf-8")
     (tmp_path / "driver.h").write_text(
-        text.replace("  DevicePtr src = 0;", "  DevicePtr src, odd;")
+        text.replace("  DevicePtr dst = 0;", "  DevicePtr odd, dst;")
     )
     assert compiles(DRIVER / "layout.cpp", include, f"-I{tmp_path}").returncode != 0
 

@@ -182,6 +182,7 @@ def test_choice_of_backend(monkeypatch, caplog):
         with pytest.raises(ops.BackendUnavailable, match="backend 'cuda'.*backend='auto'"):
             ops.select("cuda")
     monkeypatch.setattr(backends, "_backends", {"eager": ops.select("eager")})
+    monkeypatch.setattr(backends, "_best_first", [ops.select("eager")])
     monkeypatch.setattr(backends, "_told", set())
     with caplog.at_level(logging.INFO, logger="dlms_engine"):
         assert ops.select("auto").name == "eager"

@@ -2,10 +2,10 @@
 
 `run_captured` captures any function of named tensors and replays it; `GraphedLoop` is the sampling loop
 on top, with a cache of captures and, in mode "auto", the plain loop where a capture cannot be had. New
-tables, noise and conditioning of the same shapes are copied in by the graph itself: no new capture.
+tables, noise and conditioning of the same shapes are copied to its buffers: no new capture.
 
 Recording is in `cuda_graph_capture.py`; what a graph depends on and which are kept in
-`cuda_graph_cache.py`; the run itself, one call of the driver, in C++ (``csrc/cuda/graph_run.h``).
+`cuda_graph_cache.py`; the run itself, one call, in C++ (``csrc/cuda/graph_run.h``).
 Importing this module needs no GPU.
 """
 
@@ -75,7 +75,8 @@ def obstacle(device: torch.device) -> str | None:
 class CapturedRun:
     """`body` captured on buffers like `inputs`; call it with new values of the same shapes.
 
-    Safe to call from several threads and streams: CUDA orders the runs of one graph.
+    Safe to call from several threads and streams: each run of one graph waits, on the device, for the
+    one before it.
 
     Args:
         body: a function of named tensors, which it may overwrite.
@@ -129,7 +130,7 @@ class CapturedRun:
 
     @property
     def nodes(self) -> int | None:
-        """Nodes of the graph, copies included; None without the compiled part."""
+        """Nodes of the graph, without the copies around it; None without the compiled part."""
         return getattr(self._run, "nodes", None)
 
     def __call__(self, inputs: Inputs) -> Tensor:

@@ -145,7 +145,7 @@ class GraphCache:
             ``StaleGraphError``.
         loop: whether a table's run is captured as one evaluation under a WHILE node, which serves any
             number of evaluations: ``"never"`` unrolls, one capture for each number; ``"always"``;
-            ``"auto"`` captures both and keeps the faster.
+            ``"auto"`` captures both and keeps the faster. Experimental: not yet seen right on a GPU.
     """
 
     def __init__(

@@ -313,7 +313,9 @@ def record_loop(
     def begin() -> tuple[Tensor, Tensor]:
         buffers.update(_buffers(inputs, loop.per_step))
         carried.append(loop.first(dict(buffers)))
-        numbers = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        # Not zeros: the graph would clear them in every run, the number of steps among them, after
+        # that was copied in. ``loop_graph`` sets the step's number to 0.
+        numbers = torch.empty(2, 1, dtype=torch.int32, device=device)
         return numbers[0], numbers[1]
 
     first, (number, count) = _record_into(pool, device, begin)

@@ -116,6 +116,19 @@ class Sampler(Versioned, nn.Module):
         self._told_not_finite = False
         if self._table is not None:
             self._plan(torch.device("cpu"))
+        self._place_policy()
+
+    def _place_policy(self) -> None:
+        """Moves a learned policy to the network, ahead of a run: torch.compile cannot move it."""
+        place = getattr(self.policy, "place", None)
+        if place is not None and isinstance(self.denoiser.network, nn.Module):
+            place(self.denoiser.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Sampler:
+        """What ``to``, ``cuda`` and the like do; the policy, which is no module, follows."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._place_policy()
+        return self
 
     @property
     def _table(self) -> SolverTable | None:

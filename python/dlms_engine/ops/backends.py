@@ -58,6 +58,7 @@ class Backend:
 
 
 _backends: dict[str, Backend] = {}
+_best_first: list[Backend] = []  # the same, sorted once: a run asks several times
 _missing: dict[str, str] = {}
 _told: set[str] = set()
 
@@ -67,6 +68,7 @@ def register_backend(backend: Backend) -> None:
     if backend.name not in NAMES[1:]:
         raise ValueError(f"backend name is {backend.name!r}, expected one of {NAMES[1:]}")
     _backends[backend.name] = backend
+    _best_first[:] = sorted(_backends.values(), key=lambda b: -b.rank)
     _missing.pop(backend.name, None)
 
 
@@ -78,11 +80,10 @@ def mark_missing(name: str, reason: str) -> None:
 
 def available(device: torch.device | str | None = None) -> tuple[str, ...]:
     """Names of the backends that can be had, best first; for tensors on `device` if given."""
-    found = sorted(_backends.values(), key=lambda b: -b.rank)
-    if device is not None:
-        kind = torch.device(device).type
-        found = [b for b in found if b.takes(kind)]
-    return tuple(b.name for b in found)
+    if device is None:
+        return tuple(b.name for b in _best_first)
+    kind = torch.device(device).type
+    return tuple(b.name for b in _best_first if b.takes(kind))
 
 
 def select(name: str = "auto", device: torch.device | str | None = None) -> Backend:
@@ -95,7 +96,7 @@ def select(name: str = "auto", device: torch.device | str | None = None) -> Back
         raise ValueError(f"backend is {name!r}, expected one of {', '.join(NAMES)}")
     if name == "auto":
         kind = torch.device(device or "cpu").type
-        chosen = _backends[available(kind)[0]]
+        chosen = next(b for b in _best_first if b.takes(kind))
         if chosen.name == "eager":
             _tell_fallback(kind)
         return chosen

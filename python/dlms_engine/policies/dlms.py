@@ -215,9 +215,18 @@ class DesignerPolicy:
         return design
 
     def place(self, device: torch.device) -> None:
-        """Moves the designer to ``device`` if it lies elsewhere."""
-        if self.designer.grid.device != device:
-            self.designer.to(device)
+        """Moves the designer to ``device`` if it lies elsewhere.
+
+        RuntimeError: inside ``torch.compile``, which cannot.
+        """
+        if self.designer.grid.device == device:
+            return
+        if torch.compiler.is_dynamo_compiling():
+            raise RuntimeError(
+                f"the designer is on {self.designer.grid.device}, the state on {device}: move the "
+                "sampler there before it is compiled"
+            )
+        self.designer.to(device)
 
     def start(self, batch: int, device: torch.device) -> DesignerRun:
         self.place(device)

@@ -1,5 +1,5 @@
 // A C++ program with captured runs and no Python: user <driver library>. The graph that it runs
-// copies one buffer to another; on the stand-in driver, host memory is device memory.
+// clears the first number of a buffer; on the stand-in driver, host memory is device memory.
 #include <dlms/graphs.h>
 
 #include <cstdio>
@@ -12,28 +12,36 @@ using namespace dlms::cuda;
 
 namespace {
 
-Graph copying(const void* from, void* to, size_t bytes, Context context) {
+Graph clearing(void* at, Context context) {
   const Driver& d = driver();
   Graph graph = nullptr;
   GraphNode node = nullptr;
-  Copy copy;
-  copy.src = reinterpret_cast<DevicePtr>(from);
-  copy.dst = reinterpret_cast<DevicePtr>(to);
-  copy.src_pitch = copy.dst_pitch = copy.width = bytes;
-  copy.src_height = copy.dst_height = 1;
+  MemsetNode zero;
+  zero.dst = reinterpret_cast<DevicePtr>(at);
   d.check(d.graph_create(&graph, 0), "cuGraphCreate");
-  d.check(d.add_copy(&node, graph, nullptr, 0, &copy, context), "cuGraphAddMemcpyNode");
+  d.check(d.add_memset(&node, graph, nullptr, 0, &zero, context), "cuGraphAddMemsetNode");
   return graph;
 }
 
+// Threads share a run: each gets its own values back.
 int check_run() {
   const PrimaryContext context(driver(), 0);
-  std::vector<float> in(4), out(4), given = {1, 2, 3, 4}, result(4);
-  const Graph graph = copying(in.data(), out.data(), 16, context.get());
-  GraphRun run(graph, {{in.data(), 16}}, {out.data(), 16}, 0);
+  std::vector<float> buffer(4);
+  const Graph graph = clearing(buffer.data(), context.get());
+  GraphRun run(graph, {{buffer.data(), 16}}, {buffer.data(), 16}, 0);
   driver().graph_destroy(graph);
-  run.launch({{given.data(), 16}}, result.data(), nullptr);
-  return result == given && run.launches() == 1 ? 0 : 1;
+  std::atomic<int> wrong{0};
+  const auto work = [&](float number) {
+    std::vector<float> input(4, number), expected = {0, number, number, number}, result(4);
+    for (int n = 0; n < 200; ++n) {
+      run.launch({{input.data(), 16}}, result.data(), nullptr);
+      if (result != expected) ++wrong;
+    }
+  };
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) threads.emplace_back(work, static_cast<float>(i + 1));
+  for (std::thread& thread : threads) thread.join();
+  return wrong == 0 && run.launches() == 800 ? 0 : 1;
 }
 
 int check_ring() {
