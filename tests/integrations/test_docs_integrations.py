@@ -143,6 +143,78 @@ def test_checkpoints_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert names["denoiser"].prediction == "edm" and (tmp_path / "edm64.safetensors").exists()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_servers_page(tmp_path: Any) -> None:
+    """The contract of two servers: an entry point that loads, and ``set_shift``."""
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
+    from importlib.metadata import entry_points
+
+    if not entry_points(group="vllm_omni.schedulers", name="DLMSScheduler"):
+        pytest.skip("this installation is older than the entry point: install it again")
+    config = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    names = run("servers.md", {"config": config, "folder": tmp_path})
+    served, kind = names["served"], names["kind"]
+    assert kind.__name__ == "DLMSScheduler" and served.shift == 5.0
+
+
+def test_set_shift_is_that_of_diffusers(tmp_path: Any) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
+    from dlms_engine.integrations.diffusers import DLMSScheduler
+
+    reference = diffusers.FlowMatchEulerDiscreteScheduler(shift=5.0)
+    own = DLMSScheduler.from_config(
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0).config, solver="unipc"
+    )
+    own.set_shift(5.0)
+    own.set_timesteps(4)
+    reference.set_timesteps(4)
+    torch.testing.assert_close(own.sigmas, reference.sigmas, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="flow"):
+        DLMSScheduler().set_shift(2.0)
+
+
+def test_flow_loops_page() -> None:
+    """Exact networks of Gaussian data: the sampler ends at the data."""
+    std = 0.5
+
+    def policy(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        t = t.reshape(-1, 1, 1)
+        data = (1 - t) * std**2 / ((1 - t) ** 2 * std**2 + t**2) * x
+        return (x - (1 - t) * data) / t.clamp(min=1e-6) - data
+
+    def speech(x: torch.Tensor, t: torch.Tensor, level: Any = None) -> torch.Tensor:
+        return -policy(x, 1 - t) + 0.1 * (level.reshape(-1, 1, 1) if level is not None else 0.0)
+
+    shape = (3, 8, 5)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    names = run(
+        "flow_loops.md",
+        {
+            "policy": policy,
+            "speech": speech,
+            "action_noise": noise,
+            "mel_noise": noise,
+            "condition": {"level": torch.ones(3)},
+            "unconditional": {"level": torch.zeros(1)},
+        },
+    )
+
+    def euler(flow: Any, steps: int) -> torch.Tensor:
+        x = noise
+        for n in range(steps):
+            x = x - flow(x, torch.full((3,), 1 - n / steps)) / steps
+        return x
+
+    def guided(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return -speech(x, 1 - t, 2.0 * torch.ones(3))
+
+    exact, spoken = euler(policy, 1000), euler(guided, 1000)
+    assert (exact - std * noise).abs().max() < 0.01
+    error = (names["actions"] - exact).abs().max()
+    assert error < 0.75 * (euler(policy, 4) - exact).abs().max()
+    assert (names["mel"] - spoken).abs().max() < (euler(guided, 6) - spoken).abs().max()
+
+
 def test_pipelines_page() -> None:
     """Made by the matrix, whose own test holds each row to it."""
     page = (DOCS / "pipelines.md").read_text(encoding="utf-8")

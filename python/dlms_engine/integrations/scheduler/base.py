@@ -16,6 +16,7 @@ except ImportError as exc:
 
 from ...support.versioned import Versioned
 from .adopt import adopt, is_foreign
+from .flow_times import static_shift
 from .noise import NoiseModel
 from .runner import SOLVER_FILE, Runner, Source, load_source
 from .runs import SchedulerRun, SchedulerRuns
@@ -156,6 +157,25 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
     def solver(self) -> Source:
         """The solver's name, or the learned solver itself."""
         return self._source
+
+    # -- what servers ask for --------------------------------------------------------------------
+
+    @property
+    def shift(self) -> float:
+        """The static shift of a flow model, 1 without one; under either name."""
+        return static_shift(self.config)
+
+    def set_shift(self, shift: float) -> None:
+        """Another static shift for later runs of a flow model, as servers set it for each request.
+
+        Raises:
+            ValueError: not a flow model, or the solver is learned and has its own times.
+        """
+        if self.noise_model.kind != "flow" or not isinstance(self._source, str):
+            raise ValueError(
+                f"shift {shift}: only handcrafted solvers of flow models have one to set"
+            )
+        self.register_to_config(shift=float(shift), flow_shift=None)
 
     # -- noise -----------------------------------------------------------------------------------
 
