@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...processes import Process
+from ...solvers.ipndm import ADAMS_BASHFORTH
 from .teacher import multistep_weights
 
 if TYPE_CHECKING:
@@ -16,13 +17,6 @@ if TYPE_CHECKING:
     from .settings import DlmsSettings
 
 _log = logging.getLogger("dlms_engine")
-
-_ADAMS_BASHFORTH = (
-    (1.0,),
-    (3 / 2, -1 / 2),
-    (23 / 12, -16 / 12, 5 / 12),
-    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
-)
 
 
 def initial_weights(process: Process, grid: Tensor, settings: DlmsSettings) -> Tensor:
@@ -65,7 +59,7 @@ def _row(
     if settings.init == "ddim":
         return (1.0,)
     if settings.init in ("ab", "ipndm"):
-        return _ADAMS_BASHFORTH[min(available, 4) - 1]
+        return ADAMS_BASHFORTH[min(available, 4)]
     # DPM-Solver++ with lower order at the end, as the handcrafted solver has it
     order = min(available, 3, settings.steps - n + 1)
     lambdas = process.lambda_(grid)
