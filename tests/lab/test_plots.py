@@ -56,7 +56,7 @@ def _drawn(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         figures.append(figure)
         return write(figure, path)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(plots, "_write", keep)
+    monkeypatch.setattr(plots, "write_figure", keep)
     return figures
 
 
