@@ -88,6 +88,20 @@ def test_a_cache_stays_step_by_step() -> None:
     assert "cache" in acceleration.report().reason
 
 
+def test_training_mode_counts_only_with_dropout() -> None:
+    pipe = tiny.sd()
+    pipe.unet.train()
+    expected = stepped(pipe)
+    acceleration = accelerate(pipe, solver="unipc")
+    torch.testing.assert_close(runs(pipe, acceleration), expected, rtol=0, atol=1e-5)
+    assert acceleration.report().whole_loop
+    acceleration.undo()
+    next(m for m in pipe.unet.modules() if isinstance(m, torch.nn.Dropout)).p = 0.1
+    acceleration = accelerate(pipe, solver="unipc")
+    images(pipe)
+    assert "dropout" in acceleration.report().reason
+
+
 def test_clipping_stays_step_by_step() -> None:
     """``clip_sample`` was ignored by the loop."""
     pipe = tiny.unconditional("DDPM")

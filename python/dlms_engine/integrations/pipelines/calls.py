@@ -126,8 +126,8 @@ def caches(module: nn.Module) -> str | None:
     """What makes a module's output depend on its earlier calls; None if nothing is known to."""
     if getattr(module, "is_cache_enabled", False):
         return "a cache is enabled on it"
-    if module.training:
-        return "it is in training mode"
+    if any(isinstance(p, nn.Dropout) and p.training and p.p > 0 for p in module.modules()):
+        return "its dropout is active: it is in training mode"
     for name, part in module.named_modules():
         registry = getattr(part, "_diffusers_hook", None)
         for hook in getattr(registry, "hooks", {}).values():
