@@ -297,7 +297,7 @@ class Denoiser(Versioned, nn.Module):
         **cond: Any,
     ) -> Tensor:
         """Data or noise prediction ``[B, ...]`` at ``x`` ``[B, ...]`` and time ``t`` (scalar, [B])."""
-        times = torch.as_tensor(t, dtype=torch.float64, device=x.device)
+        times = torch.as_tensor(t, dtype=torch.float64).to(x.device)
         pre = self.preconditioning(times, prediction)
         dtype = self.network_dtype or x.dtype
         scaled = (per_sample(pre.c_in, x) * x).to(dtype)

@@ -13,7 +13,7 @@ import torch
 from analytic import GaussianMixture
 from torch import Tensor, nn
 
-from dlms_engine import grids, solvers
+from dlms_engine import grids, ops, solvers
 from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.adjoint import solve
 from dlms_engine.engine.rollout import rollout
@@ -118,6 +118,40 @@ def test_sweep_equals_autograd(batched: bool, prediction: str) -> None:
         assert scale > 0, name
         # a slot from before the first evaluation has no weight to learn
         assert float((left - right).abs().max()) < 1e-12 * scale, name
+
+
+@pytest.mark.parametrize("scale", [None, 3.0])
+def test_rows_go_back_through_the_kernel(
+    scale: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One backward kernel an evaluation; guidance and float32 as autograd has them."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 16).requires_grad_(False)
+
+    def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return torch.tanh(layer(x) + label[:, None] + t[:, None])
+
+    options: dict[str, Any] = {}
+    if scale is not None:
+        options = {"guidance_scale": scale, "unconditional": {"label": torch.zeros(1)}}
+    denoiser = Denoiser(network, EDM(), "edm", **options)
+    made = solvers.ipndm(EDM(), grids.polynomial(EDM(), 4), order=3)
+    calls: list[int] = []
+    kernel = ops.fused_row_backward
+    monkeypatch.setattr(
+        ops, "fused_row_backward", lambda *given: (calls.append(1), kernel(*given))[1]
+    )
+
+    def gradients(run: Any) -> list[Tensor]:
+        leaves = [getattr(made, k).clone().requires_grad_() for k in ("a", "b", "times")]
+        table = dataclasses.replace(made, **dict(zip(("a", "b", "times"), leaves, strict=True)))
+        end = run(denoiser, table, 80.0 * start_noise().float(), label=torch.full((8,), 0.3))
+        return list(torch.autograd.grad(end.square().sum(), leaves))
+
+    ours = gradients(lambda *given, **cond: solve(*given, **cond)[-1])
+    assert len(calls) == made.nfe
+    for left, right in zip(ours, gradients(lambda *g, **c: rollout(*g, **c)[0]), strict=True):
+        assert float((left - right).abs().max()) < 1e-4 * float(right.abs().max())
 
 
 class Wide(nn.Module):

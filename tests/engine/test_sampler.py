@@ -222,3 +222,10 @@ def test_a_whole_run_compiles_to_one_graph_and_is_not_compiled_again():
     torch.testing.assert_close(compiled(x), expected)
     with torch._dynamo.config.patch(error_on_recompile=True):
         torch.testing.assert_close(compiled(x + 1), sampler(x + 1))
+
+
+def test_rng_of_the_device_is_the_cpus_on_the_cpu_and_others_are_refused() -> None:
+    plain = seeded_noise([3, 4], (2, 2), 5.0)
+    assert torch.equal(seeded_noise([3, 4], (2, 2), 5.0, rng="device"), plain)
+    with pytest.raises(ValueError, match="rng is 'gpu'"):
+        seeded_noise([3], (2, 2), rng="gpu")  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..denoiser import Denoiser, per_sample
 from ..tables.table import Prediction, SolverTable
+from . import fused_adjoint
 from .rollout import on_device
 
 
@@ -29,6 +30,8 @@ def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> lis
     Returns:
         the states x_0 .. x_nfe, each like ``x``; losses may use any. First derivatives only.
     """
+    if fused_adjoint.takes(denoiser, table, x):
+        return fused_adjoint.solve_rows(denoiser, table, x, **cond)
     numbers = on_device(table, x.device)
     states: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]
         denoiser, table.prediction, cond, x, *numbers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,8 @@ class Step(NamedTuple):
 
 
 Callback = Callable[[Step], None]
+Rng = Literal["cpu", "device"]
+"""Where start noise is drawn."""
 
 
 GRAPHS = GraphCache()
@@ -139,11 +141,18 @@ class Sampler(Versioned, nn.Module):
         """Network evaluations of one run (a guided evaluation counts once)."""
         return int(self.policy.nfe)
 
-    def sample(self, seeds: Sequence[int], shape: Sequence[int], **options: Any) -> Any:
-        """Samples from one seed each: ``[len(seeds), *shape]``, the same in any batch."""
+    def sample(
+        self, seeds: Sequence[int], shape: Sequence[int], *, rng: Rng = "cpu", **options: Any
+    ) -> Any:
+        """Samples from one seed each: ``[len(seeds), *shape]``, the same in any batch.
+
+        ``rng`` as in ``seeded_noise``; the other options are those of a call.
+        """
         sigma = float(self.policy.process.sigma(self._start_time()))
         place = self.denoiser.device
-        return self(seeded_noise(seeds, shape, sigma, device=place, dtype=self.dtype), **options)
+        return self(
+            seeded_noise(seeds, shape, sigma, device=place, dtype=self.dtype, rng=rng), **options
+        )
 
     def _start_time(self) -> Tensor:
         return torch.as_tensor(self.policy.t_start, dtype=torch.float64).reshape(-1)[0]
@@ -326,6 +335,7 @@ def seeded_noise(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    rng: Rng = "cpu",
 ) -> Tensor:
     """``scale * z`` with one generator per sample, so a sample does not depend on its batch.
 
@@ -333,17 +343,23 @@ def seeded_noise(
         seeds: one integer per sample, 0 to 2^64 - 1.
         shape: shape of one sample, e.g. ``(3, 32, 32)``.
         scale: standard deviation, sigma_max for EDM.
+        rng: "cpu" draws there and moves the noise once, so that every device agrees; "device" draws
+            where it is wanted, which saves the copy and gives other numbers on every kind of GPU.
 
     Returns:
-        ``[len(seeds), *shape]``; drawn on the CPU in float32 so that every device agrees.
+        ``[len(seeds), *shape]``, drawn in float32.
 
     Raises:
-        ValueError: a seed is negative or beyond 64 bits.
+        ValueError: a seed is negative or beyond 64 bits, or there is no such ``rng``.
     """
+    if rng not in ("cpu", "device"):
+        raise ValueError(f"rng is {rng!r}, expected 'cpu' or 'device'")
     outside = [s for s in seeds if not 0 <= int(s) < 1 << 64]
     if outside:
         raise ValueError(f"seed is {outside[0]}, expected 0 to 2^64 - 1")
     if not len(seeds):
         return torch.empty((0, *shape), dtype=dtype, device=device)
-    draws = [torch.randn(*shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds]
+    place = torch.device(device if rng == "device" else "cpu")
+    generators = (torch.Generator(place).manual_seed(int(s)) for s in seeds)
+    draws = [torch.randn(*shape, generator=g, device=place) for g in generators]
     return torch.stack(draws).to(dtype).mul_(scale).to(device)
