@@ -30,7 +30,7 @@ def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> lis
     Returns:
         the states x_0 .. x_nfe, each like ``x``; losses may use any. First derivatives only.
     """
-    if fused_adjoint.takes(denoiser, table, x):
+    if fused_adjoint.runs_in_rows(denoiser, table, x):
         return fused_adjoint.solve_rows(denoiser, table, x, **cond)
     numbers = on_device(table, x.device)
     states: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]

@@ -25,7 +25,7 @@ from ..tables.table import SolverTable
 from .steps import evaluate, guidance
 
 
-def takes(denoiser: Denoiser, table: SolverTable, x: Tensor) -> bool:
+def runs_in_rows(denoiser: Denoiser, table: SolverTable, x: Tensor) -> bool:
     """Whether the run is one of rows that all samples share, in dtypes that a row has."""
     if denoiser.dynamic_thresholding is not None or table.a.ndim != 1:
         return False
@@ -39,7 +39,7 @@ def _input_dtype(denoiser: Denoiser, x: Tensor) -> torch.dtype:
 
 
 def solve_rows(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> list[Tensor]:
-    """`adjoint.solve` for what `takes`."""
+    """`adjoint.solve` for what `runs_in_rows`."""
     rows, c_noise, first, scale = _packed(denoiser, table, x)
     later: tuple[Tensor, ...] = _Rows.apply(  # type: ignore[no-untyped-call]
         denoiser, cond, x, rows, c_noise, first
