@@ -96,8 +96,9 @@ def history(  # type: ignore[no-untyped-def]
         at = ((slot - k + depth) % depth).to(tl.int64) * total
         # Broadcast first: the interpreter loses the type of a scalar comparison when it is broadcast.
         wanted = inside & (tl.broadcast_to(b, [block]) != 0)
-        weights = weights + (b,)  # noqa: RUF005  Triton has no unpacking
-        past = past + (tl.load(ring + at, mask=wanted, other=0.0),)  # noqa: RUF005
+        # Triton has no unpacking.
+        weights = weights + (b,)  # type: ignore[assignment]  # noqa: RUF005
+        past = past + (tl.load(ring + at, mask=wanted, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
     return weights, past
 
 
@@ -138,8 +139,8 @@ def fused_row_kernel(  # type: ignore[no-untyped-def]
     at = lane
     row = row_ptr
     if EACH:
-        at += sample.to(tl.int64) * n
-        row += sample.to(tl.int64) * row_stride
+        at += sample.to(tl.int64) * n  # type: ignore[union-attr]
+        row += sample.to(tl.int64) * row_stride  # type: ignore[union-attr]
 
     # All loads before their first use, or each would be a wait of its own.
     c_skip = tl.load(row)
