@@ -279,3 +279,15 @@ def test_a_learned_policy_follows_the_network():
     elsewhere = designer_policy()
     Sampler(denoiser, elsewhere)
     assert elsewhere.grid.device.type == "meta"
+
+
+def test_a_loop_that_is_wrong_is_not_kept(replayed, captured, monkeypatch):
+    """Each is held against the plain run when it is captured."""
+    sampler.GRAPHS.loop = "always"
+    monkeypatch.setattr(
+        "dlms_engine.engine.cuda_graph.LoopedRun.__call__",
+        lambda self, inputs: torch.zeros_like(inputs["x"]),
+    )
+    held = make("table", "eager", TinyNetwork)
+    assert torch.equal(replayed(held, noise(0)), held(noise(0)))
+    assert sampler.GRAPHS.stats()["failures"] == 1 and captured.made == 1

@@ -337,8 +337,10 @@ def _capture(cache: GraphCache, key: Any, this: Runnable) -> tuple[Tensor | None
     try:
         run = this.capture()
         output = run.first(this.inputs)
-        if this.loop is not None and cache.loop == "auto":
-            _prefer_loop(run, this)
+        if this.loop is not None:
+            _require_right(output, this)
+            if cache.loop == "auto":
+                _prefer_loop(run, this)
     except GraphCaptureError as exc:
         cache.runs.fail(key, str(exc), isinstance(exc, UnsettledNetworkError))
         return None, str(exc)
@@ -350,6 +352,14 @@ def _capture(cache: GraphCache, key: Any, this: Runnable) -> tuple[Tensor | None
     cache.runs.put(key, settled, run, run.nbytes)
     cache.runs.measured(settled, run.plain_seconds, run.graph_seconds)
     return output, None
+
+
+def _require_right(output: Tensor, this: Runnable) -> None:
+    """GraphCaptureError unless a new loop gives what the plain run does."""
+    try:
+        _verify(output, _plainly(this.body, this.inputs))
+    except StaleGraphError as exc:
+        raise GraphCaptureError(f"the captured loop is wrong here: {exc}") from exc
 
 
 def _prefer_loop(looped: CapturedRun, this: Runnable) -> None:
