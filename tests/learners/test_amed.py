@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -571,10 +572,12 @@ def test_bad_settings_are_refused(settings: dict[str, Any], message: str) -> Non
         distill(denoiser, "amed", shape=(16,), progress=False, trajectories=4, **settings)
 
 
-def test_a_tap_is_needed() -> None:
+def test_without_a_tap_every_sample_gets_the_same_choices(caplog: pytest.LogCaptureFixture) -> None:
     network, _ = problem()
-    with pytest.raises(ValueError, match="mid_block"):
-        Amed(Denoiser(network, EDM(), "data"), AmedSettings(), (16,))
+    with caplog.at_level(logging.INFO, "dlms_engine"):
+        learner = Amed(Denoiser(network, EDM(), "data"), AmedSettings(), (16,))
+    assert "amed: the denoiser taps no module" in caplog.text
+    assert not learner.policy.needs_features
 
 
 @pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if p["method"] == "dlms"])
