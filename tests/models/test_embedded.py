@@ -94,7 +94,7 @@ def test_features_are_per_sample_and_differentiable() -> None:
     x = torch.rand(4, *embedded.IMAGE_SHAPE, generator=torch.Generator().manual_seed(3)) * 2 - 1
     x.requires_grad_(True)
     both = network(x)
-    assert both.shape == (4, embedded.FEATURES)
+    assert both.shape == (4, embedded.FeatureNetwork.num_features)
     torch.testing.assert_close(network(x[1:2]), both[1:2])  # no batch statistics
     both[0].sum().backward()
     assert x.grad is not None
@@ -106,7 +106,7 @@ def test_reference_statistics() -> None:
     reference = embedded.embedded_reference()
     assert reference.images == 50_000
     assert reference.mean.dtype == reference.covariance.dtype == torch.float64
-    assert reference.mean.shape == (embedded.FEATURES,)
+    assert reference.mean.shape == (embedded.FeatureNetwork.num_features,)
     eigenvalues = torch.linalg.eigvalsh(reference.covariance)
     assert eigenvalues.min() > 0
     assert eigenvalues.mean() == pytest.approx(1.0, rel=0.02)  # the scale's definition

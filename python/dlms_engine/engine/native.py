@@ -13,6 +13,8 @@ NEEDED = (
     "cpu_isa",
     "cuda_stream",
     "graph_key",
+    "loop_graph",
+    "loop_kernel",
 )
 """Names of ``_C`` that the package uses: a build of older sources lacks some."""
 
