@@ -147,7 +147,14 @@ def test_learners_of_tables(method: str, settings: dict[str, Any]) -> None:
 
 
 def test_a_checkpoint_goes_on(tmp_path: Any) -> None:
-    settings = {**SHORT, "teacher_interpolation": 0, "nfe": 5, "shape": SHAPE, "progress": False}
+    settings = {
+        "method": "dlms",
+        **SHORT,
+        "teacher_interpolation": 0,
+        "nfe": 5,
+        "shape": SHAPE,
+        "progress": False,
+    }
     path = tmp_path / "solver.safetensors"
     from dlms_engine.learners.training.trainer import Trainer
 

@@ -52,7 +52,9 @@ def test_a_planted_item_in_an_update_is_found(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(Dlms, "advance", planted)
     with pytest.raises(BrokenRules, match="objective"), standin(*ALLOWED):
-        dlms.distill(denoiser("gpu"), shape=SHAPE, nfe=5, trajectories=4, progress=False, **SHORT)
+        dlms.distill(
+            denoiser("gpu"), "dlms", shape=SHAPE, nfe=5, trajectories=4, progress=False, **SHORT
+        )
 
 
 def test_noise_left_on_the_cpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
