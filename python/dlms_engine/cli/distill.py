@@ -98,7 +98,6 @@ def distill_command(
         return
     if output is None:
         raise ValueError("no place for the solver: give --output FILE.safetensors")
-    check_solver_output(output, folder_too=pipeline is not None)
     if pipeline is None:
         refuse_beside(context, "without --pipeline PATH", ("dtype",))
     else:
@@ -106,7 +105,9 @@ def distill_command(
     asked = pipelines.PipelineOptions(
         pipeline, prompts, guidance_scale, call, cache, device or "cpu", dtype
     )
-    if asked.check():
+    for_pipeline = asked.check()
+    check_solver_output(output, folder_too=for_pipeline)
+    if for_pipeline:
         pipelines.distill_for_pipeline(
             asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed,
             settings={**settings, "tensorboard": tensorboard}, resume=resume, overwrite=overwrite,
