@@ -41,8 +41,8 @@ def demo(
     seeds: Annotated[str, typer.Option(help="Seeds of the images in the picture.")] = "0-15",
     fresh: Annotated[bool, typer.Option(help="Start anew instead of going on.")] = False,
     model: Annotated[
-        str, typer.Option(help="'auto' takes 'emoji' where its files are, else 'embedded'.")
-    ] = "auto",
+        str, typer.Option(help="'embedded', 'emoji' (slower), or a model of your own.")
+    ] = "embedded",
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
