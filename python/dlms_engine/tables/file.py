@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..processes import Process
-from ..support.files import replacing
+from ..support.files import write_bytes
 from .format import (
     MAX_BYTES,
     SolverFileError,
@@ -113,8 +113,7 @@ def write_record(target: Path, record: SolverRecord) -> Path:
     raw = serialize(record)
     check_size(target, len(raw))
     rebuild_policy(target, record)
-    with replacing(target) as partial:
-        partial.write_bytes(raw)
+    write_bytes(target, raw)
     return target
 
 
