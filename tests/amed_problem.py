@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dlms_engine.denoiser import Denoiser
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.amed_formulas import AmedBase
 from dlms_engine.policies.amed_predictor import AmedPredictor, Choice
 from dlms_engine.processes import EDM, Process

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlms_engine.processes import Process
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 DataDenoiser = Callable[[Tensor, Tensor], Tensor]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dlms_engine.cli.common import Model
-from dlms_engine.denoiser import Denoiser
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.models.embedded import ReferenceStatistics
 from dlms_engine.processes import EDM
 

@@ -7,7 +7,7 @@ from analytic import GaussianMixture
 from torch import Tensor, nn
 
 from dlms_engine import processes
-from dlms_engine.denoiser import Denoiser
+from dlms_engine.models.denoiser import Denoiser
 
 EDM = processes.EDM()
 

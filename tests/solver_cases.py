@@ -11,7 +11,7 @@ from torch import Tensor
 from dlms_engine import grids
 from dlms_engine.processes import EDM, VP, Cosine, Process, RectifiedFlow, VPDiscrete
 from dlms_engine.solvers import SOLVERS, make_solver
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 PROCESSES = {

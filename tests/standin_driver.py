@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine import cuda_graph, cuda_graph_capture
 from dlms_engine.engine.native import native
+from dlms_engine.models.denoiser import Denoiser
 
 SOURCE = Path(__file__).parent / "driver" / "standin.cpp"
 Kernel = ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_void_p))

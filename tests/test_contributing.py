@@ -16,19 +16,19 @@ import torch
 from commands import answer, complaint
 
 from dlms_engine import Sampler, distill, grids, load_solver
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.export import trace_sampler
 from dlms_engine.learners import LEARNERS, LearnerEntry, RunOptions, register_learner
 from dlms_engine.learners.registry import presets
 from dlms_engine.learners.settings import plain, split_settings
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.distilled import DistilledSolver
 from dlms_engine.processes import EDM, Process, RectifiedFlow
 from dlms_engine.solvers import SOLVERS, make_solver
+from dlms_engine.solvers import file as solver_file
 from dlms_engine.solvers.common import Afs, Run
 from dlms_engine.solvers.exponential import ExponentialStep
 from dlms_engine.solvers.registry import Solver, register_solver
-from dlms_engine.tables import file as solver_file
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--model", "cli_model:tiny")

@@ -13,7 +13,7 @@ from without_extras import EXTRAS
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 CORE_TESTS = (
-    "test_denoiser.py", "processes", "engine/test_sampler.py", "tables",
+    "models/test_denoiser.py", "processes", "engine/test_sampler.py", "solvers/test_table.py",
     "support/test_versioned.py", "checkpoints/test_edm.py",
     "integrations/test_k_diffusion.py", "solvers/test_registry.py",
 )  # fmt: skip
@@ -65,7 +65,7 @@ ASKED = {
     "from dlms_engine import embedded; embedded.embedded_network()": "dlms-engine[diffusers]",
     "import torch; from dlms_engine import plots; "
     "plots.samples(torch.zeros(1, 3, 4, 4), 'a.png')": "dlms-engine[plots]",
-    "import torch; from dlms_engine.evaluation import frechet; "
+    "import torch; from dlms_engine.lab.evaluation import frechet; "
     "frechet._metric(torch.nn.Identity())": "dlms-engine[evaluation]",
     "from dlms_engine.cli import main; "
     "main(['distill', '--pipeline', '.', '--output', 'x', '--debug'])": "dlms-engine[diffusers]",

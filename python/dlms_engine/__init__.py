@@ -18,29 +18,29 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from . import evaluation, learners, models, ops, processes, solvers
-    from .denoiser import Denoiser
+    from . import learners, models, ops, processes, solvers
     from .engine.export import export_sampler
     from .engine.sampler import Sampler, seeded_noise
-    from .evaluation.check import check
     from .integrations.diffusers import accelerate
-    from .lab import plots
+    from .lab import evaluation, plots
+    from .lab.evaluation.check import check
     from .learners import distill
     from .learners.start import recommend
     from .models import embedded
+    from .models.denoiser import Denoiser
     from .ops import BackendUnavailable
     from .policies.distilled import load_solver, save
     from .processes import grids
-    from .tables.table import SolverTable
+    from .solvers.table import SolverTable
 
 # public name -> the module it lives in
 _HOME = {
     "BackendUnavailable": "ops",
-    "Denoiser": "denoiser",
+    "Denoiser": "models.denoiser",
     "Sampler": "engine.sampler",
-    "SolverTable": "tables.table",
+    "SolverTable": "solvers.table",
     "accelerate": "integrations.diffusers",
-    "check": "evaluation.check",
+    "check": "lab.evaluation.check",
     "distill": "learners",
     "export_sampler": "engine.export",
     "load_solver": "policies.distilled",
@@ -51,7 +51,7 @@ _HOME = {
 # public name -> the module it is
 _MODULES = {
     "embedded": "models.embedded",
-    "evaluation": "evaluation",
+    "evaluation": "lab.evaluation",
     "grids": "processes.grids",
     "learners": "learners",
     "models": "models",

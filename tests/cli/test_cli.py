@@ -445,7 +445,7 @@ def test_a_model_without_features_is_evaluated_on_its_own(
 
 def test_values_serve_where_there_is_no_bottleneck() -> None:
     from dlms_engine import Denoiser
-    from dlms_engine.evaluation.own_features import own_features
+    from dlms_engine.lab.evaluation.own_features import own_features
 
     denoiser = Denoiser(lambda x, _t: x, processes.EDM(), "data")
     images = own_features(denoiser, (3, 16, 16))

@@ -14,10 +14,10 @@ from analytic import GaussianMixture
 from torch import Tensor, nn
 
 from dlms_engine import grids, ops, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.adjoint import solve
 from dlms_engine.engine.rollout import rollout
 from dlms_engine.learners.training.base_table import Base
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
 
 DATA = Path(__file__).parents[1] / "data"

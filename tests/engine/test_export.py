@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch._inductor import metrics
 
 from dlms_engine import grids, processes, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.export import (
     METADATA,
     SamplerExportError,
@@ -24,6 +23,7 @@ from dlms_engine.engine.export import (
     trace_sampler,
 )
 from dlms_engine.engine.sampler import Sampler, seeded_noise
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.amed import AmedPolicy
 from dlms_engine.policies.amed_formulas import AmedBase
 from dlms_engine.policies.amed_predictor import AmedPredictor

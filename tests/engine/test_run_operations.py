@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dlms_engine import grids, ops, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine import sampler as sampler_module
 from dlms_engine.engine import steps
 from dlms_engine.engine.sampler import Sampler
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
 
 NO_KERNEL = ("empty", "new_empty", "empty_like")

@@ -8,8 +8,8 @@ from analytic import GaussianMixture, run_table
 from torch import Tensor, nn
 
 from dlms_engine import grids, ops, processes, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler, seeded_noise
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.dlms import Designer, DesignerPolicy, DesignerSettings
 
 EDM = processes.EDM()

@@ -14,10 +14,10 @@ from standin_driver import StandinCapture
 from torch import Tensor, nn
 
 from dlms_engine import grids, ops, processes, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine import sampler
 from dlms_engine.engine.cuda_graph_cache import GraphCache
 from dlms_engine.engine.sampler import Sampler, seeded_noise
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.dlms import Designer, DesignerPolicy, DesignerSettings
 
 EDM = processes.EDM()

@@ -8,8 +8,8 @@ ALLOWED = {
     "learners.training.identity._bytes": "what a checkpoint belongs to, where one is kept",
     "policies.dlms.DesignerPolicy.state": "a solver file",
     "policies.amed.AmedPolicy.state": "a solver file",
-    "evaluation.frechet.FrechetDistance.update": "refuses samples that are not finite",
-    "evaluation.frechet.FrechetDistance.sums": "finished sums",
+    "lab.evaluation.frechet.FrechetDistance.update": "refuses samples that are not finite",
+    "lab.evaluation.frechet.FrechetDistance.sums": "finished sums",
 }
 SAMPLING: dict[str, str] = {}
 """A run reads nothing."""

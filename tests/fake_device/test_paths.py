@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import dlms_engine as dlms
-from dlms_engine.evaluation.frechet import FrechetDistance, feature_sums
+from dlms_engine.lab.evaluation.frechet import FrechetDistance, feature_sums
 from dlms_engine.models.embedded import embedded_features
 from fake_device.allowed import ALLOWED, SAMPLING
 from fake_device.models import SHAPE, SHORT, denoiser, table

@@ -11,9 +11,9 @@ from comfy_standin import EpsSampling, FlowSampling, Model, install
 from torch import Tensor
 
 from dlms_engine import grids, processes, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.integrations.k_diffusion import get_sigmas_dlms, sample_dlms
+from dlms_engine.models.denoiser import Denoiser
 
 STD = 0.5  # of the Gaussian data of the exact models below
 NAMES = ["ddim", "dpm_solver_pp", "unipc", "deis", "ipndm", "heun"]

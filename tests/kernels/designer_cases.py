@@ -9,10 +9,10 @@ from cli_model import TinyNetwork
 from torch import Tensor
 
 from dlms_engine import grids, processes
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.dlms_steps import DesignerSteps, policy_steps
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.engine.steps import PolicySteps
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.dlms import Designer, DesignerPolicy, DesignerSettings
 
 EDM = processes.EDM()

@@ -14,10 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dlms_engine import grids, ops, processes, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine import cuda_graph_capture
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.engine.steps import run_plain
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.amed import AmedPolicy
 from dlms_engine.policies.amed_formulas import AmedBase
 from dlms_engine.policies.amed_predictor import AmedPredictor

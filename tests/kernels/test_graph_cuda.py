@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dlms_engine import grids, processes, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine import cuda_graph, cuda_graph_capture, sampler
 from dlms_engine.engine.cuda_graph import run_captured
 from dlms_engine.engine.cuda_graph_cache import GraphCache
 from dlms_engine.engine.native import native
 from dlms_engine.engine.sampler import Sampler, seeded_noise
+from dlms_engine.models.denoiser import Denoiser
 
 pytestmark = pytest.mark.needs_cuda
 

@@ -10,11 +10,11 @@ from package_alone import run_alone
 from torch import Tensor, nn
 
 from dlms_engine import grids, ops, processes, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine import sampler
 from dlms_engine.engine.cuda_graph_cache import GraphCache
 from dlms_engine.engine.export import export_sampler
 from dlms_engine.engine.sampler import Sampler, seeded_noise
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.ops import layout
 from dlms_engine.policies.amed import AmedPolicy
 from dlms_engine.policies.amed_formulas import AmedBase

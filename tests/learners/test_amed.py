@@ -23,7 +23,6 @@ from amed_problem import (
 from torch import Tensor
 
 from dlms_engine import grids, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
 from dlms_engine.learners.amed.objective import INFINITE_GRADIENT, Amed, clean_gradients
@@ -34,6 +33,7 @@ from dlms_engine.learners.presets import PRESETS
 from dlms_engine.learners.registry import preset
 from dlms_engine.learners.settings import split_settings
 from dlms_engine.learners.training.trainer import Trainer, TrainerSettings
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.amed import AmedPolicy
 from dlms_engine.policies.amed_formulas import AmedBase, Walk
 from dlms_engine.policies.amed_predictor import AmedPredictor, Choice

@@ -11,7 +11,6 @@ from analytic import GaussianMixture
 from torch import Tensor, nn
 
 from dlms_engine import Sampler, distill, load_solver
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.learners.auto import AutoSettings
 from dlms_engine.learners.auto.budget import Budget, parse_budget
 from dlms_engine.learners.auto.choose import HELD_OUT_FIRST, AutoStage, choose_stage, end_of, ratio
@@ -24,6 +23,7 @@ from dlms_engine.learners.start import (
     rmse,
     run_tables,
 )
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow, VPDiscrete
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

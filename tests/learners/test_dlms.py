@@ -12,7 +12,6 @@ from mixture_network import EDM, Network, mixture_denoiser
 from torch import Tensor, nn
 
 from dlms_engine import grids, processes, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler, seeded_noise
 from dlms_engine.learners import distill
 from dlms_engine.learners.dlms.objective import Dlms, endpoint_loss, student_end
@@ -20,6 +19,7 @@ from dlms_engine.learners.dlms.settings import DlmsSettings
 from dlms_engine.learners.dlms.teacher import Teacher, TeacherSettings
 from dlms_engine.learners.training.ema import EmaSets
 from dlms_engine.learners.training.noise import unit_noise
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.distilled import load_solver
 from dlms_engine.policies.dlms import parameter_count, step_coefficients
 

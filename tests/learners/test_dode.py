@@ -13,12 +13,12 @@ from analytic import GaussianMixture
 from torch import Tensor
 
 from dlms_engine import grids, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.adjoint import walk
 from dlms_engine.learners.dode.objective import base_table, fit, replay, teacher_states
 from dlms_engine.learners.dode.settings import DodeSettings, student_grid
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VP, Process, VPDiscrete
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 DATA = Path(__file__).parents[1] / "data"
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

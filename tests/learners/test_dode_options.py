@@ -12,15 +12,15 @@ import torch
 from analytic import GaussianMixture
 from torch import Tensor
 
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.adjoint import walk
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
 from dlms_engine.learners.dode.objective import fit, replay
 from dlms_engine.learners.dode.settings import DodeSettings
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
+from dlms_engine.solvers.table import SolverTable
 from dlms_engine.support.parallel import World
-from dlms_engine.tables.table import SolverTable
 
 SOLVERS: list[dict[str, Any]] = [
     {"solver": "ddim", "prediction": "noise"},

@@ -15,13 +15,13 @@ import torch
 from analytic import GaussianMixture
 from torch import Tensor
 
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.adjoint import walk
 from dlms_engine.learners.dode.fit import Fit, Replay
 from dlms_engine.learners.dode.objective import _run, teacher_states
 from dlms_engine.learners.dode.settings import DodeSettings
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import VPDiscrete
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 DATA = Path(__file__).parents[1] / "data"
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

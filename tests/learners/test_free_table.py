@@ -11,13 +11,13 @@ from analytic import GaussianMixture, run_table
 from torch import Tensor
 
 from dlms_engine import grids, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
 from dlms_engine.learners.free_table.objective import FreeTable, FreeTableModule
 from dlms_engine.learners.free_table.settings import FreeTableSettings
 from dlms_engine.learners.training.base_table import BASES
 from dlms_engine.learners.training.trainer import Trainer, TrainerSettings
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
 
 

@@ -12,7 +12,6 @@ from amed_problem import problem
 from torch import Tensor
 
 from dlms_engine import grids, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
 from dlms_engine.learners.gits.objective import Chord, Gits, shortest_path
@@ -20,10 +19,11 @@ from dlms_engine.learners.gits.settings import GitsSettings
 from dlms_engine.learners.presets import PRESETS
 from dlms_engine.learners.registry import preset
 from dlms_engine.learners.settings import split_settings
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.distilled import load_solver
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
+from dlms_engine.solvers.table import SolverTable
 from dlms_engine.support.parallel import World
-from dlms_engine.tables.table import SolverTable
 
 SHAPE = (16,)
 

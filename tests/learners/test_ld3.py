@@ -13,13 +13,13 @@ from analytic import GaussianMixture
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.adjoint import walk
 from dlms_engine.learners import distill
 from dlms_engine.learners.ld3.loop import Ld3Loop
 from dlms_engine.learners.ld3.objective import Ld3
 from dlms_engine.learners.ld3.pairs import project
 from dlms_engine.learners.ld3.settings import Ld3Settings
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
 from dlms_engine.support.parallel import World
 

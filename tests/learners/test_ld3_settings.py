@@ -12,7 +12,6 @@ from analytic import GaussianMixture
 from torch import Tensor
 
 from dlms_engine import grids
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
 from dlms_engine.learners.ld3.grid import LearnedGrid
@@ -20,6 +19,7 @@ from dlms_engine.learners.ld3.loop import Ld3Loop
 from dlms_engine.learners.ld3.objective import Ld3
 from dlms_engine.learners.ld3.settings import Ld3Settings
 from dlms_engine.learners.training.start_times import refine, start_times
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, RectifiedFlow
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from analytic import GaussianMixture
 
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.learners import LEARNERS, distill
 from dlms_engine.learners.ld3.loop import Ld3Loop
 from dlms_engine.learners.ld3.objective import Ld3
 from dlms_engine.learners.ld3.settings import Ld3Settings
 from dlms_engine.learners.presets import PRESETS
 from dlms_engine.learners.registry import preset, resolved
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VPDiscrete
 
 COUNTED = ("method", "trajectories")

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.learners.training.losses import resolve_kind, sample_loss
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
 
 

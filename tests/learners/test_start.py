@@ -13,7 +13,6 @@ from commands import answer, complaint
 from torch import Tensor, nn
 
 from dlms_engine import Sampler, recommend
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.learners.start import (
     ExactSolution,
     SamplingProblem,
@@ -25,6 +24,7 @@ from dlms_engine.learners.start import (
     run_tables,
 )
 from dlms_engine.learners.start.search import Search, Start
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow, VPDiscrete
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)

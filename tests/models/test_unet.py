@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dlms_engine.denoiser import Denoiser
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.models.unet import UNet
 from dlms_engine.processes import EDM
 

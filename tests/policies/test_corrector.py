@@ -18,7 +18,7 @@ from dlms_engine.policies.corrector import (
     read_corrector,
 )
 from dlms_engine.processes import EDM, grids
-from dlms_engine.tables.file import SolverFileError
+from dlms_engine.solvers.file import SolverFileError
 
 SHAPES = {"image": (3, 6, 5), "sequence": (7, 4), "vector": (5,)}
 

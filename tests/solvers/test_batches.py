@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow, VPDiscrete
 from dlms_engine.solvers import SOLVERS, ddim, make_solver
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 INNER = {
     "edm": (EDM(), [4.0], [2.5, 1.1, 0.6], [0.2]),

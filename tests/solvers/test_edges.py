@@ -23,7 +23,7 @@ from torch import Tensor
 from dlms_engine import grids
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
 from dlms_engine.solvers import SOLVERS, ddim, dpm_solver_pp, heun, ipndm, make_solver, unipc
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 
 @every_process

@@ -14,7 +14,7 @@ from analytic import GaussianMixture, run_table
 
 from dlms_engine.processes import EDM
 from dlms_engine.solvers import ddim, deis, dpm_solver_2, dpm_solver_pp, heun, ipndm, ipndm_v, unipc
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 DATA = Path(__file__).parent.parent / "data"
 BASELINES = dict(np.load(DATA / "baselines.npz"))

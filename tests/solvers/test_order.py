@@ -26,7 +26,7 @@ from dlms_engine.solvers import (
 from dlms_engine.solvers.exponential import phi
 from dlms_engine.solvers.ipndm import ADAMS_BASHFORTH
 from dlms_engine.solvers.quadrature import lagrange_weights
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 STD = torch.tensor([0.5, 1.0], dtype=torch.float64)
 FLAT = {"lower_order_final": False}

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from mixture_network import mixture_denoiser
 
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.learners import distill
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.support.parallel import World, finish, initialise, restarted
 
 TRAINED = {

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from dlms_engine import grids, processes, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.distilled import DistilledSolver, load_solver, save_solver
+from dlms_engine.solvers.format import SolverFileError
 from dlms_engine.support import versioned
-from dlms_engine.tables.format import SolverFileError
 
 
 def objects() -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
 from ..processes import EDM
 from ..support.files import replacing
 from .formats import check_format, read_metadata, stamp

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..denoiser import Denoiser, NetworkPrediction
+from ..models.denoiser import Denoiser, NetworkPrediction
 from ..processes import EDM, Process, VPDiscrete
 
 SCHEDULES = ("linear", "cosine")

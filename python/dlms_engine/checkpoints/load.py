@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
 from ..support.files import replacing
 from . import edm
 from .formats import check_format, read_metadata, read_tensors, stamp

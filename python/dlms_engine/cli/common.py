@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ..denoiser import Denoiser
+    from ..models.denoiser import Denoiser
     from ..models.embedded import ReferenceStatistics
     from ..processes import Process
-    from ..tables.policy import Policy
+    from ..solvers.policy import Policy
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object for machines.")]
 ModelOption = Annotated[
@@ -123,8 +123,8 @@ def load_model(spec: str, device: str | None = None) -> Model:
 def _embedded(device: torch.device | None) -> Model:
     import torch
 
-    from ..denoiser import Denoiser
     from ..models import embedded
+    from ..models.denoiser import Denoiser
     from ..processes import EDM
 
     network = embedded.embedded_network(device or "cpu").to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -144,7 +144,7 @@ def distance_features(model: Model) -> nn.Module:
     """The model's feature network, else its own bottleneck, else its values; ``label`` names them."""
     if model.features is not None:
         return model.features
-    from ..evaluation.own_features import own_features
+    from ..lab.evaluation.own_features import own_features
 
     conditional = getattr(model, "conditions", None) is not None
     return own_features(model.denoiser, model.shape, conditional=conditional)
@@ -233,7 +233,7 @@ def choose_solver(
         )
         return label_of(table, grid), table
     from ..policies.distilled import load_solver
-    from ..tables.policy import policy_of
+    from ..solvers.policy import policy_of
 
     held = load_solver(solver)
     policy = policy_of(held)

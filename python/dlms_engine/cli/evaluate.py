@@ -151,7 +151,7 @@ def evaluate_command(
 def _single(
     model: Model, entry: Entry, settings: RecordSettings, folder: Path, as_json: bool
 ) -> None:
-    from ..evaluation.frechet import label_of_features
+    from ..lab.evaluation.frechet import label_of_features
     from ..lab.record.record import evaluate_one
     from ..lab.record.report import number
 
@@ -231,7 +231,7 @@ def _record(
 def _learned(path: Path) -> Entry:
     from ..lab.record.measure import Entry
     from ..policies.distilled import load_solver
-    from ..tables.policy import policy_of
+    from ..solvers.policy import policy_of
 
     held = load_solver(path)
     policy = policy_of(held)

@@ -17,7 +17,7 @@ def inspect(
 ) -> None:
     """Print a solver file: what it is, its numbers and its checksum."""
     from ..policies.distilled import load_solver
-    from ..tables.policy import policy_of
+    from ..solvers.policy import policy_of
 
     held = load_solver(file)
     policy = policy_of(held)

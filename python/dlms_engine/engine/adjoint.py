@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..denoiser import Denoiser, per_sample
-from ..tables.table import Prediction, SolverTable
+from ..models.denoiser import Denoiser, per_sample
+from ..solvers.table import Prediction, SolverTable
 from . import fused_adjoint
 from .rollout import on_device
 

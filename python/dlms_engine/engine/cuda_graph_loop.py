@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
 from .cuda_graph_capture import Inputs, Loop
 from .steps import evaluate, first_input
 

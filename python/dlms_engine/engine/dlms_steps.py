@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
 from ..ops import designer_row
 from ..ops.designer_row import LEVELS, NETWORK_CODES, PROCESS_CODES, Kernels, Parameters, RowConfig
 from ..policies.dlms import DesignerPolicy

@@ -17,11 +17,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from .. import ops
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
 from ..ops import layout
 from ..ops.reference import NETWORK_DTYPES
+from ..solvers.table import SolverTable
 from ..support.transfer import rows_up
-from ..tables.table import SolverTable
 from .steps import evaluate, guidance
 
 

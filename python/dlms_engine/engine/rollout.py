@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..denoiser import Denoiser, per_sample
+from ..models.denoiser import Denoiser, per_sample
+from ..solvers.table import SolverTable
 from ..support.transfer import rows_up
-from ..tables.table import SolverTable
 
 
 def on_device(table: SolverTable, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .. import ops
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
 from ..policies.corrector import CorrectedPolicy
 from ..policies.run import run_predictions
 from ..processes.base import config_summary
+from ..solvers.policy import Policy, Solved, policy_of
+from ..solvers.table import SolverTable
 from ..support.versioned import Versioned
-from ..tables.policy import Policy, Solved, policy_of
-from ..tables.table import SolverTable
 from . import cpu_loop
 from .cuda_graph import run_captured
 from .cuda_graph_cache import GraphCache, split_tensors

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
 from ..ops import layout
-from ..tables.policy import PolicyRun
-from ..tables.table import SolverTable
+from ..solvers.policy import PolicyRun
+from ..solvers.table import SolverTable
 from . import cpu_loop
 
 AfterRow = Callable[[int, Tensor], object]

@@ -25,7 +25,7 @@ except ImportError as exc:
         "dlms_engine.integrations.diffusers needs diffusers: pip install 'dlms-engine[diffusers]'"
     ) from exc
 
-from ..tables.policy import policy_of
+from ..solvers.policy import policy_of
 from .pipelines.acceleration import Acceleration
 from .pipelines.networks import network_of
 from .scheduler.base import EngineScheduler

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
 from ..processes import EDM, Process, RectifiedFlow
-from ..tables.policy import Policy, policy_of
+from ..solvers.policy import Policy, policy_of
 from .scheduler import tables
 from .scheduler.noise import NoiseModel
 from .scheduler.plan import Rows, late_start, make_plan, policy_rows, table_rows

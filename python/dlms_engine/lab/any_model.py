@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from ..denoiser import Denoiser
-from ..evaluation.frechet import FeatureSums, frechet_distance
 from ..learners import distill
 from ..learners.auto.choose import AutoStage, end_of, ratio
 from ..learners.auto.features import features_of
 from ..learners.start import ExactSolution, SamplingProblem
 from ..learners.start.search import candidate_of
+from ..models.denoiser import Denoiser
 from ..support.files import write_text
 from . import grounds
+from .evaluation.frechet import FeatureSums, frechet_distance
 
 _FIRST = 1 << 24
 """Number of the first measured sample: neither training nor choosing uses these."""

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
 from ..models.embedded import ReferenceStatistics
 from ..models.features import ResidualFeatures
 from ..models.pretrained import read_config, read_features, read_network, read_reference

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..denoiser import Denoiser, NetworkPrediction
+from ..models.denoiser import Denoiser, NetworkPrediction
 from ..processes import Process, RectifiedFlow, VPDiscrete
 from ..support.files import replacing
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
 from .options import RunOptions
 from .settings import hints

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ..tables.file import register_method
+from ..solvers.file import register_method
 from .amed import AMED
 from .auto import AUTO
 from .dlms import DLMS

@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from typing import Any
 
-from ..tables.table import SolverTable
+from ..solvers.table import SolverTable
 from .training.coerce import coerce
 
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..denoiser import Denoiser
 from ..processes import EDM
+from .denoiser import Denoiser
 
 IMAGE_SHAPE = (3, 16, 16)
 """Channels, height, width of the images, which lie in [-1, 1]."""

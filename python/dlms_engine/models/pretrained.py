@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..denoiser import Denoiser
 from ..processes import from_config
+from .denoiser import Denoiser
 from .embedded import ReferenceStatistics
 from .features import ResidualFeatures
 from .unet import UNet

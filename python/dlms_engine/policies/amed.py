@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..processes import Process, RectifiedFlow, from_config
-from ..tables.file import register_policy
-from ..tables.run import Row
-from ..tables.trace import START, Form, OnlineTrace
+from ..solvers.file import register_policy
+from ..solvers.run import Row
+from ..solvers.trace import START, Form, OnlineTrace
 from .amed_formulas import AmedBase, Walk, asked_range, check_levels
 from .amed_predictor import AmedPredictor, Choice
 

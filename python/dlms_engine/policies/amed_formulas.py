@@ -18,7 +18,7 @@ from torch import Tensor
 from ..processes import EDM, Process, RectifiedFlow
 from ..solvers.exponential import phi
 from ..solvers.ipndm import ADAMS_BASHFORTH
-from ..tables.trace import Form
+from ..solvers.trace import Form
 from .amed_predictor import Choice
 
 AmedSolver = Literal["amed", "ddim", "dpm_solver_2", "ipndm", "dpm_solver_pp"]

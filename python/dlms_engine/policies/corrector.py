@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..processes import Process, from_config
-from ..tables.file import register_policy
-from ..tables.policy import PolicyRun
-from ..tables.table import SolverTable
+from ..solvers.file import register_policy
+from ..solvers.policy import PolicyRun
+from ..solvers.table import SolverTable
 
 Layout = Literal["image", "sequence", "vector"]
 LAYOUTS = ("image", "sequence", "vector")

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..denoiser import Denoiser
-from ..support.versioned import Versioned
-from ..tables.file import (
+from ..models.denoiser import Denoiser
+from ..solvers.file import (
     DISTILLED_KEYS,
     SolverFileError,
     read_solver,
@@ -20,8 +19,9 @@ from ..tables.file import (
     record_of,
     write_record,
 )
-from ..tables.policy import Policy, Solved
-from ..tables.table import SolverTable
+from ..solvers.policy import Policy, Solved
+from ..solvers.table import SolverTable
+from ..support.versioned import Versioned
 from . import amed, corrector, dlms  # noqa: F401  (a file may hold their policies)
 from .static_table import Deciding, average_table
 

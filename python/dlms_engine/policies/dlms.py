@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ..ops.designer_row import kernel_constants
 from ..processes import Process, from_config
+from ..solvers.file import register_policy
+from ..solvers.run import Row
 from ..support.transfer import to_host
 from ..support.versioned import Versioned
-from ..tables.file import register_policy
-from ..tables.run import Row
 
 TimeCoordinate = Literal["log", "linear"]
 

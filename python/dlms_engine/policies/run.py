@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..denoiser import Denoiser, per_sample
-from ..tables.policy import Policy
+from ..models.denoiser import Denoiser, per_sample
+from ..solvers.policy import Policy
 
 
 def run_predictions(

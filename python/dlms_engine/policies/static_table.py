@@ -9,11 +9,11 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..denoiser import Denoiser
+from ..models.denoiser import Denoiser
+from ..solvers.policy import Policy
+from ..solvers.run import PolicyRun
+from ..solvers.table import SolverTable
 from ..support.transfer import to_host
-from ..tables.policy import Policy
-from ..tables.run import PolicyRun
-from ..tables.table import SolverTable
 from .run import run_predictions
 
 D = TypeVar("D")

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..processes import Process
 from ..processes.grids import check_grid
-from ..tables.table import Prediction, SolverTable
-from ..tables.trace import AnalyticOutput, Form, Output, Trace
+from .table import Prediction, SolverTable
+from .trace import AnalyticOutput, Form, Output, Trace
 
 Afs = bool | Literal["dockhorn", "zero"]
 Evaluation = Output | AnalyticOutput

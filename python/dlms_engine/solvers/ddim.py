@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..processes import Process
-from ..tables.table import Prediction, SolverTable
 from .common import Afs, Run
 from .exponential import ExponentialStep, predicted
+from .table import Prediction, SolverTable
 
 
 def ddim(

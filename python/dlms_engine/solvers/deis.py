@@ -8,10 +8,10 @@ from typing import Literal
 from torch import Tensor
 
 from ..processes import EDM, VP, Process
-from ..tables.table import Prediction, SolverTable
 from .common import Afs, Node, Run, check_order
 from .ipndm import multistep
 from .quadrature import lagrange_weights
+from .table import Prediction, SolverTable
 
 
 def deis(

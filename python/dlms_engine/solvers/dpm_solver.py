@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from ..processes import Process, RectifiedFlow
-from ..tables.table import Prediction, SolverTable
-from ..tables.trace import Form
 from .common import Afs, Node, Run, check_order, noise_step
 from .exponential import ExponentialStep, lambdas, phi, predicted
+from .table import Prediction, SolverTable
+from .trace import Form
 
 
 def dpm_solver_pp(

@@ -16,9 +16,9 @@ import math
 import torch
 from torch import Tensor
 
-from ..tables.table import Prediction
-from ..tables.trace import Form
 from .common import Evaluation, Node
+from .table import Prediction
+from .trace import Form
 
 POWERS = torch.arange(20, dtype=torch.float64)
 INVERSE_FACTORIALS = torch.tensor([1 / math.factorial(k) for k in range(28)], dtype=torch.float64)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..processes import Process
-from ..tables.table import Prediction, SolverTable
-from ..tables.trace import Form
 from .common import Afs, Node, Run, check_order, noise_step
 from .exponential import ExponentialStep
 from .quadrature import lagrange_weights
+from .table import Prediction, SolverTable
+from .trace import Form
 
 # Fixed-step Adams-Bashforth, newest first (Hairer, Norsett & Wanner 1993, III.1).
 ADAMS_BASHFORTH: dict[int, tuple[float, ...]] = {

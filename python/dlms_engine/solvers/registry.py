@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..processes import Process, RectifiedFlow, VPDiscrete
 from ..processes.grids import GRIDS, named_grid
-from ..tables.file import register_method
-from ..tables.table import SolverTable
 from .common import Afs
 from .ddim import ddim
 from .deis import deis
 from .dpm_solver import dpm_solver_2, dpm_solver_pp, dpm_solver_pp_2s, heun
+from .file import register_method
 from .ipndm import ipndm, ipndm_v
+from .table import SolverTable
 from .unipc import unipc
 
 Grid = Callable[[Process, int], Tensor]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..processes import Process
-from ..tables.table import Prediction, SolverTable
-from ..tables.trace import Form
 from .common import Afs, Node, Run, check_order
 from .dpm_solver import step_order
 from .exponential import ExponentialStep, lambdas, phi, predicted
+from .table import Prediction, SolverTable
+from .trace import Form
 
 
 def unipc(

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
 from dlms_engine import grids, solvers  # noqa: E402
-from dlms_engine.denoiser import Denoiser  # noqa: E402
 from dlms_engine.engine.sampler import Sampler  # noqa: E402
 from dlms_engine.integrations.diffusers import DLMSScheduler  # noqa: E402
+from dlms_engine.models.denoiser import Denoiser  # noqa: E402
 from dlms_engine.policies.dlms import Designer, DesignerPolicy, DesignerSettings  # noqa: E402
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

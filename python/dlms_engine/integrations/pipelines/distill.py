@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ...denoiser import Denoiser, FeatureTap, find_module
 from ...learners import distill
 from ...learners.registry import learner
+from ...models.denoiser import Denoiser, FeatureTap, find_module
 from ...support.files import replacing
 from ..diffusers import DLMSScheduler
 from ..scheduler.probe import Loop, first_argument

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from ...denoiser import Denoiser, NetworkPrediction, Preconditioning
+from ...models.denoiser import Denoiser, NetworkPrediction, Preconditioning
 from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
 from ...processes import as_float64 as f64
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...ops import layout
-from ...tables.policy import Policy, Row
-from ...tables.table import SolverTable
+from ...solvers.policy import Policy, Row
+from ...solvers.table import SolverTable
 from .noise import NoiseModel
 
 

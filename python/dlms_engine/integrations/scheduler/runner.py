@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...ops import layout
 from ...solvers import SOLVERS
-from ...tables.policy import Policy, PolicyRun, policy_of
-from ...tables.table import SolverTable
+from ...solvers.policy import Policy, PolicyRun, policy_of
+from ...solvers.table import SolverTable
 from .flow_times import is_default
 from .noise import NoiseModel
 from .plan import (

@@ -14,7 +14,7 @@ from ...solvers import SOLVERS, make_solver
 from ...solvers.common import Node, Run
 from ...solvers.ipndm import multistep
 from ...solvers.quadrature import lagrange_weights
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 
 DEFAULT_ORDER = {"dpm_solver_pp": 2, "unipc": 2, "deis": 2}
 """diffusers' default ``solver_order``; the other solvers keep the engine's own default."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...denoiser import find_module
+from ...models.denoiser import find_module
 
 TIME_ARGUMENTS = ("timestep", "timesteps", "t")
 

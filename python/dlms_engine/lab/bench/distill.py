@@ -23,10 +23,10 @@ import torch
 from torch import nn
 
 from dlms_engine import ops
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
 from dlms_engine.lab.bench.timing import conditions, finish_report, json_options, save_report
 from dlms_engine.learners import LEARNERS, RunOptions
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
 
 _NFE = 5

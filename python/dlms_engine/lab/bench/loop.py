@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dlms_engine import grids, ops, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import GRAPHS, Sampler, seeded_noise
 from dlms_engine.lab.bench import rivals
 from dlms_engine.lab.bench.device import interleaved_events, machine, no_gpu, quantiles
 from dlms_engine.lab.bench.timing import conditions, finish_report, json_options
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
 
 SHAPE = (3, 16, 16)

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from dlms_engine import embedded, grids, ops, solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine.sampler import Sampler, seeded_noise
 from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
 from dlms_engine.lab.bench.loop import wall_times
 from dlms_engine.lab.bench.timing import conditions, finish_report, json_options
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -162,7 +162,7 @@ def solver_of(path: Path | None, nfe: int) -> tuple[str, Any]:
         process = EDM(embedded.SIGMA_MIN, embedded.SIGMA_MAX)
         return f"ipndm-{nfe}", solvers.ipndm(process, grids.polynomial(process, nfe))
     from dlms_engine.policies.distilled import load_solver
-    from dlms_engine.tables.policy import policy_of
+    from dlms_engine.solvers.policy import policy_of
 
     held = load_solver(path)
     policy = policy_of(held)

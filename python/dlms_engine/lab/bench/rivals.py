@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from dlms_engine import solvers
-from dlms_engine.denoiser import Denoiser
 from dlms_engine.engine import steps
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.ops import layout, reference
 from dlms_engine.processes import VPDiscrete
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 STEPS = 20
 AT = 12

@@ -12,7 +12,7 @@ from ...learners.registry import LEARNERS, preset
 from ...learners.training.settings import TrainerSettings
 from ...processes import Process
 from ...solvers.registry import handcrafted_table
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
-from ...denoiser import Denoiser
 from ...learners import distill
+from ...models.denoiser import Denoiser
 from ...policies.distilled import load_solver
+from ...solvers.policy import Policy
 from ...support.files import write_text
-from ...tables.policy import Policy
 from ..record.store import network_digest
 from .budget import Calls, affordable, counted
 from .contestants import Contestant

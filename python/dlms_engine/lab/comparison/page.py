@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...evaluation.frechet import LABEL
 from ...support.files import write_text
 from .. import plots
+from ..evaluation.frechet import LABEL
 from ..record.report import number
 from ..record.rows import rank
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...denoiser import Denoiser
 from ...engine.sampler import Sampler
-from ...evaluation.frechet import FeatureSums, label_of_features
+from ...models.denoiser import Denoiser
 from ...models.embedded import ReferenceStatistics
 from ...solvers import handcrafted
 from ...solvers.registry import label_of
 from ...support.files import write_text
 from ...support.parallel import World
+from ..evaluation.frechet import FeatureSums, label_of_features
 from ..plots import side_by_side
 from ..record.measure import Entry, Measurer
 from ..record.rows import Floors, distance, rank

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from ... import solvers
-from ...denoiser import Denoiser
 from ...engine.sampler import Sampler, seeded_noise
-from ...evaluation.frechet import FeatureSums, feature_sums
+from ...models.denoiser import Denoiser
 from ...processes import grids
+from ...solvers.file import StatePolicy
+from ...solvers.policy import Policy
+from ...solvers.table import SolverTable
 from ...support.parallel import World
 from ...support.transfer import to_host
-from ...tables.file import StatePolicy
-from ...tables.policy import Policy
-from ...tables.table import SolverTable
+from ..evaluation.frechet import FeatureSums, feature_sums
 from .memo import memoised
 from .store import Store, digest, network_digest
 

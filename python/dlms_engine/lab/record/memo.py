@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...denoiser import Denoiser, unwrap
+from ...models.denoiser import Denoiser, unwrap
 
 
 class Memo(nn.Module):

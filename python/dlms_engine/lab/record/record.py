@@ -19,11 +19,11 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...denoiser import Denoiser
-from ...evaluation.frechet import FeatureSums, label_of_features
+from ...models.denoiser import Denoiser
 from ...models.embedded import ReferenceStatistics
 from ...support.files import write_text
 from ...support.parallel import World
+from ..evaluation.frechet import FeatureSums, label_of_features
 from .measure import Entry, Measurer
 from .rows import Floors, distance, finalists, measured_row, shortlist
 from .store import Store

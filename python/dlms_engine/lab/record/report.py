@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...evaluation.frechet import LABEL
 from .. import plots
+from ..evaluation.frechet import LABEL
 from .rows import best, figure, rank
 
 _Row = Mapping[str, Any]

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ...evaluation.frechet import FeatureSums, frechet_distance
 from ...models.embedded import ReferenceStatistics
+from ..evaluation.frechet import FeatureSums, frechet_distance
 from .measure import Entry, Measured
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...denoiser import Denoiser, per_sample
 from ...engine.rollout import rollout
 from ...engine.sampler import Sampler
+from ...models.denoiser import Denoiser, per_sample
 from ...policies.amed import AmedPolicy
 from ...policies.amed_formulas import Walk, asked_range
 from ...policies.amed_predictor import AmedPredictor, Choice

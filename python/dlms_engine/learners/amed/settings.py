@@ -11,7 +11,7 @@ from ...policies.amed_formulas import AmedBase, AmedSolver
 from ...processes import Process
 from ...processes.grids import GRIDS, named_grid
 from ...solvers import make_solver
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from ..training.start_times import GridSource, refine, start_times
 
 TEACHERS = ("same", "heun", "dpm_solver_2", "ddim", "ipndm", "dpm_solver_pp")

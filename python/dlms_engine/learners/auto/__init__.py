@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 from ...policies.corrector import CorrectedPolicy
 from ...policies.distilled import DistilledSolver
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings

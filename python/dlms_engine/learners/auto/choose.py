@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...policies.corrector import CorrectedPolicy
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from ..start import ExactSolution, SamplingProblem, rmse_with_error, run_tables
 from .features import features_of
 from .runs import run_keeping

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...policies.corrector import Corrector, CorrectorSettings, layout_of
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from ..start import SamplingProblem
 from .budget import Budget
 from .feature_phase import train_on_features

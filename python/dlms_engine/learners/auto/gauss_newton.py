@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from ..start import ExactSolution, SamplingProblem, SharedRuns
 from .budget import Budget
 from .table import GeneralTable

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from ..start import SamplingProblem
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...policies.dlms import step_coefficients
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from ..start import Candidate
 
 FULL_HISTORY = 6

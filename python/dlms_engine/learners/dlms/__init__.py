@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
 from ...support.parallel import World
 from .. import presets

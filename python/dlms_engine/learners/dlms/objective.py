@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ...denoiser import Denoiser, per_sample
 from ...engine.sampler import Sampler
+from ...models.denoiser import Denoiser, per_sample
 from ...policies.dlms import (
     Designer,
     DesignerPolicy,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...denoiser import Denoiser, per_sample
+from ...models.denoiser import Denoiser, per_sample
 
 
 @dataclass(frozen=True)

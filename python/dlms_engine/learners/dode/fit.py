@@ -13,12 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...denoiser import Denoiser, per_sample
+from ...models.denoiser import Denoiser, per_sample
 from ...processes import Process
+from ...solvers.table import Prediction
+from ...solvers.trace import Form, Output, Trace
 from ...support.parallel import World
 from ...support.transfer import host_numbers
-from ...tables.table import Prediction
-from ...tables.trace import Form, Output, Trace
 
 
 class Correction(NamedTuple):

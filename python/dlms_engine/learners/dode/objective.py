@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...denoiser import Denoiser
 from ...engine.adjoint import walk
+from ...models.denoiser import Denoiser
 from ...processes import Process, VPDiscrete
 from ...solvers import make_solver
+from ...solvers.table import SolverTable
 from ...support.parallel import World
-from ...tables.table import SolverTable
 from ..training.start_times import refine
 from .fit import Correction, Fit, Replay
 from .programs import heun_program, multistep_program, singlestep

@@ -12,8 +12,8 @@ from torch import Tensor
 from ...processes import Process
 from ...solvers.common import make_nodes, noise_step
 from ...solvers.exponential import ExponentialStep, lambdas, phi, predicted
-from ...tables.table import SolverTable
-from ...tables.trace import Form
+from ...solvers.table import SolverTable
+from ...solvers.trace import Form
 from .fit import FormulaRecorder
 from .settings import DodeSettings
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...processes import EDM, Process, VPDiscrete, grids
-from ...tables.table import Prediction
+from ...solvers.table import Prediction
 from ..training.start_times import GridSource, start_times
 
 _SOLVERS = ("ddim", "ipndm", "deis", "dpm_solver_pp", "dpm_solver", "edm")

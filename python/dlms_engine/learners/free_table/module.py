@@ -7,9 +7,9 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 from ...policies.dlms import step_coefficients
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from ..ld3.grid import LearnedGrid
 from ..training.start_times import start_times
 from .settings import FreeTableSettings

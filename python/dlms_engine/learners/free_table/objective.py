@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ... import solvers
-from ...denoiser import Denoiser
 from ...engine.adjoint import solve, walk
 from ...engine.sampler import Sampler
+from ...models.denoiser import Denoiser
+from ...solvers.table import SolverTable
 from ...support.parallel import World
 from ...support.transfer import rows_up
-from ...tables.table import SolverTable
 from ..training.losses import FeatureDistance, last_step_distance, log_distance
 from ..training.start_times import refine
 from ..training.trainer import Numbers

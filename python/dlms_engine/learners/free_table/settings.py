@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ...solvers.common import Afs
-from ...tables.table import Prediction
+from ...solvers.table import Prediction
 from ..training.base_table import Base, BaseName
 from ..training.start_times import GridSource
 

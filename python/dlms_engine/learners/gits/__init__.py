@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
 from ...support.parallel import World
 from .. import presets

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...denoiser import Denoiser
 from ...engine.rollout import rollout
 from ...engine.sampler import Sampler
+from ...models.denoiser import Denoiser
 from ...policies.dlms import step_coefficients
 from ...solvers import SOLVERS, make_solver
+from ...solvers.table import SolverTable
 from ...support.parallel import World
 from ...support.transfer import host_numbers, to_host
-from ...tables.table import SolverTable
 from ..training.noise import unit_noise
 from ..training.start_times import start_times
 from .settings import GitsSettings

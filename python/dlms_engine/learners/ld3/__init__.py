@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
 from ...support.parallel import World
 from .. import presets

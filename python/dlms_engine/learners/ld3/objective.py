@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...denoiser import Denoiser
 from ...engine.adjoint import solve, walk
+from ...models.denoiser import Denoiser
 from ...processes import grids
 from ...solvers import make_solver
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from ..training.losses import SampleLoss, resolve_kind, sample_loss
 from ..training.start_times import start_times
 from .grid import LearnedGrid

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 from .exact import ExactSolution, Proof, rmse, run_tables
 from .problem import Conditions, SamplingProblem
 from .search import (

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...processes import Process
 from ...solvers import make_solver
 from ...solvers.registry import standard_grids
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from .problem import SamplingProblem
 from .shared_runs import SharedRuns
 

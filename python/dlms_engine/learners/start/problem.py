@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 from ..training.noise import tell_first_sample, unit_noise
 
 Conditions = Mapping[str, Any] | Callable[[Tensor], Mapping[str, Any]] | str | Path | None

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...processes import Process
 from ...solvers import make_solver
 from ...solvers.registry import SOLVERS, handcrafted
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 from .exact import EXACT_SHARE, ExactSolution, Proof
 from .problem import SamplingProblem
 from .shared_runs import SharedRuns

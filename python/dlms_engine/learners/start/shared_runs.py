@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...tables.table import SolverTable
+from ...solvers.table import SolverTable
 
 SMALLEST, LARGEST = 256, 8192
 NUMBERS = 1 << 18

@@ -11,7 +11,7 @@ from torch import Tensor
 from ...processes import Process
 from ...solvers import make_solver
 from ...solvers.common import Afs, afs_kind
-from ...tables.table import Prediction, SolverTable
+from ...solvers.table import Prediction, SolverTable
 
 BaseName = Literal["euler", "ddim", "ipndm", "ipndm_v", "deis", "dpm_solver_pp", "unipc"]
 BASES = ("euler", "ddim", "ipndm", "ipndm_v", "deis", "dpm_solver_pp", "unipc")

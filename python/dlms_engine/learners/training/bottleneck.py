@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 
 log = logging.getLogger("dlms_engine")
 

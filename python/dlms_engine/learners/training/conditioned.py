@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 from ..start.problem import Conditions, read_conditions, rows_of
 
 PER_SAMPLE = ("dlms", "amed", "free_table")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._version import __version__
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 
 WHOLE = 65_536
 """Tensors of at most so many elements are read whole."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 from ...support.parallel import World
 
 FeatureDistance = Callable[[Tensor, Tensor], Tensor]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ...policies.distilled import load_solver
 from ...processes import Process, grids
-from ...tables.policy import policy_of
-from ...tables.table import SolverTable
+from ...solvers.policy import policy_of
+from ...solvers.table import SolverTable
 
 GridSource = str | Path | Sequence[float] | Tensor | SolverTable
 """A grid's name, a solver file (``*.safetensors``), explicit times, or a table."""

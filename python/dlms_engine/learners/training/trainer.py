@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...denoiser import Denoiser
+from ...models.denoiser import Denoiser
 from ...support.parallel import World
 from ...support.progress import inner_progress
 from ...support.transfer import host_numbers

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ... import solvers
-from ...denoiser import Denoiser
 from ...engine.sampler import Sampler, seeded_noise
+from ...models.denoiser import Denoiser
 from ...processes import EDM, grids
+from ...solvers.table import SolverTable
 from ...support.progress import inner_progress_shown
 from ...support.transfer import host_numbers
-from ...tables.table import SolverTable
 from ..start import ExactSolution, Proof, SamplingProblem
 from .losses import FeatureDistance
 from .noise import tell_first_sample

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dlms_engine.processes import EDM, RectifiedFlow
-from dlms_engine.tables.trace import Form, Trace
+from dlms_engine.solvers.trace import Form, Trace
 
 GRID = torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=torch.float64)
 

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from dlms_engine import grids
 from dlms_engine.policies.distilled import load_solver, save, save_solver
 from dlms_engine.processes import EDM, VP, RectifiedFlow, VPDiscrete
+from dlms_engine.solvers import file as solver_file
+from dlms_engine.solvers import format as solver_format
 from dlms_engine.solvers import heun, ipndm, make_solver, unipc
-from dlms_engine.tables import file as solver_file
-from dlms_engine.tables import format as solver_format
-from dlms_engine.tables.file import SolverFileError, SolverRecord, read_solver, register_kind
-from dlms_engine.tables.format import MAX_BYTES, serialize
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.file import SolverFileError, SolverRecord, read_solver, register_kind
+from dlms_engine.solvers.format import MAX_BYTES, serialize
+from dlms_engine.solvers.table import SolverTable
 
 TABLE = ipndm(EDM(), grids.polynomial(EDM(), 2), order=2)
 

@@ -13,7 +13,7 @@ from analytic import GaussianMixture
 from torch import Tensor, nn
 
 from dlms_engine import processes
-from dlms_engine.denoiser import PREDICTIONS, Denoiser, find_module, quantile
+from dlms_engine.models.denoiser import PREDICTIONS, Denoiser, find_module, quantile
 
 PROCESSES = {
     "edm": processes.EDM(),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dlms_engine.evaluation import (
+from dlms_engine.lab.evaluation import (
     FrechetDistance,
     endpoint_rmse,
     endpoint_rmse_per_sample,

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..models.embedded import ReferenceStatistics, embedded_features, embedded_reference
+from ...models.embedded import ReferenceStatistics, embedded_features, embedded_reference
 
 LABEL = "Frechet distance (embedded features)"
 """The name this figure goes by in reports and plots."""

@@ -11,7 +11,7 @@ import torch
 from dlms_engine import grids
 from dlms_engine.processes import EDM
 from dlms_engine.solvers import ipndm, unipc
-from dlms_engine.tables.table import SolverTable
+from dlms_engine.solvers.table import SolverTable
 
 TABLE = ipndm(EDM(), grids.polynomial(EDM(), 4), order=2)
 

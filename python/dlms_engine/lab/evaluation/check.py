@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NamedTime, NetworkPrediction
-from ..processes import EDM, Process, RectifiedFlow, VPDiscrete
+from ...models.denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NamedTime, NetworkPrediction
+from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
 
 _LEVELS = (0.15, 0.5, 1.0, 2.0, 5.0)
 """sigma / alpha, in units of the data's standard deviation, where data are denoised."""

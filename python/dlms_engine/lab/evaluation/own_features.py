@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d
 
-from ..denoiser import Denoiser
+from ...models.denoiser import Denoiser
 
 SIDE = 8
 """Pixels are averaged to at most this many a side: a covariance needs far more samples than features."""

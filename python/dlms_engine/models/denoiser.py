@@ -11,8 +11,8 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .processes import EDM, Process, RectifiedFlow
-from .support.versioned import Versioned
+from ..processes import EDM, Process, RectifiedFlow
+from ..support.versioned import Versioned
 
 NetworkPrediction = Literal["data", "noise", "velocity", "flow", "reverse_flow", "edm"]
 PREDICTIONS = ("data", "noise", "velocity", "flow", "reverse_flow", "edm")
