@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dlms_engine.cli.common import Model
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.models.embedded import ReferenceStatistics
-from dlms_engine.processes import EDM
+from dlms_engine.processes import EDM, RectifiedFlow
 
 SHAPE = (3, 8, 8)
 FEATURES = 4
@@ -95,3 +95,10 @@ def labelled() -> Model:
 def wrong() -> str:
     """Not a model."""
     return "no model"
+
+
+def flowing() -> Model:
+    """A rectified flow with a label a sample."""
+    held = labelled()
+    denoiser = Denoiser(held.denoiser.network, RectifiedFlow(), "velocity")
+    return Model(denoiser, SHAPE, conditions=held.conditions)

@@ -44,7 +44,11 @@ MethodOption = Annotated[
 ]
 NfeOption = Annotated[int, typer.Option(min=1, help="Network evaluations.")]
 GridOption = Annotated[
-    str, typer.Option(help="Time grid: polynomial, logsnr, time_uniform, time_quadratic.")
+    str | None,
+    typer.Option(
+        help="Time grid: polynomial, logsnr, time_uniform, time_quadratic, discrete or shifted. "
+        "Default: time_uniform for a flow, else polynomial."
+    ),
 ]
 OrderOption = Annotated[int | None, typer.Option(min=1, help="Order, where the solver has one.")]
 AfsOption = Annotated[
@@ -140,6 +144,19 @@ def of_model(spec: str) -> str:
     return "" if spec == "embedded" else f" --model {spec}"
 
 
+def condition_rows(model: Model, seeds: Sequence[int]) -> dict[str, Any]:
+    """The network's keywords for these samples, on its device; see ``learners.start.Conditions``."""
+    if model.conditions is None:
+        return {}
+    import torch
+
+    from ..learners.start.problem import read_conditions, rows_of
+
+    rows = rows_of(read_conditions(model.conditions), seeds)
+    device = model.denoiser.device
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in rows.items()}
+
+
 def distance_features(model: Model) -> nn.Module:
     """The model's feature network, else its own bottleneck, else its values; ``label`` names them."""
     if model.features is not None:
@@ -202,18 +219,22 @@ def choose_solver(
     method: str | None,
     nfe: int,
     *,
-    grid: str = "polynomial",
+    grid: str | None = None,
     order: int | None = None,
     afs: str = "off",
     options: Mapping[str, Any] | None = None,
 ) -> tuple[str, Policy]:
     """(label, policy) of a solver file or of a handcrafted solver; iPNDM when neither is named.
 
+    Args:
+        grid: None for the process's own (``grids.default_grid``).
+
     Raises:
         ValueError: both are named, or the file is not a solver.
     """
     if solver is not None and method is not None:
         raise ValueError("give --solver FILE or --method NAME, not both")
+    from ..processes.grids import default_grid
     from ..solvers.registry import handcrafted_table, label_of, parse_label
 
     if solver is None:
@@ -221,11 +242,12 @@ def choose_solver(
         if twice:
             raise ValueError(f"--set {twice[0]}=...: use --{twice[0]} instead")
         said = parse_label(method or "ipndm")
-        if "/" in (method or "") and (order is not None or grid != "polynomial" or afs != "off"):
+        if "/" in (method or "") and (order is not None or grid is not None or afs != "off"):
             raise ValueError(
                 f"method {method!r} is a whole label: leave out --grid, --order, --afs"
             )
-        grid, afs = said.grid or grid, said.afs if said.afs != "off" else afs
+        grid = said.grid or grid or default_grid(process)
+        afs = said.afs if said.afs != "off" else afs
         order = said.options.pop("order", order)
         settings = {**said.options, **(options or {})}
         table = handcrafted_table(

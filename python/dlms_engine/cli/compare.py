@@ -86,6 +86,7 @@ def compare_command(
         contestants,
         folder,
         settings,
+        conditions=held.conditions,
         progress=not as_json,
     )
     text = markdown(result)

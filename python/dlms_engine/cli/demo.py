@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import DeviceOption, JsonOption, Model, emit, load_model, parse_seeds
+from .common import (
+    DeviceOption,
+    JsonOption,
+    Model,
+    condition_rows,
+    emit,
+    load_model,
+    parse_seeds,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,17 +120,6 @@ def demo_model(spec: str, device: str | None = None) -> tuple[str, Model]:
     )
 
 
-def condition(model: Model, seeds: list[int]) -> dict[str, Any]:
-    """The network's keywords for these seeds: of a tensor with M rows, row seed mod M."""
-    conditions = model.conditions
-    if conditions is None:
-        return {}
-    if not isinstance(conditions, Mapping):
-        raise ValueError("the demo takes conditions as tensors by name")
-    rows = {key: value[[seed % len(value) for seed in seeds]] for key, value in conditions.items()}
-    return {key: value.to(model.denoiser.device) for key, value in rows.items()}
-
-
 def sampled(model: Model, policy: Any, seeds: list[int]) -> Tensor:
     """Images ``[len(seeds), *shape]`` in [-1, 1] on the CPU, one from each seed."""
     import torch
@@ -131,7 +128,9 @@ def sampled(model: Model, policy: Any, seeds: list[int]) -> Tensor:
 
     sampler = Sampler(model.denoiser, policy)
     parts = [seeds[first : first + BATCH] for first in range(0, len(seeds), BATCH)]
-    images = [sampler.sample(part, model.shape, **condition(model, part)).cpu() for part in parts]
+    images = [
+        sampler.sample(part, model.shape, **condition_rows(model, part)).cpu() for part in parts
+    ]
     return torch.cat(images)
 
 
@@ -145,7 +144,7 @@ def _seconds(model: Model) -> float:
         for _ in range(2):
             started = time.perf_counter()
             x = model.denoiser.predict(
-                x, 1.0 * model.denoiser.process.t_max, **condition(model, seeds)
+                x, 1.0 * model.denoiser.process.t_max, **condition_rows(model, seeds)
             )
             float(x.sum())
     return (time.perf_counter() - started) / len(seeds)
@@ -199,7 +198,7 @@ def accurate_samples(model: Model, seeds: list[int]) -> Tensor:
     for first in range(0, len(seeds), BATCH):
         part = seeds[first : first + BATCH]
         noise = seeded_noise(part, model.shape, sigma, device=model.denoiser.device)
-        cond = condition(model, part)
+        cond = condition_rows(model, part)
         parts.append(exact_solution(model.denoiser, noise, ACCURATE_NFE, **cond).cpu())
     return torch.cat(parts)
 

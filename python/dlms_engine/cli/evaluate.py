@@ -46,7 +46,7 @@ def evaluate_command(
     ] = None,
     method: MethodOption = None,
     nfe: NfeOption = 5,
-    grid: GridOption = "polynomial",
+    grid: GridOption = None,
     order: OrderOption = None,
     afs: AfsOption = "off",
     set_: SetOption = None,
@@ -167,6 +167,7 @@ def _single(
         folder,
         settings,
         distances=distances,
+        conditions=model.conditions,
         progress=not as_json,
     )
     lines = [
@@ -218,6 +219,7 @@ def _record(
         [_learned(path) for path in files],
         folder,
         settings,
+        conditions=model.conditions,
         progress=not as_json,
     )
     if not leads():

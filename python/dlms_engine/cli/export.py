@@ -19,6 +19,7 @@ from .common import (
     OrderOption,
     SetOption,
     choose_solver,
+    condition_rows,
     emit,
     load_model,
     parse_settings,
@@ -33,7 +34,7 @@ def export(
     ] = None,
     method: MethodOption = None,
     nfe: NfeOption = 5,
-    grid: GridOption = "polynomial",
+    grid: GridOption = None,
     order: OrderOption = None,
     afs: AfsOption = "off",
     set_: SetOption = None,
@@ -67,7 +68,11 @@ def export(
     sampler = Sampler(held.denoiser, policy).to(device)
     noise = torch.zeros(batch or 2, *held.shape, device=device)
     started = time.perf_counter()
-    export_sampler(sampler, noise, output, dynamic_batch=batch == 0, max_batch=max_batch)
+    cond = condition_rows(held, range(len(noise)))
+    cond = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in cond.items()}
+    export_sampler(
+        sampler, noise, output, cond=cond or None, dynamic_batch=batch == 0, max_batch=max_batch
+    )
     seconds = time.perf_counter() - started
     facts = {
         "output": output,

@@ -25,6 +25,7 @@ from .common import (
     SetOption,
     SolverOption,
     choose_solver,
+    condition_rows,
     emit,
     leads,
     load_model,
@@ -46,7 +47,7 @@ def sample(
     solver: SolverOption = None,
     method: MethodOption = None,
     nfe: NfeOption = 5,
-    grid: GridOption = "polynomial",
+    grid: GridOption = None,
     order: OrderOption = None,
     afs: AfsOption = "off",
     set_: SetOption = None,
@@ -80,7 +81,11 @@ def sample(
     sampler = Sampler(held.denoiser, policy, backend=backend)
     started = time.perf_counter()
     parts = [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
-    images = torch.cat(_shared(lambda part: sampler.sample(part, held.shape), parts, held.shape))
+
+    def draw(part: list[int]) -> Tensor:
+        return sampler.sample(part, held.shape, **condition_rows(held, part))
+
+    images = torch.cat(_shared(draw, parts, held.shape))
     seconds = time.perf_counter() - started
     if not leads():
         return

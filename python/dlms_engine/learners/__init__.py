@@ -15,7 +15,7 @@ from .options import RunOptions
 from .registry import LEARNERS, learner, register_learner
 from .start.problem import read_conditions
 from .training.conditioned import conditioned
-from .training.identity import run_identity
+from .training.identity import named_conditions, run_identity
 from .training.monitor import Silent, TensorBoard
 
 __all__ = [
@@ -76,7 +76,7 @@ def distill(
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed}, expected 0 to 2^64 - 1")
     told = read_conditions(cond)
-    identity = {} if output is None else run_identity(denoiser, _named(told))
+    identity = {} if output is None else run_identity(denoiser, named_conditions(told))
     if method != "auto":
         denoiser, cond = conditioned(denoiser, cond, method), None
     path = None if output is None else Path(output)
@@ -112,12 +112,3 @@ def distill(
             options.checkpoint.unlink(missing_ok=True)
     world.barrier()
     return solver
-
-
-def _named(conditions: Any) -> dict[str, Any]:
-    """Conditions as values by name; a callable by its own."""
-    if not conditions:
-        return {}
-    if callable(conditions):
-        return {"callable": getattr(conditions, "__qualname__", type(conditions).__qualname__)}
-    return dict(conditions)

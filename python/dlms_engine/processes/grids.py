@@ -193,6 +193,13 @@ GRIDS: dict[str, Callable[..., Tensor]] = {
 """name -> maker ``(process, steps)``: the only place where grids have names."""
 
 
+def default_grid(process: Process) -> str:
+    """Where no grid is named: uniform times for a process that starts without any data (a flow), the
+    polynomial grid, which puts most of its times at low noise, for the others.
+    """
+    return "time_uniform" if float(process.alpha(process.t_max)) == 0.0 else "polynomial"
+
+
 def named_grid(process: Process, name: str, steps: int) -> Tensor:
     """The grid called ``name``.
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..processes import Process, RectifiedFlow, VPDiscrete
-from ..processes.grids import GRIDS, named_grid
+from ..processes.grids import GRIDS, default_grid, named_grid
 from .common import Afs
 from .ddim import ddim
 from .deis import deis
@@ -171,12 +171,15 @@ def handcrafted_table(
     method: str,
     nfe: int,
     *,
-    grid: str = "polynomial",
+    grid: str | None = None,
     order: int | None = None,
     afs: str = "off",
     **options: Any,
 ) -> SolverTable:
     """The named solver with exactly ``nfe`` evaluations, on as many steps as that takes.
+
+    Args:
+        grid: name of the times; None for the process's own (``grids.default_grid``).
 
     Raises:
         ValueError: unknown name or option, or no number of steps gives that nfe.
@@ -186,6 +189,7 @@ def handcrafted_table(
     if order is not None:
         options["order"] = order
     options["afs"] = False if afs == "off" else afs
+    grid = grid or default_grid(process)
     possible: set[int] = set()
     for steps in range(2 if afs != "off" else 1, nfe + 3):
         table = make_solver(method, process, named_grid(process, grid, steps), **options)

@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 
 from ...learners import distill
+from ...learners.start.problem import Conditions, read_conditions
+from ...learners.training.identity import conditions_digest
 from ...models.denoiser import Denoiser
 from ...policies.distilled import load_solver
 from ...solvers.policy import Policy
@@ -51,6 +53,7 @@ class Workshop:
     Attributes:
         budget: network calls, forward and backward, a contestant may spend.
         advance: told the calls as they are made.
+        conditions: the network's keyword arguments, ``learners.start.Conditions``.
     """
 
     denoiser: Denoiser
@@ -60,6 +63,7 @@ class Workshop:
     budget: int
     seed: int
     advance: Callable[[int], None]
+    conditions: Conditions = None
 
     @cached_property
     def _model(self) -> str:
@@ -112,6 +116,7 @@ class Workshop:
                 contestant.method,
                 nfe=nfe,
                 shape=self.shape,
+                cond=self.conditions,
                 trajectories=trajectories,
                 output=output,
                 progress=False,
@@ -129,6 +134,7 @@ class Workshop:
             "budget": self.budget if contestant.scales else None,
             "seed": self.seed,
             "model": self._model,
+            "conditions": conditions_digest(read_conditions(self.conditions)),
         }
         plain: dict[str, Any] = json.loads(json.dumps(key, default=str))
         return plain

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...engine.sampler import Sampler
+from ...learners.start.problem import Conditions, rows_of
 from ...models.denoiser import Denoiser
 from ...models.embedded import ReferenceStatistics
 from ...solvers import handcrafted
@@ -91,6 +92,7 @@ def compare(
     folder: Path,
     settings: CompareSettings | None = None,
     *,
+    conditions: Conditions = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Distils every contestant at every count and measures it beside its handcrafted base.
@@ -104,6 +106,8 @@ def compare(
         reference: feature statistics of the data; None leaves the distance to the data out.
         shape: shape of one sample.
         contestants: who takes part.
+        conditions: the network's keyword arguments, ``learners.start.Conditions``; a sample's number
+            is its seed.
 
     Returns:
         the JSON-able result, also in ``compare.json``; ``samples-N.png`` beside it show the same
@@ -122,7 +126,7 @@ def compare(
     folder.mkdir(parents=True, exist_ok=True)
     total = _work(settings, contestants)
     with tqdm(total=total, unit="call", unit_scale=True, disable=not progress) as bar:
-        run = _Run(denoiser, features, reference, shape, folder, settings, bar)
+        run = _Run(denoiser, features, reference, shape, folder, settings, bar, conditions)
         rows: list[dict[str, Any]] = []
         for nfe in settings.nfes:
             rows += run.rows(contestants, nfe)
@@ -154,6 +158,7 @@ class _Run:
         folder: Path,
         settings: CompareSettings,
         bar: tqdm[Any],
+        conditions: Conditions,
     ) -> None:
         self.settings = settings
         self.panels: dict[str, Tensor] = {}
@@ -171,12 +176,13 @@ class _Run:
             shape,
             Store(folder / "cache"),
             batch=settings.batch,
+            conditions=conditions,
             advance=advance,
         )
         solvers = folder / "solvers"
         solvers.mkdir(exist_ok=True)
         self._workshop = Workshop(
-            denoiser, features, shape, solvers, settings.budget, settings.seed, advance
+            denoiser, features, shape, solvers, settings.budget, settings.seed, advance, conditions
         )
         bar.set_description("exact solutions")
         few = settings.seeds[: settings.exact_samples]
@@ -258,7 +264,7 @@ class _Run:
         shown = list(settings.seeds[: settings.shown])
         if shown:
             self.panels[entry.label] = Sampler(self._denoiser, entry.policy).sample(
-                shown, self._shape
+                shown, self._shape, **rows_of(self._measurer.conditions, shown)
             )
         return {
             "nfe": entry.nfe,

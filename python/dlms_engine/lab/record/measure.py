@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import solvers
 from ...engine.sampler import Sampler, seeded_noise
+from ...learners.start.problem import Conditions, read_conditions, rows_of
+from ...learners.training.identity import conditions_digest
+from ...learners.training.validation import accurate_table
 from ...models.denoiser import Denoiser
-from ...processes import grids
 from ...solvers.file import StatePolicy
 from ...solvers.policy import Policy
 from ...solvers.table import SolverTable
@@ -76,6 +77,8 @@ class Measurer:
         features: module from finished samples ``[B, ...]`` to ``[B, F]``.
         shape: shape of one sample.
         batch: samples per run.
+        conditions: keyword arguments of the network, ``learners.start.Conditions``; a sample's number
+            is its seed.
         advance: told the network evaluations (per sample) that were done or found done.
         world: ranks that share the work; None for the current ones.
 
@@ -91,6 +94,7 @@ class Measurer:
         store: Store,
         *,
         batch: int = 250,
+        conditions: Conditions = None,
         advance: Callable[[int], None] = lambda _done: None,
         world: World | None = None,
     ) -> None:
@@ -99,6 +103,7 @@ class Measurer:
         self.features = features
         self.shape = shape
         self.batch = batch
+        self.conditions = read_conditions(conditions)
         self._store = store
         self._advance = advance
         self._width: int | None = None
@@ -107,26 +112,28 @@ class Measurer:
         start = torch.tensor(process.t_max, dtype=torch.float64)
         self._scale = float(process.sigma(start))
         self._model = [network_digest(denoiser.network), network_digest(features)]
+        if self.conditions is not None:
+            self._model.append(conditions_digest(self.conditions))
 
     def accurate_table(self, nfe: int) -> SolverTable:
-        """DPM-Solver++(3M) on the rho-7 grid: what "accurate" and "exact" mean here."""
-        process = self.denoiser.process
-        return solvers.dpm_solver_pp(process, grids.polynomial(process, nfe), order=3)
+        """What "accurate" and "exact" mean here: ``validation.accurate_table``, proved off EDM."""
+        return accurate_table(self.denoiser, torch.Size(self.shape), nfe, self.conditions)
 
     @torch.no_grad()
     def endpoints(self, nfe: int, seeds: range) -> Tensor:
         """Exact solutions ``[len(seeds), *shape]`` of the ODE from each seed's noise."""
-        key = self._key([Entry("exact", self.accurate_table(nfe))], seeds)
+        table = self.accurate_table(nfe)
+        key = self._key([Entry("exact", table)], seeds)
         held = self._load("exact", key)
         done = int(held["done"]) if held else 0
         x = held["x"] if held else torch.zeros(len(seeds), *self.shape)
         self._advance(done * nfe)
-        sampler = Sampler(self.denoiser, self.accurate_table(nfe))
+        sampler = Sampler(self.denoiser, table)
         for parts in self._rounds(seeds[done:]):
             own = self.world.deal(range(len(parts)))
             found = torch.zeros(self.batch, *self.shape)
             if own is not None:
-                found[: len(parts[own])] = to_host(self._run(sampler, self._noise(parts[own])))
+                found[: len(parts[own])] = to_host(self._run(sampler, parts[own]))
             for part, images in zip(parts, self.world.gather(found), strict=False):
                 x[done : done + len(part)] = images[: len(part)]
                 done += len(part)
@@ -160,12 +167,11 @@ class Measurer:
             own = self.world.deal(range(len(parts)))
             found = self._empty(len(entries))
             if own is not None:
-                noise = self._noise(parts[own])
                 self._memo.forget()
                 first = parts[own].start - seeds.start
-                target = None if exact is None else exact[first : first + len(noise)]
+                target = None if exact is None else exact[first : first + len(parts[own])]
                 for row, sampler in enumerate(samplers):
-                    self._add(found, row, self._run(sampler, noise), target)
+                    self._add(found, row, self._run(sampler, parts[own]), target)
             for held in SUMMED:  # one after the other, as a single process would
                 for _, value in zip(parts, self.world.gather(found[held]), strict=False):
                     state[held] += value
@@ -208,8 +214,11 @@ class Measurer:
         static = entry.policy.static_table() is not None
         return Sampler(self._twin if static and shared else self.denoiser, entry.policy)
 
-    def _run(self, sampler: Sampler, noise: Tensor) -> Tensor:
-        x = sampler(noise)
+    def _run(self, sampler: Sampler, seeds: range) -> Tensor:
+        noise = self._noise(seeds)
+        rows = rows_of(self.conditions, seeds)
+        cond = {k: v.to(noise.device) if isinstance(v, Tensor) else v for k, v in rows.items()}
+        x = sampler(noise, **cond)
         assert isinstance(x, Tensor)
         self._advance(sampler.nfe * len(noise))
         return x

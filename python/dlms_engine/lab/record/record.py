@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...learners.start import Conditions
 from ...models.denoiser import Denoiser
 from ...models.embedded import ReferenceStatistics
 from ...support.files import write_text
@@ -81,6 +82,7 @@ def record(
     folder: Path,
     settings: RecordSettings | None = None,
     *,
+    conditions: Conditions = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measures everything; killed and called again with the same arguments, it goes on.
@@ -92,6 +94,8 @@ def record(
         shape: shape of one sample.
         handcrafted: nfe -> entries.
         learned: distilled solvers; those of an nfe that is not asked for are left out.
+        conditions: the network's keyword arguments, ``learners.start.Conditions``; a sample's number
+            is its seed.
         folder: where the cache (``cache/``) and the results are written.
 
     Returns:
@@ -107,7 +111,7 @@ def record(
         disable=not (progress and World.current().rank == 0),
         desc="record",
     )
-    measurer = _measurer(denoiser, features, shape, folder, settings, bar)
+    measurer = _measurer(denoiser, features, shape, folder, settings, bar, conditions)
     with bar:
         result = _measure(measurer, reference, handcrafted, learned, settings, bar)
     if measurer.world.rank != 0:
@@ -208,6 +212,7 @@ def evaluate_one(
     settings: RecordSettings,
     *,
     distances: bool = True,
+    conditions: Conditions = None,
     progress: bool = True,
 ) -> dict[str, float]:
     """RMSE, distances and their excess of one sampler on ``settings.samples`` samples.
@@ -217,6 +222,7 @@ def evaluate_one(
     Args:
         reference: feature statistics of the data; None leaves the distance to the data out.
         distances: False measures the RMSE alone, which needs no further package.
+        conditions: as for ``record``.
     """
     count = settings.samples
     total = count * (settings.exact_nfe + settings.accurate_nfe * distances + entry.nfe)
@@ -227,7 +233,7 @@ def evaluate_one(
         disable=not (progress and World.current().rank == 0),
         leave=False,
     )
-    measurer = _measurer(denoiser, features, shape, folder, settings, bar)
+    measurer = _measurer(denoiser, features, shape, folder, settings, bar, conditions)
     with bar:
         bar.set_description("exact solutions (kept)")
         seeds = range(settings.first_seed, settings.first_seed + count)
@@ -252,6 +258,7 @@ def _measurer(
     folder: Path,
     settings: RecordSettings,
     bar: tqdm[Any],
+    conditions: Conditions,
 ) -> Measurer:
     network = denoiser.network
     if settings.compile and isinstance(network, nn.Module):
@@ -261,7 +268,10 @@ def _measurer(
         bar.update(done)
 
     store = Store(folder / "cache")
-    return Measurer(denoiser, features, shape, store, batch=settings.batch, advance=advance)
+    return Measurer(
+        denoiser, features, shape, store,
+        batch=settings.batch, conditions=conditions, advance=advance,
+    )  # fmt: skip
 
 
 def _floors(

@@ -6,7 +6,7 @@ into batches gives the same data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,22 +101,30 @@ def read_conditions(conditions: Conditions) -> Any:
     return loaded
 
 
-def rows_of(conditions: Any, numbers: range, copies: int = 1) -> dict[str, Any]:
-    """Keyword arguments for the samples ``numbers``, repeated ``copies`` times."""
+def rows_of(conditions: Any, numbers: Sequence[int], copies: int = 1) -> dict[str, Any]:
+    """Keyword arguments for the samples ``numbers``, repeated ``copies`` times.
+
+    Raises:
+        ValueError: a callable, and a number beyond int64.
+    """
     if conditions is None:
         return {}
     if callable(conditions):
-        values = dict(conditions(torch.arange(numbers.start, numbers.stop)))
+        if max(numbers, default=0) >= 1 << 63:
+            raise ValueError(
+                f"sample {max(numbers)} is beyond int64, which conditions from a callable need"
+            )
+        values = dict(conditions(torch.tensor(list(numbers))))
         return {k: _repeated(v, copies) for k, v in values.items()}
     return {k: _rows(v, numbers, copies) for k, v in conditions.items()}
 
 
-def _rows(value: Any, numbers: range, copies: int) -> Any:
+def _rows(value: Any, numbers: Sequence[int], copies: int) -> Any:
     if not isinstance(value, Tensor) or value.ndim == 0:
         return value
     if len(value) == 1:
         return value.expand(len(numbers) * copies, *value.shape[1:])
-    rows = torch.arange(numbers.start, numbers.stop, device=value.device) % len(value)
+    rows = torch.tensor([number % len(value) for number in numbers], device=value.device)
     return _repeated(value[rows], copies)
 
 

@@ -40,6 +40,20 @@ def run_identity(denoiser: Denoiser, cond: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def conditions_digest(conditions: Any) -> str | None:
+    """What the network is given, in 16 hex digits: values by name, a callable by its name."""
+    return _values(named_conditions(conditions))
+
+
+def named_conditions(conditions: Any) -> dict[str, Any]:
+    """Conditions as values by name; a callable by its own."""
+    if not conditions:
+        return {}
+    if callable(conditions):
+        return {"callable": getattr(conditions, "__qualname__", type(conditions).__qualname__)}
+    return dict(conditions)
+
+
 def _text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -17,7 +17,7 @@ from ...processes import EDM, grids
 from ...solvers.table import SolverTable
 from ...support.progress import inner_progress_shown
 from ...support.transfer import host_numbers
-from ..start import ExactSolution, Proof, SamplingProblem
+from ..start import Conditions, ExactSolution, Proof, SamplingProblem
 from .losses import FeatureDistance
 from .noise import tell_first_sample
 
@@ -42,7 +42,7 @@ def exact_solution(denoiser: Denoiser, noise: Tensor, steps: int, **cond: Any) -
 
 
 def accurate_table(
-    denoiser: Denoiser, shape: torch.Size, steps: int, cond: dict[str, Any]
+    denoiser: Denoiser, shape: torch.Size, steps: int, cond: Conditions
 ) -> SolverTable:
     """The table of ``exact_solution``; found once a denoiser."""
     process = denoiser.process
