@@ -128,7 +128,9 @@ class Acceleration:
         kinds = [kind.report for kind in self._kinds.values()]
         source = "its own scheduler" if self._own is None else self._own.solver
         name = source if isinstance(source, str) else type(source).__name__
-        return AccelerationReport(self._class.__name__, name, kinds, len(self._cache))
+        return AccelerationReport(
+            self._class.__name__, name, kinds, len(self._cache), self._refused
+        )
 
     def undo(self) -> None:
         """The pipeline is what it was before ``accelerate``."""

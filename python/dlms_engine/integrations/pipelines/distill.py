@@ -163,7 +163,7 @@ def pipeline_denoiser(
     finally:
         pipe.scheduler = original
     network = PipelineNetwork(network_of(pipe), call)
-    model = scheduler.noise_model
+    model = DLMSScheduler.from_config(original.config).noise_model
     if model.sign < 0:
         raise ValueError(
             f"{type(pipe).__name__}: networks that predict the negative (EDM v-prediction, inverted "

@@ -43,12 +43,14 @@ class AccelerationReport:
 
     Attributes:
         captures: CUDA graphs kept now; 0 on a CPU, where the loop is not captured.
+        refused: why the pipeline keeps its own scheduler; empty where it does not.
     """
 
     pipeline: str
     solver: str
     kinds: list[KindReport]
     captures: int
+    refused: str = ""
 
     @property
     def whole_loop(self) -> bool:
@@ -63,6 +65,7 @@ class AccelerationReport:
     def __str__(self) -> str:
         head = f"{self.pipeline} with {self.solver}: {len(self.kinds)} kinds of calls, "
         head += f"{self.captures} CUDA graphs"
-        return "\n".join([head, *map(str, self.kinds)])
+        kept = [f"  its own scheduler runs: {self.refused}"] if self.refused else []
+        return "\n".join([head, *kept, *map(str, self.kinds)])
 
     __repr__ = __str__

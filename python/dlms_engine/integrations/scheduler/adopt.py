@@ -13,6 +13,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from .noise import make_alphas_cumprod, make_betas
+
 # the noise model: carried over with the other class's defaults
 MODEL_KEYS = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
@@ -36,7 +38,7 @@ SWAPPED_DEFAULTS: dict[str, dict[str, Any]] = {
 WITHOUT_EFFECT = (
     "_class_name", "_diffusers_version", "_use_default_values", "_name_or_path", "skip_prk_steps",
     "original_inference_steps", "timestep_scaling", "eta", "tau_func", "predictor_order",
-    "corrector_order", "set_sigma_to_zero", "gamma", "scale_factors", "upscale_mode",
+    "corrector_order", "set_sigma_to_zero", "gamma", "scale_factors", "upscale_mode", "euler_at_final",
 )  # fmt: skip
 # values with which a key changes nothing; others are refused
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -46,7 +48,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "predict_x0": (True, None),
     "disable_corrector": ([], (), None),
     "solver_p": (None,),
-    "euler_at_final": (False, None),
     "timestep_type": ("discrete", None),
     "solver_type": ("midpoint", "bh2", "logrho", None),
     "use_noise_sampler": (True, False, None),
@@ -64,6 +65,9 @@ READ_CLASSES = (
     "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler",
     "UniPCMultistepScheduler",
 )  # fmt: skip
+BETAS = {
+    "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+}  # fmt: skip
 FLOW_KEYS = ("shift", "base_image_seq_len")
 FLOW_GRIDS = {
     "UniPCMultistepScheduler": "unipc",
@@ -157,17 +161,19 @@ def _edm(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
 
 def _check_range(config: Mapping[str, Any]) -> None:
     """A VP grid cannot leave the trained levels: ``sigma_max`` beyond them is another model."""
-    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    count = int(config.get("num_train_timesteps") or 1000)
     highest = config.get("sigma_max")
     if highest is None or not any(
         config.get(f"use_{k}_sigmas") for k in ("karras", "exponential", "beta")
     ):
         return
-    # a bound on the last level: alpha_bar >= exp(-sum of betas / (1 - beta_end))
-    bound = 0.5 * count * max(float(start), float(end)) / (1 - min(float(end), 0.5))
-    if float(highest) > 2.718281828459045 ** min(bound, 50.0) * 2:
-        raise ValueError(f"sigma_max is {highest}, above every noise level of the beta schedule")
+    model = {**BETAS, **config}
+    last = float(make_alphas_cumprod(model, make_betas(model))[-1])
+    level = ((1 - last) / last) ** 0.5
+    if float(highest) > level * (1 + 1e-4):
+        raise ValueError(
+            f"sigma_max is {highest}, above every noise level of the beta schedule, which ends at "
+            f"{level:.6g}"
+        )
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -217,7 +223,18 @@ def _check(config: Mapping[str, Any], defaults: set[str], name: str | None) -> N
         if neutral is None or key in ("solver_type", "timestep_type") or value in neutral:
             continue
         raise ValueError(f"{key} is {value!r}, supported are {neutral}")
+    if config.get("euler_at_final") and config.get("final_sigmas_type", "zero") != "zero":
+        raise ValueError(  # a last step to zero is first order anyway
+            f"euler_at_final is True with final_sigmas_type={config['final_sigmas_type']!r}: "
+            "supported with 'zero'"
+        )
     if config.get("use_flow_sigmas"):
+        kind = config.get("prediction_type")
+        if kind not in ("flow_prediction", "sample", None) and "prediction_type" not in defaults:
+            raise ValueError(
+                f"prediction_type is {kind!r} together with use_flow_sigmas, supported are "
+                "'flow_prediction' and 'sample'"
+            )
         for key in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
             unipc = name == "UniPCMultistepScheduler" and key == "use_karras_sigmas"
             if config.get(key) and not unipc:

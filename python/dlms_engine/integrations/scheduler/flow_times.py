@@ -102,7 +102,9 @@ def _unipc(
     sigmas = _dynamic(config, mu, custom) if dynamic else _shifted(custom, static_shift(config))
     sigmas = _stretched(config, sigmas)
     if abs(float(sigmas[0]) - 1) < BELOW_ONE:
-        sigmas = torch.cat([sigmas[:1] - BELOW_ONE, sigmas[1:]])
+        # as float32 holds it: 1 - sigma is 1.3 % larger there, and "bh1" weights follow its logarithm
+        below = (sigmas[:1] - BELOW_ONE).float().double()
+        sigmas = torch.cat([below, sigmas[1:]])
     return sigmas, _end(config, sigmas)
 
 
@@ -113,8 +115,12 @@ def _unipc_karras(
     if custom is None:
         bar = make_alphas_cumprod(config, make_betas(config)).double()
         custom = ((1 - bar) / bar).sqrt().flip(0)[[0, -1]]
-    elif steps is None:
+    else:
         steps = len(custom)
+        if config.get("sigma_max") is None or config.get("sigma_min") is None:
+            raise ValueError(
+                "sigmas are given with use_karras_sigmas: they need the config's sigma_min and sigma_max"
+            )
     assert steps is not None
     high, low = _ends(config, custom)
     sigmas = spread("karras_sigmas", high, low, steps, {})

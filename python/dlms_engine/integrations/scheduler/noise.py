@@ -13,8 +13,11 @@ from torch import Tensor
 from ...models.denoiser import Denoiser, NetworkPrediction, Preconditioning
 from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
 from ...processes import as_float64 as f64
+from .spread import modifier_of
 
 Kind = Literal["vp", "flow", "edm"]
+_NEARLY_ZERO = 2.0**-48  # an alpha_bar that float32 states cannot tell from zero
+_NOISE = -12 * math.log(2)  # log alpha below which levels count as noise alone
 
 PREDICTIONS: dict[str, NetworkPrediction] = {
     "epsilon": "noise",
@@ -107,6 +110,22 @@ def _shifted_snr(config: Mapping[str, Any], betas: Tensor, scale: float) -> Tens
     return bar.float()
 
 
+def _levels(config: Mapping[str, Any], alphas_cumprod: list[float]) -> list[float]:
+    """alpha_bar of the process; with zero terminal SNR the last one is what diffusers' class has.
+
+    That is zero for DDIM, which divides by it only to predict noise, and 2**-24 for the others. Where
+    the run never comes to the last level ("leading"), its neighbours keep their values.
+    """
+    values = list(alphas_cumprod)
+    if config.get("rescale_betas_zero_snr") and len(values) > 1:
+        divides = config["prediction_type"] == "epsilon"
+        if config.get("solver") == "ddim" and not divides:
+            values[-1] = min(_NEARLY_ZERO, values[-2] * (1 - 1e-6))
+        elif config.get("timestep_spacing") == "leading" and modifier_of(config) is None:
+            values[-1] = min(values[-1], values[-2] * (1 - 1e-6))
+    return strictly_falling(values)
+
+
 def strictly_falling(alphas_cumprod: list[float]) -> list[float]:
     """The same values, raised at the noisy end where they do not fall.
 
@@ -167,7 +186,7 @@ class NoiseModel:
             prediction, sigma_data = "edm", float(config["sigma_data"])
         else:
             assert alphas_cumprod is not None
-            process = VPDiscrete(alphas_cumprod=strictly_falling(alphas_cumprod.tolist()))
+            process = VPDiscrete(alphas_cumprod=_levels(config, alphas_cumprod.tolist()))
         denoiser = Denoiser(_never, process, prediction, sigma_data=sigma_data)
         label = str(config.get("sigma_label") or "log")
         if label not in ("log", "atan"):
@@ -207,8 +226,9 @@ class NoiseModel:
         if same and isinstance(process, VPDiscrete):
             mine = cast(VPDiscrete, self.process)
             t = torch.linspace(0, 1, 65, dtype=torch.float64)
+            own, other = (p.log_alpha(t).clamp(min=_NOISE) for p in (mine, process))
             same = process.levels == mine.levels and torch.allclose(
-                process.log_alpha(t), mine.log_alpha(t), rtol=1e-4, atol=1e-7
+                other, own, rtol=1e-4, atol=1e-7
             )
         elif same and self.kind == "edm":
             same = process.t_max <= self.process.t_max * (1 + 1e-9)

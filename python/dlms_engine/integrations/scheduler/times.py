@@ -17,7 +17,7 @@ from .noise import NoiseModel
 from .spread import modifier_of, spread
 
 _Config = Mapping[str, Any]
-TINY = 1e-9  # relative length of a last step that a config asks to be of length zero
+TINY = 1e-10  # relative length of a last step that a config asks to be of length zero
 
 
 @dataclass(frozen=True)
@@ -125,9 +125,11 @@ def _finish(
         end = last * (1 - TINY)
     grid = torch.cat([times, torch.tensor([end], dtype=torch.float64)])
     if not bool((grid.diff() < 0).all()):
+        told = [f"{t:.6g}" for t in model.timestep(times).tolist()]
+        shown = ", ".join(told if len(told) < 12 else [*told[:4], "...", *told[-4:]])
         raise ValueError(
-            f"timesteps are {model.timestep(times).tolist()}, expected strictly decreasing values "
-            f"above that of the end, {float(model.timestep(grid[-1:])):.6g}"
+            f"timesteps are [{shown}], expected strictly decreasing values above that of the end, "
+            f"{float(model.timestep(grid[-1:])):.6g}"
         )
     return Times(grid, told, stride)
 
@@ -167,8 +169,8 @@ def _indices(config: _Config, process: VPDiscrete, solver: str, steps: int) -> T
         ratio = last // parts or last / parts
         exact = (parts - 1 - count) * ratio + offset
     elif spacing == "trailing":
-        # rounded before the subtraction: halves go to even
-        exact = last - count * (levels / steps)
+        # rounded before the subtraction, halves to even, and added up as numpy.arange does
+        exact = last + count * ((last - levels / steps) - last)
         exact = exact.round() - 1 if bool((exact.round().diff() < 0).all()) else exact - 1
     else:
         raise ValueError(
