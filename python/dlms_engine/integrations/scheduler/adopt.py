@@ -65,7 +65,7 @@ READ_CLASSES = (
     "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler",
     "UniPCMultistepScheduler",
 )  # fmt: skip
-BETAS = {
+_BETAS = {
     "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
 }  # fmt: skip
 FLOW_KEYS = ("shift", "base_image_seq_len")
@@ -166,7 +166,7 @@ def _check_range(config: Mapping[str, Any]) -> None:
         config.get(f"use_{k}_sigmas") for k in ("karras", "exponential", "beta")
     ):
         return
-    model = {**BETAS, **config}
+    model = {**_BETAS, **config}
     last = float(make_alphas_cumprod(model, make_betas(model))[-1])
     level = ((1 - last) / last) ** 0.5
     if float(highest) > level * (1 + 1e-4):
