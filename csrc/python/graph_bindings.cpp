@@ -250,6 +250,8 @@ void bind_cache(py::module_& m) {
       py::arg("owner"), py::arg("inputs"), py::arg("options"), py::arg("modules"),
       py::arg("tensor_attributes") = true,
       "(key, path of a parameter that is not on the first input's device, or '').");
+  m.def("key_walks", &key_walks,
+      "How many keys were read from the objects themselves, not from the last key's recipe.");
   py::class_<GraphCache>(m, "GraphCache", "Captured runs by key, bounded, least recently used out.")
       .def(py::init<uint64_t, size_t>(), py::arg("max_bytes"), py::arg("max_entries"))
       .def("find", [](GraphCache& c, const GraphKey& key) { return object_of(c.find(key)); })

@@ -1,0 +1,342 @@
+#include "key_writer.h"
+
+#include "../tensor_view.h"
+
+namespace py = pybind11;
+
+namespace dlms {
+namespace {
+
+constexpr int kCuda = 2;             // kDLCUDA
+constexpr int kDepth = 6;            // nested containers of an attribute
+constexpr int kObjectDepth = 2;      // how deep in them objects are looked into
+constexpr Py_ssize_t kLongest = 512; // entries of a container that are looked at
+
+enum Tag : char {
+  kNone = 1,
+  kBool,
+  kInt,
+  kFloat,
+  kText,
+  kBytes,
+  kSequence,
+  kMapping,
+  kTensor,
+  kModule,
+  kFunction,
+  kObject,
+  kSeen,
+  kLong, // a container too long to look at
+  kDeep,
+  kPlain, // a number or text among the moving parts
+};
+
+} // namespace
+
+void Writer::text(PyObject* object) {
+  Py_ssize_t length = 0;
+  const char* data = PyUnicode_AsUTF8AndSize(object, &length);
+  if (data == nullptr) { // lone surrogates
+    PyErr_Clear();
+    tag(kObject);
+    return pointer(object);
+  }
+  tag(kText);
+  raw_number(length);
+  out_->put(data, static_cast<size_t>(length));
+}
+
+void Writer::integer(PyObject* object) {
+  int overflow = 0;
+  const long long number = PyLong_AsLongLongAndOverflow(object, &overflow);
+  if (overflow == 0) return out_->put(kInt, number);
+  const py::str written{py::handle(object)};
+  text(written.ptr());
+}
+
+// held: a versioned dict or a tuple in one holds it, so that a tuple is what it was.
+void Writer::sequence(PyObject* object, int depth, bool held) {
+  const bool tuple = PyTuple_Check(object);
+  const Py_ssize_t size = tuple ? PyTuple_GET_SIZE(object) : PyList_GET_SIZE(object);
+  tag(size > kLongest ? kLong : kSequence);
+  raw_number(size);
+  if (recipe_ != nullptr && !tuple) recipe_->list(object);
+  if (recipe_ != nullptr && tuple && !held) recipe_->tuple(object);
+  if (size > kLongest) return;
+  PyObject* const* items = tuple ? reinterpret_cast<PyTupleObject*>(object)->ob_item
+                                 : reinterpret_cast<PyListObject*>(object)->ob_item;
+  for (Py_ssize_t i = 0; i < size; ++i)
+    value(items[i], depth + 1, tuple && held ? nullptr : items + i);
+}
+
+void Writer::mapping(PyObject* object, int depth) {
+  const Py_ssize_t size = PyDict_GET_SIZE(object);
+  tag(size > kLongest ? kLong : kMapping);
+  raw_number(size);
+  if (recipe_ != nullptr) recipe_->dict(object);
+  if (size > kLongest) return;
+  PyObject *key = nullptr, *item = nullptr;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(object, &position, &key, &item)) {
+    value(key, depth + 1);
+    value(item, depth + 1);
+  }
+}
+
+bool Writer::place(PyObject* item, bool parameter) {
+  TensorPlace place;
+  if (!place_of(item, &place)) return false;
+  struct {
+    const void* data;
+    uint32_t dtype;
+    int32_t type, index, unused; // no padding: every byte counts
+  } const packed = {place.data, place.dtype, place.device.first, place.device.second, 0};
+  static_assert(sizeof packed == sizeof(void*) + 16, "padding would be compared");
+  moving.put(packed);
+  return !parameter || place.device == device_;
+}
+
+// Returns where it lies.
+std::pair<int, int> Writer::tensor(PyObject* item, bool parameter) {
+  TensorPlace at;
+  if (place_of(item, &at)) {
+    tag(kTensor);
+    place(item, parameter);
+    if (recipe_ != nullptr) recipe_->tensor(item, parameter && first_);
+    return at.device;
+  }
+  impossible(); // a subclass that wraps others
+  const bool before = tensor_attributes_;
+  tensor_attributes_ = true;
+  object(item, Kind::kPlainObject, 1);
+  tensor_attributes_ = before;
+  const std::string there = py::str(py::handle(item).attr("device"));
+  const std::string own =
+      device_.first == kCuda ? "cuda:" + std::to_string(device_.second) : std::string("cpu");
+  return there == own ? device_ : std::make_pair(-1, -1);
+}
+
+void Writer::root(PyObject* object, bool first) {
+  first_ = first;
+  if (recipe_ != nullptr) recipe_->type(object);
+  value(object, 0);
+}
+
+void Writer::input(PyObject* name, PyObject* item) {
+  value(name, 0);
+  RawTensor raw;
+  if (!raw_tensor(item, &raw)) throw py::type_error("an input of the run is not a plain tensor");
+  raw_number(raw.dtype);
+  raw_number(raw.device);
+  raw_number(raw.ndim);
+  out_->put(raw.shape, sizeof(int64_t) * raw.ndim);
+}
+
+void Writer::function(PyObject* object, int depth) {
+  auto* self = reinterpret_cast<PyFunctionObject*>(object);
+  tag(kFunction);
+  pointer(self->func_code);
+  if (recipe_ != nullptr) {
+    for (PyObject* const* part :
+        {&self->func_code, &self->func_closure, &self->func_defaults, &self->func_kwdefaults})
+      recipe_->slot(part);
+  }
+  if (!seen_.insert(object)) return;
+  if (PyObject* closure = self->func_closure; closure == nullptr) {
+    tag(kNone);
+  } else {
+    if (recipe_ != nullptr) recipe_->tuple(closure);
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(closure); ++i) {
+      PyObject* const* item = reinterpret_cast<PyTupleObject*>(closure)->ob_item + i;
+      PyObject* const* inside = &reinterpret_cast<PyCellObject*>(*item)->ob_ref;
+      if (recipe_ != nullptr) recipe_->slot(item);
+      if (recipe_ != nullptr && *inside == nullptr) recipe_->slot(inside);
+      if (*inside != nullptr) value(*inside, depth + 1, inside);
+    }
+  }
+  for (PyObject* const* part : {&self->func_defaults, &self->func_kwdefaults}) {
+    if (*part == nullptr) {
+      tag(kNone);
+    } else {
+      value(*part, depth + 1, part);
+    }
+  }
+}
+
+void Writer::method(PyObject* object, int depth) {
+  auto* self = reinterpret_cast<PyMethodObject*>(object);
+  tag(kFunction);
+  pointer(self->im_func);
+  if (recipe_ != nullptr) {
+    recipe_->slot(&self->im_func);
+    recipe_->slot(&self->im_self);
+  }
+  value(self->im_self, depth + 1, &self->im_self);
+}
+
+// An attention processor, an adapter's settings, a partial: its type and what it holds.
+void Writer::object(PyObject* object, Kind kind, int depth) {
+  tag(kObject);
+  pointer(Py_TYPE(object));
+  if (recipe_ != nullptr) recipe_->type(object);
+  if (kind == Kind::kOpaque || depth > kObjectDepth || !seen_.insert(object)) return;
+  const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+  if (!dict) return PyErr_Clear(); // an object without attributes of its own
+  if (!PyDict_Check(dict.ptr())) return impossible();
+  if (recipe_ != nullptr) recipe_->holder(object, dict.ptr());
+  mapping(dict.ptr(), depth);
+}
+
+// The settings that most modules have: written at once. False: something else.
+bool Writer::scalar(PyObject* item) {
+  if (item == Py_None) {
+    tag(kNone);
+  } else if (item == Py_True || item == Py_False) {
+    out_->put(kBool, static_cast<char>(item == Py_True));
+  } else if (PyFloat_CheckExact(item)) {
+    out_->put(kFloat, PyFloat_AS_DOUBLE(item));
+  } else if (PyLong_CheckExact(item)) {
+    integer(item);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool Writer::number_or_text(PyObject* item) {
+  if (scalar(item)) return true;
+  if (PyLong_Check(item)) {
+    integer(item);
+  } else if (PyFloat_Check(item)) {
+    tag(kFloat);
+    raw_number(PyFloat_AS_DOUBLE(item));
+  } else if (PyUnicode_Check(item)) {
+    text(item);
+  } else if (PyBytes_Check(item)) {
+    tag(kBytes);
+    raw_number(PyBytes_GET_SIZE(item));
+    out_->put(PyBytes_AS_STRING(item), static_cast<size_t>(PyBytes_GET_SIZE(item)));
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool Writer::plain(PyObject* item) {
+  out_ = &moving;
+  // Subclasses of numbers may run code of their own where they are written.
+  const bool exact = PyUnicode_CheckExact(item) || PyBytes_CheckExact(item);
+  const bool written = scalar(item) || (exact && number_or_text(item));
+  out_ = &settled;
+  return written;
+}
+
+void Writer::value(PyObject* item, int depth, PyObject* const* where) {
+  if (where == nullptr) {
+    if (number_or_text(item)) return;
+  } else if (plain(item)) {
+    tag(kPlain);
+    if (recipe_ != nullptr) recipe_->plain(where);
+    return;
+  } else {
+    if (recipe_ != nullptr) {
+      recipe_->slot(where);
+      recipe_->type(item);
+    }
+    if (number_or_text(item)) return impossible();
+  }
+  if (depth >= kDepth) return tag(kDeep);
+  if (PyTuple_Check(item) || PyList_Check(item)) return sequence(item, depth, where == nullptr);
+  if (PyDict_Check(item)) return mapping(item, depth);
+  const Kind kind = kind_of(item);
+  switch (kind) {
+    case Kind::kTensor:
+      if (tensor_attributes_) tensor(item, false);
+      return;
+    case Kind::kModule: return module(item);
+    case Kind::kFunction: return function(item, depth);
+    case Kind::kMethod: return method(item, depth);
+    case Kind::kByAddress: tag(kObject); return pointer(item);
+    case Kind::kByText:
+      if (where != nullptr) impossible();
+      return text(py::str(py::handle(item)).ptr());
+    default: return object(item, kind, depth);
+  }
+}
+
+void Writer::note_stray(PyObject* name) {
+  if (!stray.empty()) return;
+  for (PyObject* part : path_) stray += std::string(py::str(py::handle(part))) + ".";
+  stray += std::string(py::str(py::handle(name)));
+}
+
+void Writer::tensors(PyObject* dict, bool parameters) {
+  if (!PyDict_Check(dict)) return;
+  const auto size = static_cast<uint32_t>(PyDict_GET_SIZE(dict));
+  raw_number(size);
+  if (recipe_ != nullptr) recipe_->dict(dict);
+  if (size == 0) return;
+  PyObject *name = nullptr, *item = nullptr;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict, &position, &name, &item)) {
+    if (item == Py_None) {
+      tag(kNone);
+      continue;
+    }
+    if (tensor(item, parameters) != device_ && parameters) note_stray(name);
+  }
+}
+
+void Writer::children(PyObject* dict) {
+  if (!PyDict_Check(dict)) return;
+  const auto size = static_cast<uint32_t>(PyDict_GET_SIZE(dict));
+  raw_number(size);
+  if (recipe_ != nullptr) recipe_->dict(dict);
+  if (size == 0) return;
+  PyObject *name = nullptr, *item = nullptr;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict, &position, &name, &item)) {
+    path_.push_back(name);
+    value(item, 0);
+    path_.pop_back();
+  }
+}
+
+void Writer::attribute(PyObject* name, PyObject* item) {
+  if (PyDict_Check(item) && PyDict_GET_SIZE(item) == 0) { // most of a module's hooks
+    if (recipe_ != nullptr) recipe_->dict(item);
+    return;
+  }
+  if (PyUnicode_CHECK_INTERNED(name)) {
+    pointer(name);
+  } else {
+    text(name);
+  }
+  if (!scalar(item)) value(item, 1);
+}
+
+void Writer::module(PyObject* object) {
+  tag(kModule);
+  pointer(Py_TYPE(object));
+  if (!seen_.insert(object)) return tag(kSeen);
+  const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
+  if (!dict) {
+    impossible();
+    return PyErr_Clear();
+  }
+  if (recipe_ != nullptr) recipe_->holder(object, dict.ptr());
+  PyObject *name = nullptr, *item = nullptr, *submodules = nullptr;
+  Py_ssize_t position = 0;
+  while (PyDict_Next(dict.ptr(), &position, &name, &item)) {
+    switch (attribute_of(name)) {
+      case Attribute::kParameters: tensors(item, true); break;
+      case Attribute::kBuffers: tensors(item, false); break;
+      case Attribute::kModules: submodules = item; break;
+      case Attribute::kIgnored: break;
+      case Attribute::kOther: attribute(name, item); break;
+    }
+  }
+  if (submodules != nullptr) children(submodules);
+}
+
+} // namespace dlms
