@@ -40,7 +40,7 @@ def register() -> None:
         return
     from dlms_engine.kernels.triton import designer, launch, operators
 
-    designer_row.register(designer.KERNELS)
+    designer_row.register_designer(designer.KERNELS)
     backends.register_backend(
         backends.Backend(
             name="triton",

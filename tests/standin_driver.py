@@ -205,7 +205,7 @@ def captured(driver: Standin, monkeypatch: pytest.MonkeyPatch) -> StandinCapture
     monkeypatch.setattr(cuda_graph, "obstacle", lambda device: None)
     monkeypatch.setattr(cuda_graph_capture, "capture_state", lambda device: nullcontext())
     monkeypatch.setattr(cuda_graph_capture, "warm_up", capture.warm_up)
-    monkeypatch.setattr(cuda_graph_capture, "record", capture.record)
+    monkeypatch.setattr(cuda_graph_capture, "record_run", capture.record)
     monkeypatch.setattr(cuda_graph_capture, "record_loop", capture.record_loop)
     # The stand-in has the kernel itself: the library of the loop's kernel.
     monkeypatch.setattr(cuda_graph, "loop_library", lambda: str(driver.path))

@@ -26,15 +26,6 @@ BY_STRING = {
 KERNELS = {"fused_row", "fused_row_", "fused_row_backward"}
 """An operator and its reference have one name: ``ops`` and ``ops.reference``."""
 
-TWICE = {
-    "available", "candidates", "check", "choose", "DEPTH", "describe", "discrete", "draw",
-    "explain", "FIRST", "folder", "Form", "FORMAT", "Inputs", "is_flow", "kept", "Kind", "LEVELS",
-    "load", "load_checkpoint", "log", "Loop", "main", "measure", "Measured", "NAMES",
-    "network_of", "Output", "page", "Plan", "PREDICTIONS", "Problem", "recommend", "record",
-    "register", "select", "SHARE", "solve", "SOLVERS", "Stage", "STEPS", "train",
-}  # fmt: skip
-"""Names that two modules still define; none may be added."""
-
 
 def test_imports_point_down() -> None:
     assert layout.climbs(PACKAGE, ORDER) == []
@@ -74,7 +65,7 @@ def test_the_map_names_the_parts_in_their_order() -> None:
 def test_a_public_name_is_defined_once() -> None:
     names = layout.public_names(PACKAGE)
     twice = {name: homes for name, homes in names.items() if len(homes) > 1}
-    assert {k: v for k, v in twice.items() if k not in KERNELS | TWICE} == {}
+    assert {k: v for k, v in twice.items() if k not in KERNELS} == {}
 
 
 # -- planted faults ------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def designer_row(
     noise_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(next state, row, c_noise) after evaluation n."""
-    spec.check(features, state, parameters, n)
+    spec.check_designer(features, state, parameters, n)
     made = spec.RowConfig(*config)
     out = spec.outputs(state.shape[0], made, True, state, (dtype, noise_dtype))
     features = None if features is None else features.contiguous()
@@ -118,7 +118,7 @@ def _fake_row(
     dtype: torch.dtype,
     noise_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    spec.check(features, state, parameters, n)
+    spec.check_designer(features, state, parameters, n)
     made = spec.RowConfig(*config)
     return spec.outputs(state.shape[0], made, True, state, (dtype, noise_dtype))
 

@@ -42,7 +42,7 @@ def fused_row(
     wrap: Wrap = lambda kernel: kernel,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x_next, m, network_input), new contiguous tensors. See `reference.fused_row`."""
-    reference.check(f, f_cond, x, ring, row)
+    reference.check_shapes(f, f_cond, x, ring, row)
     x_next, m, network_input = x.new_empty(x.shape), x.new_empty(x.shape), f.new_empty(x.shape)
     x, ring = x.contiguous(), ring.contiguous()
     _forward(f, f_cond, x, ring, row, (x_next, m, network_input), False, wrap)
@@ -59,7 +59,7 @@ def fused_row_(
     wrap: Wrap = lambda kernel: kernel,
 ) -> None:
     """In place over x, one slot of the ring and network_input, which must be contiguous."""
-    reference.check(f, f_cond, x, ring, row)
+    reference.check_shapes(f, f_cond, x, ring, row)
     reference.check_network_input(network_input, f, x)
     for name, tensor in (("x", x), ("ring", ring), ("network_input", network_input)):
         if not tensor.is_contiguous():
@@ -120,7 +120,7 @@ def fused_row_backward(
     wrap: Wrap = lambda kernel: kernel,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients to (f, f_cond, x, ring, row). See `reference.fused_row_backward`."""
-    reference.check(f, f_cond, x, ring, row)
+    reference.check_shapes(f, f_cond, x, ring, row)
     grad_f = f.new_empty(f.shape)
     grad_f_cond = f.new_empty(0 if f_cond is None else f.shape)
     grad_x, grad_ring = x.new_empty(x.shape), x.new_empty(ring.shape)

@@ -61,7 +61,7 @@ def model(name: str, device: str) -> tuple[str, Any, nn.Module, tuple[int, ...]]
     try:
         if name == "untrained":
             raise FileNotFoundError(name)
-        loaded = benchmark_model.load("cifar10-32")
+        loaded = benchmark_model.load_benchmark_model("cifar10-32")
     except FileNotFoundError:
         return "random weights", *untrained(device), SHAPE
     return "cifar10-32", loaded.denoiser, loaded.features, loaded.shape

@@ -204,6 +204,6 @@ def test_random_files_are_read_or_refused(tmp_path):
 
 def test_the_limits_count_shared_parts_as_often_as_they_appear(monkeypatch):
     monkeypatch.setattr(plain_pickle, "MAX_NODES", 50)
-    assert plain_pickle.load(io.BytesIO(doubling(3)), {})
+    assert plain_pickle.load_pickle(io.BytesIO(doubling(3)), {})
     with pytest.raises(plain_pickle.Refused, match="nodes"):
-        plain_pickle.load(io.BytesIO(doubling(6)), {})
+        plain_pickle.load_pickle(io.BytesIO(doubling(6)), {})

@@ -9,7 +9,9 @@ from dlms_engine import ops
 from dlms_engine.engine import cpu_loop
 from dlms_engine.ops import layout, reference
 
-pytestmark = pytest.mark.skipif(not cpu_loop.available(), reason="built without dlms_engine._C")
+pytestmark = pytest.mark.skipif(
+    not cpu_loop.loop_available(), reason="built without dlms_engine._C"
+)
 
 SHAPE = (3, 2, 5, 7)
 

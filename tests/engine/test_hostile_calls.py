@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from test_cpu_loop import SHAPE, network, reference_loop, table
 
-pytestmark = pytest.mark.skipif(not engine.available(), reason="built without dlms_engine._C")
+pytestmark = pytest.mark.skipif(not engine.loop_available(), reason="built without dlms_engine._C")
 
 ERRORS = (ValueError, RuntimeError, TypeError, IndexError)
 

@@ -203,10 +203,10 @@ def test_the_samplers_are_in_ksamplers_list(comfy: None) -> None:
     import comfy.samplers
     from comfy.k_diffusion import sampling
 
-    from dlms_engine.integrations.comfyui.ksampler import register
+    from dlms_engine.integrations.comfyui.ksampler import register_samplers
 
-    names = register()
-    assert register() == names  # a second load adds nothing
+    names = register_samplers()
+    assert register_samplers() == names  # a second load adds nothing
     assert "dlms_unipc" in names
     assert comfy.samplers.KSampler.SAMPLERS.count("dlms_unipc") == 1
     assert comfy.samplers.KSAMPLER_NAMES.count("dlms_unipc") == 1

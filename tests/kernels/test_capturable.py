@@ -155,7 +155,7 @@ def test_a_loops_beginning_leaves_the_number_of_steps_alone(monkeypatch):
     monkeypatch.setattr(cuda_graph_capture, "_record_into", record_into)
     monkeypatch.setattr(cuda_graph_capture, "pool_bytes", lambda pool: 0)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
-    loop = cuda_graph_capture.Loop(
+    loop = cuda_graph_capture.StepLoop(
         lambda given: None, lambda given, carried, number: None, "x", ("rows",)
     )
     inputs = {"x": torch.zeros(2), "rows": torch.zeros(4, 3)}

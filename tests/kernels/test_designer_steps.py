@@ -40,10 +40,10 @@ def test_what_the_kernel_does_not_take():
 
 def test_torch_operations_wherever_nobody_asked_for_a_gpus_kernels():
     for backend in ("eager", "cpu"):
-        assert designer_row.select(backend, torch.device("cpu")) is None
+        assert designer_row.select_designer(backend, torch.device("cpu")) is None
     x, policy = torch.zeros(2, 1), make_policy()
     assert isinstance(sampler("cpu", "auto", policy)._steps(x, {}), PolicySteps)
-    assert designer_row.select("triton", torch.device("meta")) is None
+    assert designer_row.select_designer("triton", torch.device("meta")) is None
 
 
 @torch.no_grad()

@@ -24,12 +24,12 @@ def test_every_ground_denoises_in_shape(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(grounds, "train_ground", lambda g: quick(g, steps=1, batch=4))
     for name in grounds.GROUNDS:
         for _ in range(2):  # trained, then read from the folder
-            denoiser, shape, conditions = grounds.load(name, tmp_path)
+            denoiser, shape, conditions = grounds.load_ground(name, tmp_path)
             cond = {k: v[:2] for k, v in conditions.items()}
             x = torch.randn(2, *shape)
             assert denoiser(x, 0.5, **cond).shape == x.shape
     with pytest.raises(ValueError, match="expected one of"):
-        grounds.load("flow-3d", tmp_path)
+        grounds.load_ground("flow-3d", tmp_path)
 
 
 def test_page_shows_ratio_and_interval() -> None:

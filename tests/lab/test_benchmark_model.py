@@ -90,7 +90,7 @@ def exported(made: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_files_say_what_they_are(exported: Path) -> None:
-    folder = benchmark_model.folder(NAME)
+    folder = benchmark_model.model_folder(NAME)
     files = {*benchmark_model.FILES, "samples.png", "MODEL_CARD.md"}
     assert {path.name for path in folder.iterdir()} == files
     record = json.loads((folder / "provenance.json").read_text())
@@ -113,7 +113,7 @@ def test_denoiser_is_the_trained_one(exported: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     import timed_training
 
-    model = benchmark_model.load(NAME)
+    model = benchmark_model.load_benchmark_model(NAME)
     recipe = timed_training.TIMED[NAME]
     clean, noise = torch.randn(2, 3, *model.shape, generator=torch.Generator().manual_seed(0))
     sigma, data = 1.5, recipe["sigma_data"]
@@ -136,7 +136,7 @@ def test_denoiser_is_the_trained_one(exported: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_reference_belongs_to_the_features(exported: Path) -> None:
-    model = benchmark_model.load(NAME)
+    model = benchmark_model.load_benchmark_model(NAME)
     with np.load(exported / f"{NAME}.npz") as stored:
         pixels = torch.from_numpy(stored["images"]).permute(0, 3, 1, 2).float() / 127.5 - 1
     features = model.features(pixels).double()
@@ -148,9 +148,9 @@ def test_reference_belongs_to_the_features(exported: Path) -> None:
 
 def test_dtypes_stay_inside_the_network(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    wide = benchmark_model.load(NAME).denoiser(x, 0.7)
+    wide = benchmark_model.load_benchmark_model(NAME).denoiser(x, 0.7)
     monkeypatch.setenv("DLMS_MODEL_DTYPE", "bfloat16")
-    half = benchmark_model.load(NAME)
+    half = benchmark_model.load_benchmark_model(NAME)
     assert half.denoiser.network_dtype == torch.float32
     found = half.denoiser(x, 0.7)
     assert found.dtype == torch.float32
@@ -159,7 +159,7 @@ def test_dtypes_stay_inside_the_network(exported: Path, monkeypatch: pytest.Monk
     torch.testing.assert_close(found, wide, atol=0.1, rtol=0.1)
     x.requires_grad_(True)
     traced = half.denoiser(x, 0.7)
-    assert torch.equal(traced, benchmark_model.load(NAME).denoiser(x, 0.7)), (
+    assert torch.equal(traced, benchmark_model.load_benchmark_model(NAME).denoiser(x, 0.7)), (
         "float32 where gradients run"
     )
     traced.sum().backward()
@@ -172,7 +172,7 @@ def test_compiled_network_is_the_same_and_gradients_go_around_it(
 ) -> None:
     """torch.compile's tracing alone (no code generation) sees the hook that keeps the bottleneck."""
     monkeypatch.setattr(benchmark_model, "COMPILED_FROM", 2)
-    plain = benchmark_model.load(NAME)
+    plain = benchmark_model.load_benchmark_model(NAME)
     network = plain.denoiser.network
     assert isinstance(network, benchmark_model.BenchmarkNetwork)
     calls = []
@@ -194,8 +194,8 @@ def test_compiled_network_is_the_same_and_gradients_go_around_it(
 @pytest.mark.needs_cuda
 def test_on_a_gpu_samples_live_there(exported: Path) -> None:
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3))
-    wide = benchmark_model.load(NAME)
-    there = benchmark_model.load(NAME, "cuda")
+    wide = benchmark_model.load_benchmark_model(NAME)
+    there = benchmark_model.load_benchmark_model(NAME, "cuda")
     far = x.to(there.denoiser.device)
     found = there.denoiser(far, 0.7)
     assert found.device == far.device == there.features(far).device
@@ -204,7 +204,7 @@ def test_on_a_gpu_samples_live_there(exported: Path) -> None:
 
 
 def test_a_copy_is_independent(exported: Path) -> None:
-    model = benchmark_model.load(NAME)
+    model = benchmark_model.load_benchmark_model(NAME)
     twin = copy.deepcopy(model.denoiser)
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(4))
     twin(x, 2.0)
@@ -246,7 +246,7 @@ def test_without_the_files_the_message_names_the_command(
     (tmp_path / NAME).mkdir()
     (tmp_path / NAME / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="missing: network.safetensors"):
-        benchmark_model.folder(NAME)
+        benchmark_model.model_folder(NAME)
     done = dlms("sample", "--model", NAME)
     assert done.returncode != 0
     assert "gpu_record.sh" in done.stderr and "Traceback" not in done.stderr
@@ -257,13 +257,13 @@ def test_what_cannot_be_is_refused(exported: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match="'emoji', .*'cifar10-32' or module:function"):
         load_model("cifar10-64")
     with pytest.raises(ValueError, match="expected one of cifar10-32"):
-        benchmark_model.folder("cifar10-64")
+        benchmark_model.model_folder("cifar10-64")
     monkeypatch.setenv("DLMS_MODEL_DTYPE", "int8")
     with pytest.raises(ValueError, match="DLMS_MODEL_DTYPE is 'int8'"):
-        benchmark_model.load(NAME)
+        benchmark_model.load_benchmark_model(NAME)
     monkeypatch.setenv("DLMS_MODEL_DEVICE", "tpu")
     with pytest.raises(ValueError, match="DLMS_MODEL_DEVICE is 'tpu'"):
-        benchmark_model.load(NAME)
+        benchmark_model.load_benchmark_model(NAME)
 
 
 def test_a_feature_file_of_another_network_is_refused(
@@ -277,11 +277,11 @@ def test_a_feature_file_of_another_network_is_refused(
     weights = load_file(folder / "features.safetensors")
     save_file(weights, folder / "features.safetensors")
     with pytest.raises(ValueError, match="does not say its widths"):
-        benchmark_model.load(NAME)
+        benchmark_model.load_benchmark_model(NAME)
     del weights["scale"]
     save_file(weights, folder / "features.safetensors", metadata={"widths": "4,6,8"})
     with pytest.raises(ValueError, match=r"missing \['scale'\]"):
-        benchmark_model.load(NAME)
+        benchmark_model.load_benchmark_model(NAME)
 
 
 def test_recipe_has_the_promised_size(monkeypatch: pytest.MonkeyPatch) -> None:

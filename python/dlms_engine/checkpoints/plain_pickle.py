@@ -81,7 +81,7 @@ class _Bounded(io.RawIOBase):
         return self._file.readline(1 << 20)
 
 
-def load(file: IO[bytes], globals_: Mapping[tuple[str, str], Factory]) -> Any:
+def load_pickle(file: IO[bytes], globals_: Mapping[tuple[str, str], Factory]) -> Any:
     """The object in ``file``: containers, numbers, strings, bytes and what ``globals_`` make.
 
     Args:

@@ -235,7 +235,7 @@ def read_pickle(path: str | Path) -> Any:
     """
     try:
         with Path(path).open("rb") as file:
-            return _plain(plain_pickle.load(file, _GLOBALS))
+            return _plain(plain_pickle.load_pickle(file, _GLOBALS))
     except plain_pickle.Refused as exc:
         raise UnsafeCheckpointError(f"{path}: {exc}. {_ADVICE}") from exc
     except UnsafeCheckpointError as exc:

@@ -96,9 +96,9 @@ def load_model(spec: str, device: str | None = None) -> Model:
     if not function_name:
         from ..lab import benchmark_model
 
-        if spec in benchmark_model.NAMES:
-            return Model(*benchmark_model.load(spec, place))
-        names = ("embedded", *models.NAMES, *benchmark_model.NAMES)
+        if spec in benchmark_model.RECIPES:
+            return Model(*benchmark_model.load_benchmark_model(spec, place))
+        names = ("embedded", *models.NAMES, *benchmark_model.RECIPES)
         raise ValueError(
             f"model is {spec!r}, expected {', '.join(map(repr, names))} or module:function"
         )

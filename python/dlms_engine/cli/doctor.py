@@ -53,7 +53,7 @@ def installation() -> dict[str, Any]:
         "compiled": compiled,
         "backends": {kind: list(backends.available(kind)) for kind in kinds},
         "absent_backends": {
-            name: backends.missing(name) for name in backends.NAMES[1:] if backends.missing(name)
+            name: backends.missing(name) for name in backends.BACKENDS[1:] if backends.missing(name)
         },
         "models": _models(),
         "extras": extras,

@@ -16,7 +16,7 @@ Network = Callable[[int, Tensor], Any]
 """(n, network_input) -> F or (F_unconditional, F_conditional), contiguous, in its own dtype."""
 
 
-def available() -> bool:
+def loop_available() -> bool:
     """Whether the compiled loop is part of this installation."""
     return _native is not None
 

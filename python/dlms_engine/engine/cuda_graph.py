@@ -38,7 +38,7 @@ __all__ = [
     "run_captured",
 ]
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 StepNetwork = Callable[[int, Tensor, Inputs], "Tensor | tuple[Tensor, Tensor]"]
 RowFunction = Callable[[int, Inputs], Tensor]
@@ -58,7 +58,7 @@ def _show_once(subject: Any, text: str) -> None:
         fresh = (subject, text) not in _shown
         _shown.add((subject, text))
     if fresh:
-        log.warning("sampling without a CUDA graph: %s", text)
+        _log.warning("sampling without a CUDA graph: %s", text)
 
 
 def obstacle(device: torch.device) -> str | None:
@@ -125,7 +125,7 @@ class CapturedRun:
         )
 
     def _record(self, body: Body, inputs: Inputs) -> tuple[capture.Recorded, Any]:
-        recorded = capture.record(body, inputs, self.device)
+        recorded = capture.record_run(body, inputs, self.device)
         return recorded, _make_run(recorded, self._index)
 
     @property
@@ -177,7 +177,7 @@ class LoopedRun(CapturedRun):
         inputs: Inputs,
         network: Any,
         rekey: Callable[[], Any],
-        loop: capture.Loop,
+        loop: capture.StepLoop,
     ) -> None:
         self._loop = loop
         self._counts: dict[int, Tensor] = {}
@@ -245,7 +245,7 @@ def run_captured(
     body: Body,
     inputs: dict[str, Tensor],
     modules: tuple[Any, ...] = (),
-    loop: capture.Loop | None = None,
+    loop: capture.StepLoop | None = None,
 ) -> Tensor:
     """``body(inputs)``, replayed as a graph where it can be captured; the plain call elsewhere.
 
@@ -280,7 +280,7 @@ class Runnable(NamedTuple):
     body: Body
     inputs: dict[str, Tensor]
     modules: tuple[Any, ...] = ()
-    loop: capture.Loop | None = None
+    loop: capture.StepLoop | None = None
 
     def key(self, tensors: bool | None = None) -> tuple[Any, str]:
         """As ``graph_key``; a loop's does not depend on the number of steps."""

@@ -269,7 +269,7 @@ def _copies(inputs: Inputs) -> dict[str, Tensor]:
     }
 
 
-def record(body: Body, inputs: Inputs, device: torch.device) -> Recorded:
+def record_run(body: Body, inputs: Inputs, device: torch.device) -> Recorded:
     """`body` on new buffers like `inputs`, captured; nothing runs.
 
     Raises:
@@ -287,7 +287,7 @@ def record(body: Body, inputs: Inputs, device: torch.device) -> Recorded:
     return Recorded((graph,), buffers, output, pool_bytes(pool))
 
 
-class Loop(NamedTuple):
+class StepLoop(NamedTuple):
     """A run that is one step over and over, each with its row of the inputs named in ``per_step``."""
 
     first: Callable[[Inputs], Any]  # inputs -> what the steps carry along, tensors written in place
@@ -300,7 +300,7 @@ MAX_STEPS = 64  # of a loop
 
 
 def record_loop(
-    loop: Loop, inputs: Inputs, device: torch.device
+    loop: StepLoop, inputs: Inputs, device: torch.device
 ) -> tuple[Recorded, Tensor, Tensor]:
     """(two graphs, the beginning and one step; the step's number; the number of steps).
 

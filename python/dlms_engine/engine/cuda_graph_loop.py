@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import ops
 from ..models.denoiser import Denoiser
-from .cuda_graph_capture import Inputs, Loop
+from .cuda_graph_capture import Inputs, StepLoop
 from .steps import evaluate, first_input
 
 
@@ -20,7 +20,7 @@ def table_loop(
     network_dtype: torch.dtype,
     backend: ops.Backend,
     conditioning: Callable[[Inputs], dict[str, Any]],
-) -> Loop:
+) -> StepLoop:
     """The loop over inputs ``x``, ``plan/c_in``, ``plan/rows`` and ``plan/c_noise``.
 
     Row and noise level are selected on the device by the number of the step; the ring slot is a
@@ -40,4 +40,4 @@ def table_loop(
         f, f_cond = (out, None) if isinstance(out, Tensor) else out
         backend(f, f_cond, given["x"], ring, row, network_input)
 
-    return Loop(first, step, "x", ("plan/rows", "plan/c_noise"))
+    return StepLoop(first, step, "x", ("plan/rows", "plan/c_noise"))

@@ -19,7 +19,7 @@ from ..policies.dlms import DesignerPolicy
 from ..processes import EDM, VP, Cosine, RectifiedFlow
 from ..processes.base import Process
 from ..processes.discrete import VPDiscrete
-from .steps import Output, PolicySteps, Steps, evaluate, guidance
+from .steps import NetworkOutput, PolicySteps, Steps, evaluate, guidance
 
 BUILD_ERRORS = (RuntimeError, OSError, ImportError, subprocess.CalledProcessError)
 _KINDS: tuple[type[Process], ...] = (EDM, VP, RectifiedFlow, Cosine, VPDiscrete)  # as PROCESSES
@@ -60,7 +60,7 @@ class DesignerSteps:
         started = kernels.start(self._parameters, self._config, x.shape[0], *self._dtypes)
         self._state, self.c_in, self._c_noise = started
 
-    def evaluate(self, n: int, network_input: Tensor) -> Output:
+    def evaluate(self, n: int, network_input: Tensor) -> NetworkOutput:
         level = self._c_noise
         if self._custom_level:
             level = self._denoiser._noise_level(level)
@@ -83,7 +83,7 @@ def policy_steps(
     backend: str,
 ) -> Steps:
     """Steps of ``policy``: with the kernel where it can be had and does the same, else in torch."""
-    kernels = designer_row.select(backend, x.device)
+    kernels = designer_row.select_designer(backend, x.device)
     if kernels is not None and takes(policy):
         policy.place(x.device)
         try:

@@ -23,7 +23,7 @@ from .._version import __version__
 from ..ops import layout, reference
 from ..policies.run import run_predictions
 from .sampler import Sampler
-from .steps import Plan, first_input
+from .steps import TableRows, first_input
 
 METADATA = "dlms_engine"
 """Key of the package's metadata: a JSON object that says what was exported."""
@@ -54,7 +54,7 @@ _REASONS = (
 _SUGGESTED = re.compile(r"batch = Dim\('batch', (?:min=\d+, )?max=(\d+)\)")
 
 
-def explain(exc: BaseException) -> str:
+def _explain(exc: BaseException) -> str:
     """In words, why an export failed with ``exc``."""
     text = f"{type(exc).__name__}: {exc}".lower()
     suggested = _SUGGESTED.search(str(exc))
@@ -78,7 +78,7 @@ class SamplerExportError(RuntimeError):
     """
 
     def __init__(self, what: str, exc: BaseException) -> None:
-        super().__init__(f"{what}: {explain(exc)}")
+        super().__init__(f"{what}: {_explain(exc)}")
         found = _SUGGESTED.search(str(exc))
         self.max_batch = None if found is None else int(found[1])
 
@@ -126,7 +126,7 @@ class SamplerModule(nn.Module):
         if sampler.denoiser.dynamic_thresholding is not None:
             finish = sampler.corrector
             return run_predictions(sampler.denoiser, sampler.policy, x, given, None, finish)
-        plan = None if self._read is None else Plan(self.rows, self.c_noise, self.c_in)
+        plan = None if self._read is None else TableRows(self.rows, self.c_noise, self.c_in)
         steps = sampler._steps(x, given, plan)
         network_input = first_input(x, steps.c_in, sampler._network_dtype(x))
         history: list[Tensor] = []

@@ -18,7 +18,7 @@ NEEDED = (
 )
 """Names of ``_C`` that the package uses: a build of older sources lacks some."""
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 
 def load_native() -> tuple[Any, str]:
@@ -39,7 +39,7 @@ def usable(module: Any) -> tuple[Any, str]:
         f"dlms_engine._C was built from other sources (it lacks {', '.join(missing)}): rebuild it, "
         "pip install --no-build-isolation -e . in the source folder, or reinstall dlms_engine"
     )
-    log.warning("%s; running without it", problem)
+    _log.warning("%s; running without it", problem)
     return None, problem
 
 

@@ -26,8 +26,8 @@ from .dlms_steps import policy_steps
 from .steps import (
     AfterRow,
     EnginePool,
-    Plan,
     Steps,
+    TableRows,
     TableSteps,
     guidance,
     level_dtype,
@@ -35,7 +35,7 @@ from .steps import (
     run_plain,
 )
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 
 class Step(NamedTuple):
@@ -114,7 +114,7 @@ class Sampler(Versioned, nn.Module):
         ops.select(backend)
         self._engines = EnginePool()
         self.check_finite = check_finite
-        self._plans: dict[Any, Plan] = {}
+        self._plans: dict[Any, TableRows] = {}
         self._told_not_finite = False
         if self._table is not None:
             self._plan(torch.device("cpu"))
@@ -221,7 +221,7 @@ class Sampler(Versioned, nn.Module):
 
         self._run(x, after, cond)
         where = f"from evaluation {first[0] + 1} of {self.nfe} on" if first else "at the end"
-        log.warning(
+        _log.warning(
             "the samples are not finite %s: the network's output overflows (float16 instead of "
             "bfloat16?), or its prediction type or time range is another one",
             where,
@@ -235,7 +235,12 @@ class Sampler(Versioned, nn.Module):
         network_dtype = self._network_dtype(x)
         if torch.compiler.is_compiling():
             return self._run_plain(self._steps(x, cond), x, network_dtype, backend, after)
-        if backend.name == "cpu" and cpu_loop.available() and x.numel() and self.corrector is None:
+        if (
+            backend.name == "cpu"
+            and cpu_loop.loop_available()
+            and x.numel()
+            and self.corrector is None
+        ):
             return self._engines.run(self._steps(x, cond), x, network_dtype, after)
         if self._captures(x.device, after is not None) and x.numel():
             return self._run_graph(x, network_dtype, backend, cond)
@@ -274,7 +279,7 @@ class Sampler(Versioned, nn.Module):
 
     # -- steps --------------------------------------------------------------------------------
 
-    def _plan(self, device: torch.device) -> Plan:
+    def _plan(self, device: torch.device) -> TableRows:
         # The guidance scale may change from run to run; it is a number of every row.
         key = (device, level_dtype(self.denoiser, self.dtype), guidance(self.denoiser))
         plan = self._plans.get(key)
@@ -285,7 +290,7 @@ class Sampler(Versioned, nn.Module):
             plan = self._plans[key] = plan_table(self.denoiser, self._table, self.dtype, device)
         return plan
 
-    def _steps(self, x: Tensor, cond: dict[str, Any], plan: Plan | None = None) -> Steps:
+    def _steps(self, x: Tensor, cond: dict[str, Any], plan: TableRows | None = None) -> Steps:
         if self._table is not None:
             return TableSteps(self.denoiser, plan or self._plan(x.device), self._table.depth, cond)
         backend = ops.select(self.backend, x.device).name
@@ -314,7 +319,7 @@ class Sampler(Versioned, nn.Module):
         def body(given: Mapping[str, Tensor]) -> Tensor:
             plan = None
             if "plan/rows" in given:
-                plan = Plan(given["plan/rows"], given["plan/c_noise"], given["plan/c_in"])
+                plan = TableRows(given["plan/rows"], given["plan/c_noise"], given["plan/c_in"])
             steps = self._steps(given["x"], rebuild(given), plan)
             return self._run_plain(steps, given["x"], network_dtype, backend, None)
 

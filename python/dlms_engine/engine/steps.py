@@ -23,10 +23,10 @@ from . import cpu_loop
 
 AfterRow = Callable[[int, Tensor], object]
 Finish = Callable[[Tensor, list[Tensor]], Tensor]
-Output = Tensor | tuple[Tensor, Tensor]
+NetworkOutput = Tensor | tuple[Tensor, Tensor]
 
 
-class Plan(NamedTuple):
+class TableRows(NamedTuple):
     """A static table made ready for one device and one denoiser."""
 
     rows: Tensor  # [nfe, R] or [nfe, B, R], state dtype
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
 
 def plan_table(
     denoiser: Denoiser, table: SolverTable, dtype: torch.dtype, device: torch.device
-) -> Plan:
+) -> TableRows:
     """Rows of ``table`` with the denoiser's conversions and the initial scale folded in."""
     pre = denoiser.preconditioning(table.times.detach(), table.prediction)
     scale = table.initial_scale.detach()
@@ -52,7 +52,7 @@ def plan_table(
     if rows.ndim == 3:  # batched tables: [B, nfe, R] -> one block a row
         rows, c_noise = rows.transpose(0, 1).contiguous(), c_noise.transpose(0, 1).contiguous()
     c_in = (pre.c_in[..., 0] * scale).to(dtype)
-    return Plan(rows.to(device), c_noise.to(device), c_in.to(device))
+    return TableRows(rows.to(device), c_noise.to(device), c_in.to(device))
 
 
 def level_dtype(denoiser: Denoiser, dtype: torch.dtype) -> torch.dtype:
@@ -68,7 +68,7 @@ def guidance(denoiser: Denoiser) -> float:
 
 def evaluate(
     denoiser: Denoiser, network_input: Tensor, c_noise: Tensor, cond: dict[str, Any]
-) -> Output:
+) -> NetworkOutput:
     """The network's output, both branches with guidance, contiguous and in its input's dtype."""
     dtype = network_input.dtype
     if denoiser.network_dtype == torch.float64:
@@ -82,7 +82,9 @@ def evaluate(
 class TableSteps:
     """Steps of a static table."""
 
-    def __init__(self, denoiser: Denoiser, plan: Plan, depth: int, cond: dict[str, Any]) -> None:
+    def __init__(
+        self, denoiser: Denoiser, plan: TableRows, depth: int, cond: dict[str, Any]
+    ) -> None:
         self.rows: Tensor | None = plan.rows
         self.count = plan.rows.shape[0]
         self.depth = depth
@@ -91,7 +93,7 @@ class TableSteps:
         self._denoiser = denoiser
         self._cond = cond
 
-    def evaluate(self, n: int, network_input: Tensor) -> Output:
+    def evaluate(self, n: int, network_input: Tensor) -> NetworkOutput:
         return evaluate(self._denoiser, network_input, self._c_noise[n], self._cond)
 
     def row(self, n: int) -> Tensor:
@@ -123,7 +125,7 @@ class PolicySteps:
         self._scale = run.initial_scale
         self.c_in = self._pre.c_in * run.initial_scale
 
-    def evaluate(self, n: int, network_input: Tensor) -> Output:
+    def evaluate(self, n: int, network_input: Tensor) -> NetworkOutput:
         return evaluate(self._denoiser, network_input, self._pre.c_noise, self._cond)
 
     def row(self, n: int) -> Tensor:
@@ -147,7 +149,7 @@ class Steps(Protocol):
     depth: int
     c_in: Tensor  # [] or [B]: scale of the first network input
 
-    def evaluate(self, n: int, network_input: Tensor) -> Output: ...
+    def evaluate(self, n: int, network_input: Tensor) -> NetworkOutput: ...
 
     def row(self, n: int) -> Tensor: ...
 

@@ -29,7 +29,7 @@ from .scheduler.runner import load_source
 from .scheduler.spread import spread
 from .scheduler.state import State
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 Schedule = Literal["karras", "exponential", "uniform", "shifted"]
 
 
@@ -67,7 +67,7 @@ def sample_dlms(
     if _rising(sigmas):
         return _unsampled(model, x, sigmas, extra_args or {}, callback, disable)
     levels = _levels(sigmas)
-    flow = is_flow(model) if flow is None else flow
+    flow = samples_a_flow(model) if flow is None else flow
     noise_model = _noise_model(levels, flow)
     source = load_source(solver)
     if isinstance(source, str):
@@ -107,7 +107,7 @@ def _unsampled(
     disable: bool | None,
 ) -> Tensor:
     """Euler's method from data to noise: multistep tables are made for falling levels only."""
-    log.info("the sigmas rise: Euler's method runs, whatever the solver")
+    _log.info("the sigmas rise: Euler's method runs, whatever the solver")
     ones = x.new_ones(x.shape[0])
     levels = sigmas.to(device=x.device, dtype=torch.float64)
     tiny = 1e-4 * float(levels[-1])
@@ -177,7 +177,7 @@ def solver_sigmas(solver: Any) -> Tensor:
     return levels if isinstance(process, RectifiedFlow) else process.sigma_over_alpha(levels)
 
 
-def is_flow(model: Any) -> bool:
+def samples_a_flow(model: Any) -> bool:
     """Whether a wrapped model's ``model_sampling`` is a flow's (``CONST`` in its classes)."""
     seen: Any = model
     for _ in range(4):

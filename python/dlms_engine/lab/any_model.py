@@ -41,18 +41,18 @@ WORDS = {
 }
 
 
-def load(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], Any]:
+def _load(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], Any]:
     """(denoiser, shape, conditions) of a model by name."""
     if name == "embedded":
         from ..models.embedded import IMAGE_SHAPE, load_embedded
 
         return load_embedded(), IMAGE_SHAPE, None
-    return grounds.load(name, folder)
+    return grounds.load_ground(name, folder)
 
 
 def cell(name: str, nfe: int, budget: str, folder: Path, samples: int) -> dict[str, Any]:
     """One model at one number of evaluations."""
-    denoiser, shape, conditions = load(name, folder)
+    denoiser, shape, conditions = _load(name, folder)
     with tempfile.TemporaryDirectory() as place:
         solver = distill(
             denoiser, "auto", nfe=nfe, shape=shape, cond=conditions, budget=budget,

@@ -28,7 +28,7 @@ from ..models.pretrained import read_config, read_features, read_network, read_r
 from ..models.unet import UNet
 from ..processes import from_config
 
-NAMES = ("cifar10-32",)
+RECIPES = ("cifar10-32",)
 """Models there are recipes for."""
 FILES = (
     "config.json",
@@ -131,15 +131,15 @@ class FloatFeatures(nn.Module):
         return cast(Tensor, self.network(moved).to(images.dtype))
 
 
-def folder(name: str) -> Path:
+def model_folder(name: str) -> Path:
     """Where the model's files are.
 
     Raises:
         ValueError: no such model.
         FileNotFoundError: it has not been made; the message says how.
     """
-    if name not in NAMES:
-        raise ValueError(f"benchmark model is {name!r}, expected one of {', '.join(NAMES)}")
+    if name not in RECIPES:
+        raise ValueError(f"benchmark model is {name!r}, expected one of {', '.join(RECIPES)}")
     named = os.environ.get("DLMS_MODELS")
     checkout = Path(__file__).resolve().parents[3]
     root = Path(named).expanduser() if named else checkout / "benchmarks" / "models"
@@ -154,7 +154,7 @@ def folder(name: str) -> Path:
     return path
 
 
-def load(name: str, device: torch.device | str | None = None) -> BenchmarkModel:
+def load_benchmark_model(name: str, device: torch.device | str | None = None) -> BenchmarkModel:
     """The model, in eval mode, with frozen parameters.
 
     Args:
@@ -164,7 +164,7 @@ def load(name: str, device: torch.device | str | None = None) -> BenchmarkModel:
         ValueError: no such model, or an environment variable holds no word it may hold.
         FileNotFoundError: its files are absent.
     """
-    device, dtype, path = torch.device(device or _device()), _dtype(), folder(name)
+    device, dtype, path = torch.device(device or _device()), _dtype(), model_folder(name)
     config = read_config(path)
     unet = load_unet(name, device, dtype)
     precise = None if dtype == torch.float32 else load_unet(name, device)
@@ -182,7 +182,7 @@ def load_unet(
     name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> UNet:
     """The U-Net alone, channels-last, frozen; its time argument is c_noise."""
-    return read_network(folder(name), device, dtype)
+    return read_network(model_folder(name), device, dtype)
 
 
 def _device() -> torch.device:

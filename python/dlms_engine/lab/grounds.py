@@ -206,7 +206,7 @@ def train_ground(ground: Ground, *, steps: int = 1500, batch: int = 128) -> nn.M
     return model.eval().requires_grad_(False)
 
 
-def load(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], dict[str, Any]]:
+def load_ground(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], dict[str, Any]]:
     """(denoiser, shape of a sample, conditions); trained first if ``folder`` does not hold it.
 
     Raises:
@@ -243,5 +243,5 @@ def load(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], dict[str, 
 
 if __name__ == "__main__":
     for each in GROUNDS:
-        load(each, Path(sys.argv[1]))
+        load_ground(each, Path(sys.argv[1]))
         print(each)

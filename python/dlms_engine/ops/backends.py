@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import reference
 
-NAMES = ("auto", "eager", "cpu", "cuda", "triton")
+BACKENDS = ("auto", "eager", "cpu", "cuda", "triton")
 log = logging.getLogger("dlms_engine")
 
 
@@ -65,8 +65,8 @@ _told: set[str] = set()
 
 def register_backend(backend: Backend) -> None:
     """Make `backend` available under its name, in place of one registered before."""
-    if backend.name not in NAMES[1:]:
-        raise ValueError(f"backend name is {backend.name!r}, expected one of {NAMES[1:]}")
+    if backend.name not in BACKENDS[1:]:
+        raise ValueError(f"backend name is {backend.name!r}, expected one of {BACKENDS[1:]}")
     _backends[backend.name] = backend
     _best_first[:] = sorted(_backends.values(), key=lambda b: -b.rank)
     _missing.pop(backend.name, None)
@@ -92,8 +92,8 @@ def select(name: str = "auto", device: torch.device | str | None = None) -> Back
     Without a device an explicit name is only checked to exist, and "auto" is the best for the CPU.
     Raises ValueError for an unknown name and BackendUnavailable for one that cannot be had.
     """
-    if name not in NAMES:
-        raise ValueError(f"backend is {name!r}, expected one of {', '.join(NAMES)}")
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}, expected one of {', '.join(BACKENDS)}")
     if name == "auto":
         kind = torch.device(device or "cpu").type
         chosen = next(b for b in _best_first if b.takes(kind))

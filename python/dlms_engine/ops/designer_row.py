@@ -108,7 +108,7 @@ class Kernels(NamedTuple):
 _held: list[Kernels] = []
 
 
-def register(kernels: Kernels) -> None:
+def register_designer(kernels: Kernels) -> None:
     """Make ``kernels`` the implementation, in place of one registered before."""
     _held[:] = [kernels]
 
@@ -120,7 +120,7 @@ def refuse(exc: BaseException) -> None:
     backends.log.warning("rows of DLMS in torch operations: Triton does not build (%s)", told)
 
 
-def select(backend: str, device: torch.device) -> Kernels | None:
+def select_designer(backend: str, device: torch.device) -> Kernels | None:
     """The kernels for tensors on ``device`` beside fused rows of ``backend``, or None.
 
     ``"eager"`` and ``"cpu"`` stay with torch operations.
@@ -130,7 +130,9 @@ def select(backend: str, device: torch.device) -> Kernels | None:
     return _held[0]
 
 
-def check(features: Tensor | None, state: Tensor, parameters: Sequence[Tensor], n: int) -> None:
+def check_designer(
+    features: Tensor | None, state: Tensor, parameters: Sequence[Tensor], n: int
+) -> None:
     """ValueError unless shapes and dtypes are those of ``row``'s arguments."""
     given = Parameters(*parameters)
     order = given.weights.shape[1]

@@ -84,5 +84,5 @@ def _load(name: str) -> None:
     )
 
 
-schema.register()
+schema.register_operators()
 load_all()

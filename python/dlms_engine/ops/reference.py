@@ -30,7 +30,7 @@ def fused_row(
     rows of their own. x, ring and row share the state dtype, float32 or float64; f and f_cond have
     the network's. x_next and m have the state dtype, network_input that of f. The ring is only read.
     """
-    check(f, f_cond, x, ring, row)
+    check_shapes(f, f_cond, x, ring, row)
     return advance(f, f_cond, x, (read_slot(ring, row, k) for k in range(1, ring.shape[0])), row)
 
 
@@ -84,7 +84,7 @@ def fused_row_backward(
     that *is* zero still reads its slot, or learning could never leave zero; what is not finite there
     (a slot that was never written) counts as zero.
     """
-    check(f, f_cond, x, ring, row)
+    check_shapes(f, f_cond, x, ring, row)
     c = _columns(row, x)
     output = _mix(f, f_cond, c(layout.GUIDANCE), x.dtype)
     m = c(layout.C_SKIP) * x + c(layout.C_OUT) * output
@@ -142,7 +142,7 @@ def write_slot(ring: Tensor, row: Tensor, value: Tensor, k: int = 0) -> None:
         ring[index, torch.arange(ring.shape[1], device=ring.device)] = value
 
 
-def check(f: Tensor, f_cond: Tensor | None, x: Tensor, ring: Tensor, row: Tensor) -> None:
+def check_shapes(f: Tensor, f_cond: Tensor | None, x: Tensor, ring: Tensor, row: Tensor) -> None:
     """ValueError, naming both values, unless shapes, dtypes and devices fit together."""
     if x.dtype not in NETWORK_DTYPES:
         raise ValueError(f"dlms::fused_row: x is {x.dtype}, expected float32 or float64")

@@ -34,7 +34,7 @@ SCHEMAS = {
 }
 
 
-def register() -> None:
+def register_operators() -> None:
     """Define the operators with their eager, fake and autograd kernels."""
     for name, schema in SCHEMAS.items():
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -60,7 +60,7 @@ def register_kernels(dispatch_key: str, kernels: dict[str, Callable[..., Any]]) 
 def _fake_fused_row(
     f: Tensor, f_cond: Tensor | None, x: Tensor, ring: Tensor, row: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    reference.check(f, f_cond, x, ring, row)
+    reference.check_shapes(f, f_cond, x, ring, row)
     shape = x.shape
     return x.new_empty(shape), x.new_empty(shape), f.new_empty(shape)
 
@@ -68,7 +68,7 @@ def _fake_fused_row(
 def _fake_fused_row_(
     f: Tensor, f_cond: Tensor | None, x: Tensor, ring: Tensor, row: Tensor, network_input: Tensor
 ) -> None:
-    reference.check(f, f_cond, x, ring, row)
+    reference.check_shapes(f, f_cond, x, ring, row)
     reference.check_network_input(network_input, f, x)
 
 
@@ -82,7 +82,7 @@ def _fake_backward(
     ring: Tensor,
     row: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    reference.check(f, f_cond, x, ring, row)
+    reference.check_shapes(f, f_cond, x, ring, row)
     grad_f_cond = f.new_empty(0 if f_cond is None else f.shape)
     grads = (x.new_empty(x.shape), x.new_empty(ring.shape), x.new_empty(row.shape))
     return f.new_empty(f.shape), grad_f_cond, *grads

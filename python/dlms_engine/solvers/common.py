@@ -10,10 +10,10 @@ from torch import Tensor
 from ..processes import Process
 from ..processes.grids import check_grid
 from .table import Prediction, SolverTable
-from .trace import AnalyticOutput, Form, Output, Trace
+from .trace import AnalyticOutput, Form, Trace, TracedOutput
 
 Afs = bool | Literal["dockhorn", "zero"]
-Evaluation = Output | AnalyticOutput
+Evaluation = TracedOutput | AnalyticOutput
 
 
 def afs_kind(afs: Afs) -> str | None:
@@ -122,7 +122,7 @@ class Run:
             return self.trace.analytic(x, self.nodes[0].t, self.afs)
         return self.trace.evaluate(x, self.nodes[i].t, self.asked[i])
 
-    def evaluate_at(self, x: Form, node: Node) -> Output:
+    def evaluate_at(self, x: Form, node: Node) -> TracedOutput:
         """An evaluation between grid times."""
         return self.trace.evaluate(x, node.t)
 

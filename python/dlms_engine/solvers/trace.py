@@ -57,7 +57,7 @@ class Form:
         return self * -1.0
 
 
-class Output:
+class TracedOutput:
     """What one evaluation gives: the state it was made at, and both predictions as forms.
 
     ``x`` is the new symbol of the evaluated state: continue from it, not from the form that was
@@ -127,7 +127,7 @@ class Trace:
         """The state the sampler is given."""
         return Form({START: self._one}, {})
 
-    def evaluate(self, x: Form, t: Scalar, network_time: Scalar | None = None) -> Output:
+    def evaluate(self, x: Form, t: Scalar, network_time: Scalar | None = None) -> TracedOutput:
         """One network evaluation at state ``x``.
 
         ``t`` is the state's time; the network is asked, and predictions are converted, at
@@ -144,7 +144,9 @@ class Trace:
         self._times.append(time)
         x = Form({n: self._one}, {})
         stored = Form({}, {n: self._one})
-        return Output(x, stored, self.store, self.process.alpha(time), self.process.sigma(time))
+        return TracedOutput(
+            x, stored, self.store, self.process.alpha(time), self.process.sigma(time)
+        )
 
     def analytic(self, x: Form, t: Scalar, kind: str) -> AnalyticOutput:
         """A first evaluation that costs no network call.

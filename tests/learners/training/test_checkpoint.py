@@ -108,13 +108,13 @@ def test_every_flipped_byte_is_noticed(tmp_path):
     tensors = {"raw/a": torch.arange(5.0), "ema/b": torch.ones(2, 2, dtype=torch.float64)}
     checkpoint.save_checkpoint(path, tensors, Progress(), {"seed": 0})
     good = path.read_bytes()
-    assert checkpoint.load_checkpoint(path, {"seed": 0})[0].keys() == tensors.keys()
+    assert checkpoint.read_checkpoint(path, {"seed": 0})[0].keys() == tensors.keys()
     for place in range(len(good)):
         path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
         with pytest.raises(ValueError, match="damaged|not a checkpoint|format|another run"):
-            checkpoint.load_checkpoint(path, {"seed": 0})
+            checkpoint.read_checkpoint(path, {"seed": 0})
     path.write_bytes(good)
-    checkpoint.load_checkpoint(path, {"seed": 0})
+    checkpoint.read_checkpoint(path, {"seed": 0})
 
 
 def test_outputs_that_differ_in_a_suffix_have_checkpoints_of_their_own(tmp_path):

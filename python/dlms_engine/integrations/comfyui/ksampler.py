@@ -9,11 +9,11 @@ from typing import Any
 from dlms_engine.integrations.k_diffusion import sample_dlms
 from dlms_engine.solvers import SOLVERS
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 PREFIX = "dlms_"
 
 
-def register() -> list[str]:
+def register_samplers() -> list[str]:
     """Adds ``dlms_<solver>`` to ComfyUI's samplers; returns the names, none outside of ComfyUI.
 
     ComfyUI looks a sampler up as ``sample_<name>`` in its copy of k-diffusion.
@@ -32,7 +32,7 @@ def register() -> list[str]:
             if isinstance(known, list) and name not in known:
                 known.append(name)
     if not any(isinstance(known, list) for known in lists):
-        log.warning("this ComfyUI keeps its samplers elsewhere: KSampler does not list dlms_*")
+        _log.warning("this ComfyUI keeps its samplers elsewhere: KSampler does not list dlms_*")
     return names
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dlms_engine.integrations.k_diffusion import get_sigmas_dlms, is_flow, sample_dlms
+from dlms_engine.integrations.k_diffusion import get_sigmas_dlms, sample_dlms, samples_a_flow
 from dlms_engine.integrations.scheduler.runner import load_source
 from dlms_engine.solvers import SOLVERS
 
@@ -103,7 +103,7 @@ class DLMSSigmas(SolverFile):
             sigmas = get_sigmas_dlms(solver=solver_file.strip())
             keep = len(sigmas) - 1 if denoise >= 1 else max(round((len(sigmas) - 1) * denoise), 1)
             return (sigmas[-(keep + 1) :],)
-        if is_flow(_Holder(sampling)):
+        if samples_a_flow(_Holder(sampling)):
             levels = [float(sampling.percent_to_sigma(i / total)) for i in range(total)]
             sigmas = torch.tensor([*levels, 0.0])
         else:

@@ -31,12 +31,12 @@ from .recording import Program, Recorder
 from .report import AccelerationReport, KindReport
 from .whole_loop import WholeLoop
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 MAX_KINDS = 64  # kinds of arguments that are remembered
 
 
 @dataclass
-class Kind:
+class _Kind:
     """What is known of one kind of arguments: a program, a reason against one, or nothing yet."""
 
     report: KindReport
@@ -95,7 +95,7 @@ class Acceleration:
         self._class = type(pipe)
         self._scheduler = pipe.scheduler
         self._own = scheduler
-        self._kinds: OrderedDict[Any, Kind] = OrderedDict()
+        self._kinds: OrderedDict[Any, _Kind] = OrderedDict()
         self._cache = GraphCache()
         self._stand_ins = StandIns()
         self._lock = threading.RLock()
@@ -106,7 +106,7 @@ class Acceleration:
         self._names: list[str] = []
         self._listen()
         if scheduler is None:
-            log.warning("%s keeps its own scheduler: %s", self._class.__name__, refusal)
+            _log.warning("%s keeps its own scheduler: %s", self._class.__name__, refusal)
         else:
             scheduler.run_with(self)
             set_scheduler(pipe, scheduler)
@@ -232,7 +232,7 @@ class Acceleration:
 
     def _safely(
         self,
-        kind: Kind,
+        kind: _Kind,
         session: Recorder | None,
         rewind: Callable[[], None],
         pipe: Any,
@@ -250,7 +250,7 @@ class Acceleration:
             result = self._with_own_scheduler(pipe, args, kwargs)  # raises what diffusers raises
             kind.own_scheduler = kind.stepwise = True
             self._told(kind, f"its own scheduler runs: {type(exc).__name__}: {exc}")
-            log.warning("%s ran with its own scheduler: %s", self._class.__name__, exc)
+            _log.warning("%s ran with its own scheduler: %s", self._class.__name__, exc)
             return result
 
     def _with_own_scheduler(self, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -272,11 +272,11 @@ class Acceleration:
         name = follows_the_steps(arguments)
         return None if name is None else f"argument {name} is called during the loop"
 
-    def _kind(self, arguments: dict[str, Any], reason: str | None) -> Kind:
+    def _kind(self, arguments: dict[str, Any], reason: str | None) -> _Kind:
         key = (kind_of_call(arguments), reason)
         kind = self._kinds.pop(key, None)
         if kind is None:
-            kind = Kind(KindReport(short(arguments)))
+            kind = _Kind(KindReport(short(arguments)))
             if reason is not None:
                 kind.stepwise = True
                 self._told(kind, reason)
@@ -287,7 +287,7 @@ class Acceleration:
 
     def _recorded(
         self,
-        kind: Kind,
+        kind: _Kind,
         rewind: Callable[[], None],
         pipe: Any,
         args: tuple[Any, ...],
@@ -306,13 +306,13 @@ class Acceleration:
             self._told(kind, str(exc))
         return result
 
-    def _told(self, kind: Kind, reason: str) -> None:
+    def _told(self, kind: _Kind, reason: str) -> None:
         kind.report.whole_loop, kind.report.reason = False, reason
-        log.info("%s runs step by step: %s", self._class.__name__, reason)
+        _log.info("%s runs step by step: %s", self._class.__name__, reason)
 
     def _timed(
         self,
-        kind: Kind,
+        kind: _Kind,
         session: Recorder | DryRun | None,
         pipe: Any,
         args: tuple[Any, ...],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .calls import NotReplayed, same, solve
+from .calls import NotReplayed, same, solve_weights
 from .interception import Interception
 from .recording import Program, Recorder, SlotRecord
 
@@ -85,7 +85,7 @@ def joined_branches(
         )
     if len(slots) != 2 or slots[0].module != slots[1].module:
         raise ValueError(f"{name} makes {len(slots)} network calls a step: distilling takes two")
-    weights = [solve(program.products[n])[:2].tolist() for n in sorted(program.products)]
+    weights = [solve_weights(program.products[n])[:2].tolist() for n in sorted(program.products)]
     first, last = weights[0], weights[-1]
     if (
         abs(sum(first) - 1) > 1e-2

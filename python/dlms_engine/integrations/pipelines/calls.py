@@ -103,7 +103,7 @@ def gram(columns: list[Tensor], target: Tensor) -> Tensor:
     return stacked @ stacked.T
 
 
-def solve(products: Tensor) -> Tensor:
+def solve_weights(products: Tensor) -> Tensor:
     """``[J]`` weights of the columns that come nearest to the target (CPU, float64)."""
     inner, right = products[:-1, :-1], products[:-1, -1:]
     return torch.linalg.lstsq(inner, right, driver="gelsd").solution[:, 0]

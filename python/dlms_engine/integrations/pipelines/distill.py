@@ -29,10 +29,10 @@ from ...learners.registry import learner
 from ...models.denoiser import Denoiser, FeatureTap, find_module
 from ...support.files import replacing
 from ..diffusers import DLMSScheduler
-from ..scheduler.probe import Loop, first_argument
+from ..scheduler.probe import ProbeLoop, first_argument
 from .prompt_calls import NetworkCall, is_batched, network_of, prompt_calls
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 FEATURES = 64  # length of the bottleneck vector the learned designers read
 
 
@@ -54,7 +54,7 @@ class PipelineNetwork(nn.Module):
         super().__init__()
         self.network = network
         self.call = call
-        self._loop = Loop(network)
+        self._loop = ProbeLoop(network)
         self._loop.call = call.args, call.kwargs
         self._prompts, self._branches = call.prompts, call.branches
         self._batched = _batched(call)
@@ -116,7 +116,7 @@ class PipelineDenoiser(Denoiser):
             try:
                 return load_file(path)["exact"].to(noise)
             except (OSError, KeyError, safetensors.SafetensorError) as exc:
-                log.warning("%s cannot be read (%s): made anew", path, exc)
+                _log.warning("%s cannot be read (%s): made anew", path, exc)
         exact = solve()
         with replacing(path) as partial:
             save_file({"noise": noise.contiguous(), "exact": exact.contiguous()}, partial)
@@ -274,7 +274,7 @@ def _attach(denoiser: Denoiser, features: str | None, shape: tuple[int, ...]) ->
     try:
         module = find_module(denoiser.network, features)
     except ValueError as exc:
-        log.info("the solver will not read a bottleneck: %s", exc)
+        _log.info("the solver will not read a bottleneck: %s", exc)
         return False
     tap = FeatureTap()
     handle = module.register_forward_hook(tap)
@@ -285,7 +285,7 @@ def _attach(denoiser: Denoiser, features: str | None, shape: tuple[int, ...]) ->
     raw = tap.value
     length = 0 if raw is None else raw.mean(dim=1).numel() // raw.shape[0]
     if length != FEATURES:
-        log.info("bottleneck of length %d, designers read %d: not used", length, FEATURES)
+        _log.info("bottleneck of length %d, designers read %d: not used", length, FEATURES)
         return False
     denoiser.features = features
     module.register_forward_hook(denoiser._tap)

@@ -22,7 +22,7 @@ from .calls import (
     misfit,
     same,
     snapshot,
-    solve,
+    solve_weights,
     take_apart,
     tolerance,
 )
@@ -227,7 +227,7 @@ class DryRun:
         rows = []
         for n, products in zip(range(begin, end), self._products, strict=True):
             here = products.cpu()
-            solved = solve(here)
+            solved = solve_weights(here)
             if misfit(here, solved) > limit:
                 raise NotReplayed("the outputs are not mixed linearly before the scheduler's step")
             if misfit(self.program.products[n], solved) > limit:

@@ -18,7 +18,7 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Form:
+class Packing:
     """The latents inside another tensor.
 
     Attributes:
@@ -92,7 +92,7 @@ class Form:
         return part.reshape(permuted).permute(inverse)
 
 
-def match(whole: Tensor, x: Tensor) -> Form | None:
+def match(whole: Tensor, x: Tensor) -> Packing | None:
     """The form by which ``whole`` holds the latents ``x`` exactly; None if it does not."""
     if not whole.is_floating_point() or not x.numel():
         return None
@@ -105,30 +105,30 @@ def match(whole: Tensor, x: Tensor) -> Form | None:
     return None
 
 
-def possible_forms(whole: Shape, x: Shape) -> Iterator[Form]:
+def possible_forms(whole: Shape, x: Shape) -> Iterator[Packing]:
     """Every form that could lie in shape ``whole``, the simplest first."""
     if len(whole) == len(x) and x and x[0] and whole[0] % x[0] == 0:
         copies = whole[0] // x[0]
         differing = [d for d in range(1, len(x)) if whole[d] != x[d]]
         for interleaved in (False, True) if copies > 1 and x[0] > 1 else (False,):
             if not differing:
-                yield Form(copies, interleaved)
+                yield Packing(copies, interleaved)
             elif len(differing) == 1 and whole[differing[0]] > x[differing[0]] > 0:
                 dim = differing[0]
                 yield from _joined(copies, interleaved, dim, whole[dim], x[dim])
     yield from _rearranged(whole, x)
     if x and x[0] and _count(whole) * x[0] == _count(x) and len(whole) <= len(x) + 1:
         for sample in range(x[0]):
-            yield Form(sample=sample, shape=whole)
+            yield Packing(sample=sample, shape=whole)
 
 
-def _joined(copies: int, interleaved: bool, dim: int, length: int, size: int) -> Iterator[Form]:
+def _joined(copies: int, interleaved: bool, dim: int, length: int, size: int) -> Iterator[Packing]:
     last = length - size
     for offset in dict.fromkeys((0, last, *range(0, last, size))):
-        yield Form(copies, interleaved, dim=dim, offset=offset)
+        yield Packing(copies, interleaved, dim=dim, offset=offset)
 
 
-def _rearranged(whole: Shape, x: Shape) -> Iterator[Form]:
+def _rearranged(whole: Shape, x: Shape) -> Iterator[Packing]:
     """The same numbers in other dimensions, once or copied along the batch."""
     total = _count(x)
     if not total or _count(whole) % total:
@@ -140,9 +140,9 @@ def _rearranged(whole: Shape, x: Shape) -> Iterator[Form]:
     if len(x) <= 5:
         for order in itertools.permutations(range(len(x))):
             if order != tuple(range(len(x))) and tuple(x[d] for d in order) == one:
-                yield Form(copies, permutation=order)
+                yield Packing(copies, permutation=order)
     if one != x:
-        yield Form(copies, shape=one)
+        yield Packing(copies, shape=one)
 
 
 def _count(shape: Shape) -> int:
@@ -152,7 +152,7 @@ def _count(shape: Shape) -> int:
     return count
 
 
-def output_columns(outputs: Sequence[Tensor], like: Shape) -> Iterator[tuple[Form, bool]]:
+def output_columns(outputs: Sequence[Tensor], like: Shape) -> Iterator[tuple[Packing, bool]]:
     """Ways to read a call's ``outputs`` as branches of shape ``like``: (form, one tensor a sample)."""
     if not outputs:
         return
@@ -160,14 +160,14 @@ def output_columns(outputs: Sequence[Tensor], like: Shape) -> Iterator[tuple[For
     if len(outputs) > 1 and batch and len(outputs) % batch == 0:
         one, same = _count(like) // batch, {tuple(o.shape) for o in outputs}
         if len(same) == 1 and _count(next(iter(same))) == one:
-            yield Form(len(outputs) // batch), True
+            yield Packing(len(outputs) // batch), True
     for form in possible_forms(tuple(outputs[0].shape), like):
         if form.sample is None:
             yield form, False
 
 
 def read_columns(
-    outputs: Sequence[Tensor], like: Shape, form: Form, per_sample: bool
+    outputs: Sequence[Tensor], like: Shape, form: Packing, per_sample: bool
 ) -> list[Tensor]:
     """The branches of a call's ``outputs``, as ``output_columns`` describes them."""
     if not per_sample:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-NAMES = ("unet", "transformer", "prior", "decoder")
+_NAMES = ("unet", "transformer", "prior", "decoder")
 
 
 def network_of(pipe: Any) -> nn.Module:
@@ -15,7 +15,7 @@ def network_of(pipe: Any) -> nn.Module:
     Raises:
         ValueError: it has none.
     """
-    for name in NAMES:
+    for name in _NAMES:
         network = getattr(pipe, name, None)
         if isinstance(network, nn.Module):
             return network

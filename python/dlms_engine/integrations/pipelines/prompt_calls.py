@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...support.files import replacing
-from ..scheduler.probe import Loop, first_argument
+from ..scheduler.probe import ProbeLoop, first_argument
 from .branch_calls import joined_branches
 from .networks import network_of
 
-log = logging.getLogger("dlms_engine")
-FORMAT = "dlms_engine.prompts/2"
+_log = logging.getLogger("dlms_engine")
+_FORMAT = "dlms_engine.prompts/2"
 GROUP = 8  # prompts encoded together
 WITHOUT_BATCH = ("txt_ids", "img_ids", "image_rotary_emb")
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "class_labels")
@@ -37,7 +37,7 @@ class _CapturedError(Exception):
     """Ends the pipeline's call at its first network evaluation."""
 
 
-class _Capture(Loop):
+class _Capture(ProbeLoop):
     def answer(self, *args: Any, **kwargs: Any) -> Any:
         self.call = args, kwargs
         raise _CapturedError
@@ -276,10 +276,10 @@ def _write(path: Path, key: str, call: NetworkCall) -> None:
             {"key": key, "leaves": plain, "tree": pytree.treespec_dumps(spec), "rest": rest}
         )
     except (TypeError, ValueError, NotImplementedError) as exc:
-        log.info("the prompts' embeddings are not kept: %s", exc)
+        _log.info("the prompts' embeddings are not kept: %s", exc)
         return
     with replacing(path) as partial:
-        save_file(tensors, partial, {"format": FORMAT, "call": described})
+        save_file(tensors, partial, {"format": _FORMAT, "call": described})
 
 
 def _read(path: Path, key: str) -> NetworkCall | None:
@@ -290,15 +290,15 @@ def _read(path: Path, key: str) -> NetworkCall | None:
         with safetensors.safe_open(str(path), framework="pt") as opened:
             metadata = opened.metadata() or {}
         described = json.loads(metadata["call"])
-        if metadata.get("format") != FORMAT or described["key"] != key:
-            log.info("%s is of other prompts or encoders: made anew", path)
+        if metadata.get("format") != _FORMAT or described["key"] != key:
+            _log.info("%s is of other prompts or encoders: made anew", path)
             return None
         tensors = load_file(path)
         leaves = [_leaf(plain, tensors) for plain in described["leaves"]]
         args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(described["tree"]))
         return NetworkCall(args, kwargs, **described["rest"])
     except (OSError, KeyError, ValueError, TypeError, safetensors.SafetensorError) as exc:
-        log.warning("%s cannot be read (%s): made anew", path, exc)
+        _log.warning("%s cannot be read (%s): made anew", path, exc)
         return None
 
 

@@ -26,13 +26,13 @@ from .calls import (
     same,
     small,
     snapshot,
-    solve,
+    solve_weights,
     take_apart,
     tolerance,
 )
-from .forms import Form, match, output_columns, read_columns
+from .forms import Packing, match, output_columns, read_columns
 
-Columns = tuple[Form, bool]  # how branches are read from outputs; one tensor a sample
+Columns = tuple[Packing, bool]  # how branches are read from outputs; one tensor a sample
 Reading = tuple[Columns, ...]
 UNSCALED = (
     "this solver has an analytical first step, which rescales the network's first input, but the "
@@ -55,7 +55,7 @@ class SlotRecord:
     spec: Any
     paths: list[str]
     first: list[Any]
-    forms: dict[int, Form]
+    forms: dict[int, Packing]
     columns: Columns | None
     output_leaves: list[Any]
     output_spec: Any
@@ -186,7 +186,7 @@ class Recorder:
         return True
 
     def _first(self, call: Call, sample: Tensor, scaled: Tensor) -> bool:
-        forms: dict[int, Form] = {}
+        forms: dict[int, Packing] = {}
         for i, leaf in enumerate(call.leaves):
             if isinstance(leaf, Tensor) and leaf.numel() * 2 >= sample.numel() // sample.shape[0]:
                 form = match(leaf, scaled)
@@ -210,7 +210,7 @@ class Recorder:
         return True
 
     def _state(
-        self, where: str, form: Form, leaf: Tensor, first: Tensor, sample: Tensor, scaled: Tensor
+        self, where: str, form: Packing, leaf: Tensor, first: Tensor, sample: Tensor, scaled: Tensor
     ) -> None:
         piece = form.piece(scaled)
         size = piece.shape[form.dim] if form.dim is not None else 0
@@ -244,7 +244,7 @@ class Recorder:
                 for column in read_columns(call.outputs, tuple(sample.shape), form, per_sample)
             ]
             found = gram([*columns, sample], output).cpu()
-            wrong = misfit(found, solve(found))
+            wrong = misfit(found, solve_weights(found))
             if wrong < best:
                 best, chosen, products = wrong, reading, found
             if best <= limit:

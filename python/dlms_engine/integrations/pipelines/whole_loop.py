@@ -39,14 +39,14 @@ def rounded_weights(weights: Tensor, guidance: list[float], dtype: torch.dtype) 
 
 
 @dataclass
-class Inputs:
+class _Inputs:
     """Tensors of one run by name, and the plain values that a captured graph would freeze."""
 
     tensors: dict[str, Tensor]
     plain: dict[str, Any]
 
     @classmethod
-    def of(cls, dry: DryRun, numbers: dict[Slot, int]) -> Inputs:
+    def of(cls, dry: DryRun, numbers: dict[Slot, int]) -> _Inputs:
         """Constants are named ``c<slot>/<leaf>``, those that follow the step ``s<slot>/<leaf>/<row>``."""
         made = cls({}, {})
         for slot, leaves in dry.first.items():
@@ -105,7 +105,7 @@ class WholeLoop:
         rows[begin:end, layout.GUIDANCE] = torch.tensor(
             [1.0 if scale is None else scale for scale in self.scales], dtype=torch.float64
         )
-        self.inputs = Inputs.of(self.dry, self.numbers)
+        self.inputs = _Inputs.of(self.dry, self.numbers)
         device = start.device
         tensors = {
             **self.inputs.tensors,

@@ -97,7 +97,7 @@ def adopt(config: Mapping[str, Any], solver: str | None = None) -> dict[str, Any
     _check(config, defaults, name)
     adopted = {k: config[k] for k in MODEL_KEYS if k in config}
     explicit = {k: config[k] for k in GRID_KEYS if k in config and k not in defaults}
-    if is_flow(config):
+    if _is_flow(config):
         adopted |= _flow(config, defaults, name)
         explicit.pop("timestep_spacing", None)
         explicit = {k: v for k, v in explicit.items() if k != "sigma_max" or v is not None}
@@ -116,7 +116,7 @@ def adopt(config: Mapping[str, Any], solver: str | None = None) -> dict[str, Any
 # -- kinds of noise models -----------------------------------------------------------------------
 
 
-def is_flow(config: Mapping[str, Any]) -> bool:
+def _is_flow(config: Mapping[str, Any]) -> bool:
     """Flow matching: a FlowMatch class, ``use_flow_sigmas``, or a flow prediction."""
     named = str(config.get("_class_name") or "").startswith("FlowMatch")
     shaped = "beta_schedule" not in config and any(key in config for key in FLOW_KEYS)

@@ -15,11 +15,11 @@ from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
 from ...processes import as_float64 as f64
 from .spread import modifier_of
 
-Kind = Literal["vp", "flow", "edm"]
+_Kind = Literal["vp", "flow", "edm"]
 _NEARLY_ZERO = 2.0**-48  # an alpha_bar that float32 states cannot tell from zero
 _NOISE = -12 * math.log(2)  # log alpha below which levels count as noise alone
 
-PREDICTIONS: dict[str, NetworkPrediction] = {
+_PREDICTIONS: dict[str, NetworkPrediction] = {
     "epsilon": "noise",
     "sample": "data",
     "v_prediction": "velocity",
@@ -28,7 +28,7 @@ PREDICTIONS: dict[str, NetworkPrediction] = {
 """``prediction_type`` of a config -> the engine's name."""
 
 
-def kind_of(config: Mapping[str, Any]) -> Kind:
+def kind_of(config: Mapping[str, Any]) -> _Kind:
     """Flow if it predicts flow, EDM if it names ``sigma_data``, else variance preserving."""
     if config.get("prediction_type") == "flow_prediction" or config.get("flow_grid"):
         return "flow"
@@ -151,7 +151,7 @@ class NoiseModel:
         label: of an EDM noise level: ``"log"`` is 0.25 ln sigma, ``"atan"`` 2 / pi atan sigma.
     """
 
-    kind: Kind
+    kind: _Kind
     process: Process
     levels: int
     denoiser: Denoiser
@@ -166,11 +166,11 @@ class NoiseModel:
             ValueError: unknown ``prediction_type``.
         """
         name = config["prediction_type"]
-        if name not in PREDICTIONS:
-            raise ValueError(f"prediction_type is {name!r}, expected one of {sorted(PREDICTIONS)}")
+        if name not in _PREDICTIONS:
+            raise ValueError(f"prediction_type is {name!r}, expected one of {sorted(_PREDICTIONS)}")
         kind = kind_of(config)
         process: Process
-        prediction: NetworkPrediction = PREDICTIONS[name]
+        prediction: NetworkPrediction = _PREDICTIONS[name]
         sigma_data = 0.5
         sign = 1.0
         if kind == "flow":

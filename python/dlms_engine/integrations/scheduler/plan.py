@@ -134,7 +134,7 @@ def spliced(rows: Rows, begin: int, tail: Rows) -> Rows:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StartRows:
     """Packed rows for one start; c_in is 1 there, because pipelines carry the state itself.
 
     Attributes:
@@ -151,7 +151,7 @@ class Plan:
     prediction: Literal["data", "noise"]
 
 
-def make_plan(rows: Rows, model: NoiseModel, begin: int) -> Plan:
+def make_plan(rows: Rows, model: NoiseModel, begin: int) -> StartRows:
     """Packs ``rows`` for a run whose first evaluation is row ``begin``."""
     pre = model.preconditioning(rows.times, rows.prediction)
     a, c_skip, c_in = rows.a.clone(), pre.c_skip.clone(), pre.c_in.clone()
@@ -162,4 +162,4 @@ def make_plan(rows: Rows, model: NoiseModel, begin: int) -> Plan:
         c_skip=c_skip, c_out=pre.c_out, a=a, c_in_next=torch.ones_like(a), guidance=1.0, b=rows.b
     )
     alpha, sigma = model.process.alpha(rows.times), model.process.sigma(rows.times)
-    return Plan(packed, tuple(c_in.tolist()), alpha, sigma, rows.depth, rows.prediction)
+    return StartRows(packed, tuple(c_in.tolist()), alpha, sigma, rows.depth, rows.prediction)

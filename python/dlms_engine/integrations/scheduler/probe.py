@@ -17,7 +17,7 @@ class NotPlain(RuntimeError):
     """The pipeline does more than guidance between the network and the scheduler."""
 
 
-class Loop:
+class ProbeLoop:
     """A pipeline's network that answers with probes until the scheduler runs the real loop.
 
     Attributes:
@@ -33,7 +33,7 @@ class Loop:
         self.enabled = False
         self.guidance: float | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Loop:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProbeLoop:
         return self  # copies of the scheduler share the network
 
     def install(self) -> None:

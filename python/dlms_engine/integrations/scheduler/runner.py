@@ -16,8 +16,8 @@ from ...solvers.table import SolverTable
 from .flow_times import is_default
 from .noise import NoiseModel
 from .plan import (
-    Plan,
     Rows,
+    StartRows,
     late_start,
     make_plan,
     policy_rows,
@@ -108,7 +108,7 @@ class Runner:
             levels = levels / process.alpha(self.levels)
         self.sigmas = (1 - levels if model.sign < 0 and model.kind == "flow" else levels).float()
         self._whole, self._prepared = self._rows, 0
-        self._plan: Plan = make_plan(self._rows, model, 0)
+        self._plan: StartRows = make_plan(self._rows, model, 0)
         self._state: State | None = None
         self._run: PolicyRun | None = None
         self._was_scaled = False
@@ -211,7 +211,7 @@ class Runner:
         """Rows, each one network evaluation."""
         return self._whole.count
 
-    def plan_of(self, index: int) -> Plan:
+    def plan_of(self, index: int) -> StartRows:
         """The packed rows of a run that starts at step ``index``."""
         self.prepare(index)
         return self._plan

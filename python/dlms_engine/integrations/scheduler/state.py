@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import ops
 from ...ops import layout
-from .plan import Plan
+from .plan import StartRows
 
 Clip = Callable[[Tensor], Tensor]
 HALF = (torch.bfloat16, torch.float16)
@@ -24,7 +24,7 @@ class State:
     other number (a callback's, an inpainting blend's) replaces the state, however it got there.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: StartRows) -> None:
         self.plan = plan
         self._x: Tensor | None = None
         self._ring: Tensor | None = None

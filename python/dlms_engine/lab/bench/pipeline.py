@@ -47,11 +47,11 @@ def make_network(model: str, device: str, dtype: torch.dtype) -> tuple[nn.Module
     shape: tuple[int, ...]
     if model == "embedded":
         network, shape = embedded.embedded_network(device, dtype), embedded.IMAGE_SHAPE
-    elif model in benchmark_model.NAMES:
+    elif model in benchmark_model.RECIPES:
         unet = benchmark_model.load_unet(model, device, dtype)
         network, shape = unet, (3, unet.size, unet.size)
     else:
-        names = ", ".join(("embedded", *benchmark_model.NAMES))
+        names = ", ".join(("embedded", *benchmark_model.RECIPES))
         raise ValueError(f"model is {model!r}, expected one of {names}")
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network, shape

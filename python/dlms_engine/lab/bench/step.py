@@ -80,7 +80,7 @@ def _measure(shape: tuple[int, ...], dtype: str, rounds: int, seconds: float) ->
 def _engine_calls(x: Tensor, f: Tensor) -> dict[str, Callable[[], object]]:
     rows = _rows()
     calls: dict[str, Callable[[], object]] = {}
-    if cpu_loop.available():
+    if cpu_loop.loop_available():
         run = cpu_loop.Engine(x.shape, DEPTH, network_dtype=f.dtype)
         first, row = torch.tensor(1.0), rows[DEPTH]
         run.run(x, rows, lambda n, network_input: f)

@@ -19,7 +19,7 @@ from ..start import SamplingProblem
 from .budget import Budget
 from .features import feature_batch, features_of
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 BATCH, UPDATES = 16, 160
 CALLS = 4
@@ -83,7 +83,7 @@ def train_on_features(
             if budget.share() >= max(share, 0.97):
                 break
     except RuntimeError as error:
-        log.info("no feature phase: the network gives no gradients (%s)", error)
+        _log.info("no feature phase: the network gives no gradients (%s)", error)
     with torch.no_grad():
         for key, value in corrector.named_parameters():
             value.copy_(kept[key])

@@ -23,7 +23,7 @@ from ..start import ExactSolution, SamplingProblem, SharedRuns
 from .budget import Budget
 from .table import GeneralTable
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 STEP = 1e-3
 """Forward difference, in the parameters' natural units."""

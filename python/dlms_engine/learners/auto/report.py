@@ -14,7 +14,7 @@ from ..start import ExactSolution, Start
 from .budget import Budget
 from .choose import AutoStage, ratio
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 
 def report_of(
@@ -94,7 +94,7 @@ def write_report(output: Path, report: dict[str, Any]) -> None:
     try:
         import matplotlib
     except ImportError:
-        log.info("no picture of the report: matplotlib is not installed")
+        _log.info("no picture of the report: matplotlib is not installed")
         return
     matplotlib.use("Agg", force=False)
     draw_report(report, output.with_suffix(".report.png"))

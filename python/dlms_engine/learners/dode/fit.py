@@ -16,7 +16,7 @@ from torch import Tensor
 from ...models.denoiser import Denoiser, per_sample
 from ...processes import Process
 from ...solvers.table import Prediction
-from ...solvers.trace import Form, Output, Trace
+from ...solvers.trace import Form, Trace, TracedOutput
 from ...support.parallel import World
 from ...support.transfer import host_numbers
 
@@ -35,7 +35,7 @@ class FormulaRecorder(Protocol):
 
     def start(self) -> Form: ...
 
-    def evaluate(self, x: Form, t: Tensor) -> Output: ...
+    def evaluate(self, x: Form, t: Tensor) -> TracedOutput: ...
 
     def correct(self, base: Form, c: Tensor, output: Form, directions: Sequence[Form]) -> Form:
         """``base + c * sum_j lambda_j directions_j``; ``output`` is what ``base`` weighs by c."""
@@ -55,7 +55,7 @@ class Replay:
     def start(self) -> Form:
         return self.trace.start()
 
-    def evaluate(self, x: Form, t: Tensor) -> Output:
+    def evaluate(self, x: Form, t: Tensor) -> TracedOutput:
         return self.trace.evaluate(x, t)
 
     def correct(self, base: Form, c: Tensor, output: Form, directions: Sequence[Form]) -> Form:
@@ -113,7 +113,7 @@ class Fit(Replay):
         self._world = world or World()
         self._cond = cond or {}
 
-    def evaluate(self, x: Form, t: Tensor) -> Output:
+    def evaluate(self, x: Form, t: Tensor) -> TracedOutput:
         state = self.value(x)
         n = len(self._outputs)
         self._states[n] = state

@@ -25,7 +25,7 @@ from .objective import TYPICAL_LOSS, Graded, Ld3
 from .pairs import Pairs, project
 from .state import Ld3State, Ld3Store
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 
 class Ld3Loop:
@@ -112,7 +112,7 @@ class Ld3Loop:
                 self._store.rewind()
                 kept = try_to_save(self._store.save, self.state.updates)
             if kept and self._store.path is not None:
-                log.warning("interrupted: %s is saved, resume continues it", self._store.path)
+                _log.warning("interrupted: %s is saved, resume continues it", self._store.path)
             raise
         finally:
             bar.close()
@@ -250,7 +250,7 @@ class Ld3Loop:
             self.world.sum_(grad)
         if not all(bool(torch.isfinite(grad).all()) for grad in grads):
             self.state.skipped += 1
-            log.warning("batch %d: gradient is not finite, skipped", self.state.position)
+            _log.warning("batch %d: gradient is not finite, skipped", self.state.position)
             return False
         torch.nn.utils.clip_grad_norm_([module.logits], self.settings.clip)
         self._optimiser.param_groups[0]["lr"] = self.state.lr

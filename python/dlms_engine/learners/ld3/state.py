@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...support.parallel import World
-from ..training.checkpoint import load_checkpoint, save_checkpoint
+from ..training.checkpoint import read_checkpoint, save_checkpoint
 from .grid import LearnedGrid
 from .pairs import Pairs
 
@@ -132,7 +132,7 @@ class Ld3Store:
         self._world.check_equal(int(found), "whether there is a checkpoint to resume")
         if self.path is None or not found:
             return False
-        tensors, state = load_checkpoint(self.path, self._fingerprint)
+        tensors, state = read_checkpoint(self.path, self._fingerprint)
         self.state = Ld3State(**state)
         for part, pairs in self.pairs.items():
             pairs.noise = tensors[f"noise/{part}"].to(pairs.centres.device)

@@ -24,7 +24,7 @@ from ...solvers.table import SolverTable
 from .problem import SamplingProblem
 from .shared_runs import SharedRuns
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 ACCURATE_SOLVERS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dpm_solver_pp", {"order": 3}),
@@ -149,7 +149,7 @@ class ExactSolution:
             len(self._numbers), spent,
         )  # fmt: skip
         if not self.proof.holds:
-            log.warning("%s", self.proof.line())
+            _log.warning("%s", self.proof.line())
         return self.proof
 
     def against(self, error: float) -> Proof:

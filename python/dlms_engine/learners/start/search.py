@@ -24,7 +24,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Plan:
+class _Rounds:
     """How many samples and how many tables each round measures.
 
     Attributes:
@@ -39,8 +39,8 @@ class Plan:
     first_steps: int
 
 
-FULL = Plan((8, 32, 64), (24, 6, 6), 8, 24)
-LEAN = (Plan((2, 8), (6, 4), 1, 12), Plan((1, 4), (6, 4), 1, 12))
+FULL = _Rounds((8, 32, 64), (24, 6, 6), 8, 24)
+LEAN = (_Rounds((2, 8), (6, 4), 1, 12), _Rounds((1, 4), (6, 4), 1, 12))
 """From the better to the cheaper; the first of at most 1,500 evaluations is taken."""
 MOST_LEAN = 1_500
 LEAN_SOLVERS = ("ddim", "ipndm", "dpm_solver_pp", "unipc")
@@ -169,7 +169,7 @@ def candidate_of(process: Process, nfe: int, label: str) -> Candidate:
     )
 
 
-def plan_for(process: Process, nfe: int, effort: Effort) -> Plan:
+def plan_for(process: Process, nfe: int, effort: Effort) -> _Rounds:
     """The plan of an effort for ``nfe`` evaluations."""
     if effort == "full":
         return FULL
@@ -186,7 +186,7 @@ def _first_round(process: Process, nfe: int, effort: Effort) -> int:
     return SharedRuns([c.table for c in handcrafted_candidates(process, nfe, effort)]).evaluations
 
 
-def _cost(plan: Plan, first: int, nfe: int) -> int:
+def _cost(plan: _Rounds, first: int, nfe: int) -> int:
     total, before = 0, 0
     for round_, samples in enumerate(plan.samples):
         each = first if round_ == 0 else nfe * plan.keep[round_ - 1]

@@ -14,8 +14,8 @@ from .exact import Proof
 from .problem import SamplingProblem
 from .search import Candidate, MeasuredCandidate, Start, handcrafted_candidates
 
-log = logging.getLogger("dlms_engine")
-FORMAT = "dlms_engine.start/1"
+_log = logging.getLogger("dlms_engine")
+_FORMAT = "dlms_engine.start/1"
 TOLERANCE = 1e-3
 """Largest relative difference of a model's answers on two machines."""
 
@@ -24,7 +24,7 @@ def keep_start(path: Path | None, problem: SamplingProblem, start: Start) -> Non
     """Writes ``start`` to ``path``, if there is one."""
     if path is None:
         return
-    described = {"format": FORMAT, **_key(problem, start.nfe), **start.record()}
+    described = {"format": _FORMAT, **_key(problem, start.nfe), **start.record()}
     described["answers"] = _answers(problem)
     with replacing(path) as partial:
         partial.write_text(json.dumps(described, indent=1), encoding="utf-8")
@@ -36,14 +36,14 @@ def kept_start(path: Path | None, problem: SamplingProblem, nfe: int) -> Start |
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != FORMAT or any(found[k] != v for k, v in _key(problem, nfe).items()):
+        if found["format"] != _FORMAT or any(found[k] != v for k, v in _key(problem, nfe).items()):
             return None
         if not _same(found["answers"], _answers(problem)):
-            log.info("%s is of another model: measured anew", path)
+            _log.info("%s is of another model: measured anew", path)
             return None
         return _start(found, problem)
     except (OSError, KeyError, TypeError, ValueError) as error:
-        log.warning("%s cannot be read (%s): measured anew", path, error)
+        _log.warning("%s cannot be read (%s): measured anew", path, error)
         return None
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from ...models.denoiser import Denoiser
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 
 def reads_bottleneck(denoiser: Denoiser, wanted: bool, method: str) -> bool:
     """``wanted``, but False, and said so, where the denoiser taps no module."""
     if wanted and denoiser.features is None:
-        log.info(
+        _log.info(
             "%s: the denoiser taps no module, so every sample gets the same rows; "
             "Denoiser(features='mid_block') lets it read the bottleneck",
             method,

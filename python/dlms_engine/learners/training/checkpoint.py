@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ...support.files import write_tensors
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
-FORMAT = "dlms_engine.checkpoint/2"
+_FORMAT = "dlms_engine.checkpoint/2"
 
 HARMLESS = {"checkpoint_seconds", "checkpoint_every"}
 """Settings that change when a checkpoint is written and nothing else: a resumed run may change them."""
@@ -44,7 +44,7 @@ def save_checkpoint(
         "state": json.dumps(asdict(state)),
         "fingerprint": json.dumps(fingerprint, sort_keys=True),
     }
-    metadata = {"format": FORMAT, **text, "sha256": _digest(held, text)}
+    metadata = {"format": _FORMAT, **text, "sha256": _digest(held, text)}
     write_tensors(path, held, metadata)
 
 
@@ -53,12 +53,12 @@ def try_to_save(save: Callable[[], None], update: int) -> bool:
     try:
         save()
     except OSError as error:
-        log.warning("update %d: no checkpoint: %s", update, error)
+        _log.warning("update %d: no checkpoint: %s", update, error)
         return False
     return True
 
 
-def load_checkpoint(
+def read_checkpoint(
     path: Path, fingerprint: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of ``path``.
@@ -72,9 +72,9 @@ def load_checkpoint(
         tensors = load_file(path)
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of this library: {error}") from error
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") != _FORMAT:
         raise ValueError(
-            f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r}: start without resume, "
+            f"{path}: format {metadata.get('format')!r}, expected {_FORMAT!r}: start without resume, "
             "or finish this run with the version that began it"
         )
     text = {name: metadata.get(name, "") for name in ("state", "fingerprint")}

@@ -18,7 +18,7 @@ from ...models.denoiser import Denoiser
 from ...support.parallel import World
 from ...support.progress import inner_progress
 from ...support.transfer import host_numbers
-from .checkpoint import load_checkpoint, save_checkpoint, try_to_save
+from .checkpoint import read_checkpoint, save_checkpoint, try_to_save
 from .ema import EmaSets
 from .monitor import Monitor, Silent
 from .noise import tell_first_sample, unit_noise
@@ -26,7 +26,7 @@ from .settings import TrainerSettings
 
 __all__ = ["Learner", "Progress", "Trainer", "TrainerSettings"]
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 Numbers = dict[str, Tensor]
 """Name -> a scalar on any device, without graph."""
@@ -150,7 +150,7 @@ class Trainer:
             self._rewind()  # with several ranks an error is most often another rank's end
             saved_now = try_to_save(self._save, self.state.update)
             if saved_now and self._path is not None and self.world.rank == 0:
-                log.warning("interrupted: %s is saved, resume continues it", self._path)
+                _log.warning("interrupted: %s is saved, resume continues it", self._path)
             raise
         finally:
             bar.close()
@@ -207,7 +207,7 @@ class Trainer:
         logged = dict(zip(numbers, values, strict=True))
         if not math.isfinite(size):
             self.state.skipped += 1
-            log.warning("update %d: gradient is not finite, skipped", self.state.update)
+            _log.warning("update %d: gradient is not finite, skipped", self.state.update)
             if self.state.skipped > 20 + self.settings.updates // 10:
                 raise FloatingPointError(
                     f"{self.state.skipped} updates had gradients that are not finite: lower lr "
@@ -313,7 +313,7 @@ class Trainer:
         self.world.check_equal(int(found), "whether there is a checkpoint to resume")
         if self._path is None or not found:
             return
-        tensors, state = load_checkpoint(self._path, self._fingerprint)
+        tensors, state = read_checkpoint(self._path, self._fingerprint)
         self.state = Progress(**state)
         device = next(self.learner.module.parameters()).device
         self._best = {k: v.to(device) for k, v in _part(tensors, "best/").items()}

@@ -21,7 +21,7 @@ from ..start import Conditions, ExactSolution, Proof, SamplingProblem
 from .losses import FeatureDistance
 from .noise import tell_first_sample
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 _PROOFS: weakref.WeakKeyDictionary[Denoiser, Proof] = weakref.WeakKeyDictionary()
 FIRST_SEED = 900_000_000
 """Validation seeds, apart from those of training and of the published tables."""
@@ -52,7 +52,7 @@ def accurate_table(
     if proof is None:
         problem = SamplingProblem(denoiser, tuple(shape), cond or None)
         proof = _PROOFS[denoiser] = ExactSolution(problem, samples=4).prove()
-        log.info("%s", proof.line())
+        _log.info("%s", proof.line())
     return proof.table(process, max(steps, proof.steps))
 
 
