@@ -254,7 +254,7 @@ def bad(inputs):
 for _ in range(2):
     try:
         with capture.CAPTURING, capture.capture_state(device):
-            capture.record(bad, {{"x": x}}, device)
+            capture.record_run(bad, {{"x": x}}, device)
         raise SystemExit("captured")
     except capture.GraphCaptureError as error:
         print(error)
@@ -264,7 +264,7 @@ big = torch.randn(1 << 20, device=device)
 del big
 assert torch.cuda.memory_allocated() == before
 with capture.CAPTURING, capture.capture_state(device):
-    done = capture.record(lambda inputs: inputs["x"] * 3, {{"x": x}}, device)
+    done = capture.record_run(lambda inputs: inputs["x"] * 3, {{"x": x}}, device)
 assert torch.cuda.current_stream() == torch.cuda.default_stream()
 done.inputs["x"].fill_(2.0)
 done.graphs[0].replay()

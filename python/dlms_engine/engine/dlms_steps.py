@@ -29,7 +29,7 @@ class DesignerSteps:
     """The two halves of a step (see ``engine/steps.py``) on the kernels of one implementation.
 
     Args:
-        kernels: from ``designer_row.select``.
+        kernels: from ``designer_row.select_designer``.
         x: ``[B, ...]``: batch and device of the run.
         dtype: of state, history and rows.
         cond: handed to the network.
