@@ -92,6 +92,15 @@ def labelled() -> Model:
     return Model(denoiser, SHAPE, conditions={"label": torch.arange(3.0)})
 
 
+def plane() -> tuple[Denoiser, tuple[int, ...]]:
+    """Points in the plane, which nobody can draw as a picture."""
+
+    def network(x: Tensor, sigma: Tensor) -> Tensor:
+        return torch.tanh(x / (1 + sigma[:, None] ** 2))
+
+    return Denoiser(network, EDM(), "data"), (2,)
+
+
 def wrong() -> str:
     """Not a model."""
     return "no model"

@@ -17,7 +17,9 @@ from dlms_engine import Denoiser, processes
 ROOT = Path(__file__).parent.parent
 SHAPE = (3, 8, 8)
 BUDGET = "600calls"
-PAGES = ("README.md", "docs/your_model.md", "docs/production.md", "docs/benchmarks.md")
+PAGES = (
+    "README.md", "docs/your_model.md", "docs/models.md", "docs/production.md", "docs/benchmarks.md"
+)  # fmt: skip
 # What makes a command of the pages quick; the words of the page come first.
 QUICK = {
     "recommend": ("--effort", "lean"),
@@ -81,7 +83,7 @@ def test_the_ten_lines_of_the_readme(
     assert (tmp_path / "five.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", ["docs/your_model.md", "docs/production.md"])
+@pytest.mark.parametrize("page", ["docs/your_model.md", "docs/models.md", "docs/production.md"])
 def test_the_python_of_the_pages(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from commands import answer, complaint
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dlms_engine.cli import common
@@ -108,6 +108,34 @@ def test_compare_takes_conditions_and_says_who_cannot(
     assert list(refused) == ["ld3"], refused
     assert "condition" in refused["ld3"]
     assert all(row["rmse"] > 0 for row in facts["rows"] if "refused" not in row)
+
+
+def test_a_file_of_conditions_takes_the_place_of_the_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels, path = tmp_path / "labels.safetensors", tmp_path / "raw.safetensors"
+    save_file({"label": torch.tensor([1.0, 2.0, 0.0])}, labels)
+    some = (*FLOW, "--nfe", 4, "--seeds", "0-2", "--output", path)
+    answer(capsys, "sample", *some, "--conditions", labels)
+    other = load_file(path)["samples"]
+    answer(capsys, "sample", *some)
+    assert not torch.equal(load_file(path)["samples"], other)
+    model = common.load_model("cli_model:flowing", conditions=labels)
+    assert common.condition_rows(model, [4])["label"].tolist() == [2.0]
+    missing = complaint(capsys, "sample", *some, "--conditions", tmp_path / "none.safetensors")
+    assert "none.safetensors" in missing
+
+
+def test_samples_that_are_no_pictures_need_another_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plane = ("--model", "cli_model:plane", "--nfe", 3, "--seeds", "0-1", "--output")
+    assert ".safetensors" in complaint(capsys, "sample", *plane, tmp_path / "x.png")
+    answer(capsys, "sample", *plane, tmp_path / "x.safetensors")
+    assert load_file(tmp_path / "x.safetensors")["samples"].shape == (2, 2)
+    model = common.load_model("cli_model:plane")
+    assert common.samples_name(model) == "samples.safetensors"
+    assert common.samples_name(common.load_model("cli_model:tiny")) == "samples.png"
 
 
 def test_rows_of_conditions_follow_the_numbers() -> None:

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,6 +34,13 @@ ModelOption = Annotated[
 DeviceOption = Annotated[
     str | None,
     typer.Option(help="Where the networks run: cpu, cuda or cuda:N. Default: where they load."),
+]
+ConditionsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Safetensors file of the network's keyword tensors: with M rows, sample or seed i gets "
+        "row i mod M."
+    ),
 ]
 SolverOption = Annotated[Path | None, typer.Option(help="Solver file written by dlms distill.")]
 MethodOption = Annotated[
@@ -74,16 +81,23 @@ class Model:
     conditions: Any = None
 
 
-def load_model(spec: str, device: str | None = None) -> Model:
+def load_model(spec: str, device: str | None = None, conditions: Path | None = None) -> Model:
     """A model of the package, a benchmark model, or what ``module:function`` returns.
+
+    ``conditions``, a safetensors file, takes the place of the model's own.
 
     Its networks are on ``device``; under torchrun "cuda" is the rank's own. None leaves them where
     they load: the CPU, but for a benchmark model (DLMS_MODEL_DEVICE).
 
     Raises:
-        ValueError: no such function, it returns something else, or there is no such device.
-        FileNotFoundError: the benchmark model has not been made.
+        ValueError: no such function, it returns something else, there is no such device, or the
+            conditions are not tensors.
+        FileNotFoundError: the benchmark model has not been made, or there are no such conditions.
     """
+    if conditions is not None:
+        from ..learners.start.problem import read_conditions
+
+        return replace(load_model(spec, device), conditions=read_conditions(conditions))
     from .. import models
     from ..support.parallel import rank_device
 
@@ -142,6 +156,16 @@ def _embedded(device: torch.device | None) -> Model:
 def of_model(spec: str) -> str:
     """`` --model SPEC`` for a command line to show, empty for the default model."""
     return "" if spec == "embedded" else f" --model {spec}"
+
+
+def samples_name(model: Model) -> str:
+    """A name for samples that ``dlms sample`` can write: a picture of images, else raw values."""
+    return "samples.png" if is_image(model.shape) else "samples.safetensors"
+
+
+def is_image(shape: tuple[int, ...]) -> bool:
+    """Whether samples can be drawn: ``[C, H, W]`` with one channel or three."""
+    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def condition_rows(model: Model, seeds: Sequence[int]) -> dict[str, Any]:

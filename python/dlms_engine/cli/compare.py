@@ -11,6 +11,7 @@ import typer
 
 from .checks import check_seed
 from .common import (
+    ConditionsOption,
     DeviceOption,
     JsonOption,
     ModelOption,
@@ -52,6 +53,7 @@ def compare_command(
         Path, typer.Option(help="Where everything is kept; a second call goes on there.")
     ] = Path("compare-out"),
     model: ModelOption = "embedded",
+    conditions: ConditionsOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -77,7 +79,7 @@ def compare_command(
         batch=batch,
         seed=seed,
     )
-    held = load_model(model, device)
+    held = load_model(model, device, conditions)
     result = run(
         held.denoiser,
         distance_features(held),

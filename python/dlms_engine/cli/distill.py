@@ -12,6 +12,7 @@ from . import config as configs
 from . import pipeline as pipelines
 from .checks import check_seed, check_solver_output, refuse_beside
 from .common import (
+    ConditionsOption,
     DeviceOption,
     JsonOption,
     ModelOption,
@@ -22,6 +23,7 @@ from .common import (
     load_model,
     of_model,
     parse_settings,
+    samples_name,
 )
 from .outcome import outcome_lines, start_value
 
@@ -58,10 +60,7 @@ def distill_command(
             "(50000calls, 50k)."
         ),
     ] = None,
-    conditions: Annotated[
-        Path | None,
-        typer.Option(help="Safetensors file of the network's keyword tensors, a row a sample."),
-    ] = None,
+    conditions: ConditionsOption = None,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint beside OUTPUT.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing OUTPUT.")] = False,
     pipeline: pipelines.PipelineOption = None,
@@ -101,7 +100,9 @@ def distill_command(
     if pipeline is None:
         refuse_beside(context, "without --pipeline PATH", ("dtype",))
     else:
-        refuse_beside(context, "beside --pipeline, which brings its own network", ("model",))
+        refuse_beside(
+            context, "beside --pipeline, which brings its own network", ("model", "conditions")
+        )
     asked = pipelines.PipelineOptions(
         pipeline, prompts, guidance_scale, call, cache, device or "cpu", dtype
     )
@@ -120,7 +121,7 @@ def distill_command(
         raise ValueError(f"{output.parent} is no folder: create it, or choose another --output")
     from .. import learners
 
-    held = load_model(model, device)
+    held = load_model(model, device, conditions)
     if settings.get("last_step") == "features" and held.features is None:
         raise ValueError("last_step=features needs a model with a feature network")
     started = time.perf_counter()
@@ -135,7 +136,7 @@ def distill_command(
         progress=not as_json,
         seed=seed,
         feature_network=held.features,
-        cond=held.conditions if conditions is None else conditions,
+        cond=held.conditions,
         tensorboard=tensorboard,
         **settings,
     )
@@ -162,7 +163,7 @@ def distill_command(
         [
             f"{output}: {method} with {solver.nfe} evaluations, {seconds:.0f} s",
             *outcome_lines(method, solver.settings, solver.history, solver.best),
-            f"  try it: dlms sample{of_model(model)} --solver {output} --output samples.png",
+            f"  try it: dlms sample{of_model(model)} --solver {output} --output {samples_name(held)}",
         ],
     )
 

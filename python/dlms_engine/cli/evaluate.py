@@ -11,6 +11,7 @@ import typer
 from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
+    ConditionsOption,
     DeviceOption,
     GridOption,
     JsonOption,
@@ -82,6 +83,7 @@ def evaluate_command(
     ] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     model: ModelOption = "embedded",
+    conditions: ConditionsOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -99,7 +101,7 @@ def evaluate_command(
         refuse_beside(context, "without --record", RECORD_ONLY)
         if solver:
             refuse_beside(context, "beside --solver FILE", HANDCRAFTED)
-    held = load_model(model, device)
+    held = load_model(model, device, conditions)
     from ..lab.record.record import RecordSettings
 
     if record:

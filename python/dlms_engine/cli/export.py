@@ -11,6 +11,7 @@ import typer
 from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
+    ConditionsOption,
     GridOption,
     JsonOption,
     MethodOption,
@@ -46,6 +47,7 @@ def export(
     ] = None,
     device: Annotated[str, typer.Option(help="Where the package will run: cpu or cuda.")] = "cpu",
     model: ModelOption = "embedded",
+    conditions: ConditionsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write model and solver as one package that runs without this library."""
@@ -61,7 +63,7 @@ def export(
     from ..engine.sampler import Sampler
 
     options = parse_settings(set_)
-    held = load_model(model)
+    held = load_model(model, conditions=conditions)
     label, policy = choose_solver(
         held.denoiser.process, solver, method, nfe, grid=grid, order=order, afs=afs, options=options
     )

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .common import DeviceOption, JsonOption, ModelOption, NfeOption, emit, load_model
+from .common import (
+    ConditionsOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    NfeOption,
+    emit,
+    load_model,
+)
 
 
 def recommend_command(
@@ -21,10 +29,7 @@ def recommend_command(
     keep: Annotated[
         Path | None, typer.Option(help="File that keeps the result; used again if it is there.")
     ] = None,
-    conditions: Annotated[
-        Path | None,
-        typer.Option(help="Safetensors file of the network's keyword tensors, a row a sample."),
-    ] = None,
+    conditions: ConditionsOption = None,
     save: Annotated[
         Path | None, typer.Option("--output", "-o", help="Solver file to write the best table to.")
     ] = None,
@@ -36,12 +41,12 @@ def recommend_command(
     from ..learners.start import recommend
     from ..policies.distilled import save_solver
 
-    loaded = load_model(model, device)
+    loaded = load_model(model, device, conditions)
     start = recommend(
         loaded.denoiser,
         nfe,
         loaded.shape,
-        conditions=conditions if conditions is not None else loaded.conditions,
+        conditions=loaded.conditions,
         effort=None if effort == "auto" else effort,  # type: ignore[arg-type]
         store=keep,
         progress=not as_json,

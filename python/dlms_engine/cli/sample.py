@@ -15,6 +15,7 @@ from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
     BackendOption,
+    ConditionsOption,
     DeviceOption,
     GridOption,
     JsonOption,
@@ -27,6 +28,7 @@ from .common import (
     choose_solver,
     condition_rows,
     emit,
+    is_image,
     leads,
     load_model,
     parse_seeds,
@@ -58,6 +60,7 @@ def sample(
     columns: Annotated[int, typer.Option(min=0, help="Images a row; 0 makes a square.")] = 0,
     backend: BackendOption = "auto",
     model: ModelOption = "embedded",
+    conditions: ConditionsOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,7 +77,12 @@ def sample(
 
     from ..engine.sampler import Sampler
 
-    held = load_model(model, device)
+    held = load_model(model, device, conditions)
+    if output.suffix != ".safetensors" and not is_image(held.shape):
+        raise ValueError(
+            f"output is {output}, but samples of shape {held.shape} are no pictures: name a "
+            ".safetensors file"
+        )
     label, policy = choose_solver(
         held.denoiser.process, solver, method, nfe, grid=grid, order=order, afs=afs, options=options
     )

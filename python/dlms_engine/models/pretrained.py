@@ -69,7 +69,7 @@ def load(
 
         model = dlms.models.load("emoji")
         images = sampler.sample(seeds=range(4), shape=model.shape,
-                                cond={"class_labels": model.labels("face", "heart", "food", "flag")})
+                                class_labels=model.labels("face", "heart", "food", "flag"))
 
     Args:
         name: ``"emoji"`` (EDM) or ``"emoji-flow"`` (rectified flow).
