@@ -247,5 +247,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_row_backward(Tensor gra
 STABLE_TORCH_LIBRARY_IMPL(dlms, CPU, m) {
   m.impl("fused_row", TORCH_BOX(&fused_row));
   m.impl("fused_row_", TORCH_BOX(&fused_row_));
+  m.impl("_fused_row_", TORCH_BOX(&fused_row_)); // the same without autograd's book-keeping
   m.impl("fused_row_backward", TORCH_BOX(&fused_row_backward));
 }

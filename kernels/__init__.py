@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import torch
 
 TRITON_RANK = 15
 """Preference of "auto": below the compiled CUDA library (20), above eager (0)."""
+
+
+NAMES_IN_PLACE = ("f", "f_cond", "x", "ring", "row", "network_input")
 
 
 def triton_reason() -> str | None:
@@ -27,6 +31,17 @@ def triton_reason() -> str | None:
 def interpreted() -> bool:
     """Whether Triton kernels run in its interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _without_gradients(operator: Callable[..., None]) -> Callable[..., None]:
+    """``operator`` that refuses tensors which require grad; the versions torch counts itself."""
+    from dlms_engine.ops import schema
+
+    def fused_row_(*tensors: torch.Tensor | None) -> None:
+        schema.refuse_gradients(**dict(zip(NAMES_IN_PLACE, tensors, strict=True)))
+        operator(*tensors)
+
+    return fused_row_
 
 
 def register() -> None:
@@ -48,7 +63,8 @@ def register() -> None:
             # Never chosen by "auto" on the CPU: the interpreter is for tests.
             rank=-1 if interpreted() else TRITON_RANK,
             fused_row=operators.fused_row,
-            fused_row_=operators.fused_row_,
+            fused_row_=_without_gradients(operators.fused_row_),
+            in_loop=operators.fused_row_,
             fused_row_backward=operators.fused_row_backward,
         )
     )
@@ -58,6 +74,7 @@ def register() -> None:
             {
                 "fused_row": launch.fused_row,
                 "fused_row_": launch.fused_row_,
+                "_fused_row_": launch.fused_row_,
                 "fused_row_backward": launch.fused_row_backward,
             },
         )

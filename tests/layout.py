@@ -128,3 +128,38 @@ def _defined(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.AnnAssign):
         targets = [node.target]
     return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+WRITERS = {"write_text", "write_bytes", "save_file", "savefig", "save"}
+"""Calls that write a file, by their last name."""
+
+
+def own_writers(package: Path) -> list[str]:
+    """Where a file is written under its own name: calls of ``WRITERS`` that are given no ``partial``.
+
+    ``write_text`` and ``write_bytes`` as functions are those of ``support.files``; ``save`` counts
+    only for torch, NumPy and pictures, as solvers save themselves through ``support.files``.
+    """
+    found = []
+    for path in sorted(package.rglob("*.py")):
+        if path == package / "support" / "files.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and _writes(node):
+                found.append(f"{path.relative_to(package)}:{node.lineno}")
+    return found
+
+
+def _writes(call: ast.Call) -> bool:
+    text = ast.unparse(call)
+    if "partial" in text:
+        return False
+    if isinstance(call.func, ast.Name):
+        writes = call.func.id == "open" and any(
+            f"'{mode}'" in text for mode in ("w", "wb", "a", "x")
+        )
+        return writes or call.func.id == "save_file"
+    if not isinstance(call.func, ast.Attribute) or call.func.attr not in WRITERS:
+        return False
+    owner = ast.unparse(call.func.value)
+    return call.func.attr != "save" or owner in ("torch", "np", "numpy", "picture", "image")

@@ -39,6 +39,11 @@ def test_no_import_is_hidden_in_a_string() -> None:
     assert set(layout.string_imports(PACKAGE)) <= set(BY_STRING)
 
 
+def test_files_are_written_by_one_writer() -> None:
+    """Under a partial name that ``support.files.replacing`` gave, or by its writers."""
+    assert layout.own_writers(PACKAGE) == []
+
+
 def test_names_imported_on_first_use_are_known_to_type_checkers() -> None:
     tree = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
     seen = {
@@ -135,6 +140,22 @@ def test_a_name_defined_twice_is_seen(tmp_path: Path) -> None:
     names = layout.public_names(planted(tmp_path, files))
     assert sorted(names["beam"]) == ["house.high.b", "house.low.a"]
     assert "_own" not in names
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "path.write_text('x')",
+        "(folder / 'x').write_bytes(raw)",
+        "save_file(tensors, path)",
+        "open(path, 'w').write('x')",
+        "torch.save(tensors, path)",
+        "figure.savefig(path)",
+    ],
+)
+def test_a_writer_of_its_own_is_seen(text: str, tmp_path: Path) -> None:
+    package = planted(tmp_path, {"low/a.py": text, "high/b.py": "partial.write_text('x')"})
+    assert layout.own_writers(package) == ["low/a.py:1"]
 
 
 def test_a_loose_module_is_seen(tmp_path: Path) -> None:

@@ -132,4 +132,5 @@ extern "C" __attribute__((visibility("default"))) int64_t dlms_early_slots_limit
 STABLE_TORCH_LIBRARY_IMPL(dlms, CUDA, m) {
   m.impl("fused_row", TORCH_BOX(&dlms::cuda::fused_row));
   m.impl("fused_row_", TORCH_BOX(&dlms::cuda::fused_row_));
+  m.impl("_fused_row_", TORCH_BOX(&dlms::cuda::fused_row_)); // without autograd's book-keeping
 }

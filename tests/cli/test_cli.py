@@ -332,7 +332,7 @@ def test_export_names_the_solver_and_hands_over_what_was_asked(tmp_path, capsys,
 
     def package(program: torch.export.ExportedProgram, **options: object) -> None:
         asked.update(options, targets={str(n.target) for n in program.graph.nodes})
-        Path(str(options["package_path"])).write_bytes(b"12")
+        options["package_path"].write(b"12")
 
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", package)
     output = tmp_path / "sampler.pt2"
@@ -346,6 +346,9 @@ def test_export_names_the_solver_and_hands_over_what_was_asked(tmp_path, capsys,
     assert about["noise"]["batch"] == [1, 8] and about["noise"]["shape"] == ["B", 3, 8, 8]
     assert "aten.convolution.default" in str(asked["targets"]) or "aten.conv2d" in str(asked)
     assert "pt2" in complaint(capsys, "export", *TINY, "--output", tmp_path / "sampler.onnx")
+    again = ("export", *TINY, "--method=ddim", "--nfe=1", "--output", output)
+    assert "--overwrite" in complaint(capsys, *again)
+    assert answer(capsys, *again, "--overwrite")["nfe"] == 1
 
 
 @pytest.mark.parametrize(

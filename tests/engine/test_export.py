@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import os
 import shutil
 
 import pytest
@@ -290,6 +292,49 @@ def test_without_a_compiler_the_reason_is_given(tmp_path):
     absent = config.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)})
     with absent, pytest.raises(SamplerExportError, match=r"needs a working C\+\+ compiler"):
         export_sampler(make("table")[0], noise(2), tmp_path / "sampler.pt2")
+
+
+def packaged(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """A compiler that gives ``size`` bytes at once."""
+
+    def package(_program: object, *, package_path: io.BytesIO, **_options: object) -> None:
+        package_path.write(b"p" * size)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", package)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
+def test_a_full_disk_leaves_the_old_package(tmp_path, monkeypatch):
+    """torch's own writer aborted the process there, with the old package gone."""
+    import resource
+
+    path = tmp_path / "sampler.pt2"
+    path.write_bytes(b"old")
+    packaged(monkeypatch, 1 << 20)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))  # a write past it is refused
+    try:
+        with pytest.raises(
+            OSError, match="could not write .*what was there before is untouched"
+        ) as e:
+            export_sampler(make("table")[0], noise(2), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(e.value)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_output_that_cannot_be_written_is_found_before_the_trace(tmp_path, monkeypatch):
+    def trace(*_given: object, **_named: object) -> None:
+        raise AssertionError("traced")
+
+    monkeypatch.setattr("dlms_engine.engine.export.trace_sampler", trace)
+    with pytest.raises(OSError, match="No such file or directory"):
+        export_sampler(make("table")[0], noise(2), tmp_path / "absent" / "sampler.pt2")
+    path = tmp_path / "sampler.pt2"
+    path.touch()
+    with pytest.raises(FileExistsError, match=r"sampler\.pt2 exists: pass overwrite=True"):
+        export_sampler(make("table")[0], noise(2), path, overwrite=False)
 
 
 @pytest.mark.parametrize("name", ["dlms", "dlms guided", "amed", "amed plugin"])

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..support.files import write_text
 from .checks import check_seed
 from .common import (
     ConditionsOption,
@@ -92,6 +93,6 @@ def compare_command(
         progress=not as_json,
     )
     text = markdown(result)
-    (folder / "compare.md").write_text(text, encoding="utf-8")
+    write_text(folder / "compare.md", text)
     report = page(result, folder, command=shlex.join(["dlms", *sys.argv[1:]]))
     emit(result, as_json, [text, str(report), str(folder / "compare.json")])

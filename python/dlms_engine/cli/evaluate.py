@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..support.files import write_text
 from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
@@ -227,7 +228,7 @@ def _record(
     if not leads():
         return
     text = report.record_markdown(result)
-    (folder / "record.md").write_text(text, encoding="utf-8")
+    write_text(folder / "record.md", text)
     pictures = report.draw_record(result, folder)
     emit(result, as_json, [text, *(str(path) for path in pictures), str(folder / "record.json")])
 

@@ -46,6 +46,9 @@ def export(
         int | None, typer.Option(min=2, help="Largest batch; by default as large as one can be.")
     ] = None,
     device: Annotated[str, typer.Option(help="Where the package will run: cpu or cuda.")] = "cpu",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an existing file.")
+    ] = False,
     model: ModelOption = "embedded",
     conditions: ConditionsOption = None,
     as_json: JsonOption = False,
@@ -59,9 +62,10 @@ def export(
         refuse_beside(context, f"with --batch {batch}", ("max_batch",))
     import torch
 
-    from ..engine.export import export_sampler
+    from ..engine.export import export_sampler, refuse_existing
     from ..engine.sampler import Sampler
 
+    refuse_existing(output, overwrite)
     options = parse_settings(set_)
     held = load_model(model, conditions=conditions)
     label, policy = choose_solver(
@@ -73,7 +77,13 @@ def export(
     cond = condition_rows(held, range(len(noise)))
     cond = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in cond.items()}
     export_sampler(
-        sampler, noise, output, cond=cond or None, dynamic_batch=batch == 0, max_batch=max_batch
+        sampler,
+        noise,
+        output,
+        cond=cond or None,
+        dynamic_batch=batch == 0,
+        max_batch=max_batch,
+        overwrite=overwrite,
     )
     seconds = time.perf_counter() - started
     facts = {

@@ -8,6 +8,7 @@ left in the graph and Inductor fuses each row with what stands around it.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .._version import __version__
 from ..ops import layout, reference
 from ..policies.run import run_predictions
+from ..support.files import replacing
 from .sampler import Sampler
 from .steps import TableRows, first_input
 
@@ -253,6 +255,7 @@ def export_sampler(
     dynamic_batch: bool = True,
     max_batch: int | None = None,
     inductor_configs: Mapping[str, Any] | None = None,
+    overwrite: bool = True,
 ) -> Path:
     """Writes ``sampler`` to ``path`` as an AOTInductor package.
 
@@ -263,33 +266,63 @@ def export_sampler(
     Args:
         noise: ``[B, ...]`` an example of the state at the start, on the device and in the dtype
             that the package will be given; only its shape matters. B >= 2 with ``dynamic_batch``.
-        path: a name that ends in ``.pt2``; an existing file is replaced.
+        path: a name that ends in ``.pt2``. The package is put together in memory and then takes the
+            place of what was there in one go.
         cond: what the network is also given. Tensors, and containers of tensors alone, become
             arguments, with a free batch where their first size is B; the rest becomes part of the
             package.
         dynamic_batch: any batch from 1 to ``max_batch``; False for the example's alone.
         max_batch: None is 4096, or less where the network takes another path for large batches.
         inductor_configs: handed to Inductor, such as ``{"max_autotune": True}``.
+        overwrite: whether an existing file may be replaced.
 
     Returns:
         ``path``.
 
     Raises:
         ValueError: the arguments do not fit together.
+        FileExistsError: ``path`` is there and ``overwrite`` is False.
+        OSError: it cannot be written (full disk, read-only folder); what was there is untouched.
         SamplerExportError: the network cannot be traced or compiled; the message says why.
     """
     path = Path(path)
     if path.suffix != ".pt2":
         raise ValueError(f"path is {path}, expected a name that ends in .pt2")
+    refuse_existing(path, overwrite)
+    with replacing(path) as partial:  # first: an output that cannot be written is found at once
+        partial.write_bytes(
+            _package(sampler, noise, cond, dynamic_batch, max_batch, inductor_configs)
+        )
+    return path
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """FileExistsError if ``path`` is there and may not be replaced."""
+    if path.exists() and not overwrite:
+        raise FileExistsError(
+            f"{path} exists: pass overwrite=True (dlms export --overwrite) or choose another output"
+        )
+
+
+def _package(
+    sampler: Sampler,
+    noise: Tensor,
+    cond: Mapping[str, Any] | None,
+    dynamic_batch: bool,
+    max_batch: int | None,
+    inductor_configs: Mapping[str, Any] | None,
+) -> memoryview:
+    """The package's bytes. Not written by torch: on a full disk its writer aborts the process."""
     program = trace_sampler(
         sampler, noise, cond=cond, dynamic_batch=dynamic_batch, max_batch=max_batch
     )
     metadata = {METADATA: json.dumps(describe(sampler, noise, cond, bounds(program, noise)))}
     configs = {"aot_inductor.metadata": metadata, **(inductor_configs or {})}
+    package = io.BytesIO()
     try:
         torch._inductor.aoti_compile_and_package(
-            program, package_path=str(path), inductor_configs=configs
+            program, package_path=package, inductor_configs=configs
         )
     except Exception as exc:
         raise SamplerExportError("the sampler cannot be compiled", exc) from exc
-    return path
+    return package.getbuffer()

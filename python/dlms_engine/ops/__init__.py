@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import layout, reference
+from . import layout, linear, reference
 from . import libraries as _libraries  # noqa: F401  (loads the compiled kernels)
 from .backends import Backend, BackendUnavailable, available, select
 from .layout import pack_row, pack_rows, row_width
@@ -24,6 +24,7 @@ __all__ = [
     "fused_row_backward",
     "layout",
     "libraries",
+    "linear",
     "pack_row",
     "pack_rows",
     "reference",
@@ -46,6 +47,9 @@ def fused_row_(
     """One row in place: overwrites x, its ring slot and network_input; no gradients.
 
     Tensors that are written must be contiguous for the compiled backends.
+
+    Raises:
+        RuntimeError: a tensor requires grad while gradients are on.
     """
     torch.ops.dlms.fused_row_(f, f_cond, x, ring, row, network_input)
 

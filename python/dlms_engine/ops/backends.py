@@ -30,7 +30,8 @@ class Backend:
     """One implementation of the three operators, with the signatures of `ops.reference`.
 
     `device_types` are the devices whose tensors it takes, () for any. Of the backends that fit,
-    "auto" takes the one with the highest `rank`.
+    "auto" takes the one with the highest `rank`. `in_loop` is `fused_row_` without autograd's
+    book-keeping, where it has one.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Backend:
     fused_row: Callable[..., Any]
     fused_row_: Callable[..., Any]
     fused_row_backward: Callable[..., Any]
+    in_loop: Callable[..., Any] | None = None
 
     def __call__(
         self,
@@ -49,8 +51,11 @@ class Backend:
         row: Tensor,
         network_input: Tensor,
     ) -> None:
-        """The in-place row, `fused_row_`: what a sampling loop calls."""
-        self.fused_row_(f, f_cond, x, ring, row, network_input)
+        """The in-place row on buffers of the caller's own: what a sampling loop calls.
+
+        Versions of the tensors are not counted and gradients are not looked at, as in `fused_row_`.
+        """
+        (self.in_loop or self.fused_row_)(f, f_cond, x, ring, row, network_input)
 
     def takes(self, device_type: str) -> bool:
         """Whether tensors on `device_type` ("cpu", "cuda", ...) can be given to this backend."""

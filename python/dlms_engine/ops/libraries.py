@@ -80,6 +80,7 @@ def _load(name: str) -> None:
             fused_row=ops.fused_row,
             fused_row_=ops.fused_row_.default,
             fused_row_backward=ops.fused_row_backward,
+            in_loop=ops._fused_row_.default,
         )
     )
 

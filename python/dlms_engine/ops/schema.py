@@ -17,15 +17,19 @@ from . import reference
 
 LIBRARY = torch.library.Library("dlms", "DEF")  # kept alive: the registrations go with it
 
+_IN_PLACE = (
+    "(Tensor f, Tensor? f_cond, Tensor(a!) x, Tensor(b!) ring, Tensor row, "
+    "Tensor(c!) network_input) -> ()"
+)
 _ROW = "Tensor f, Tensor? f_cond, Tensor {x}x, Tensor {ring}ring, Tensor row"
 SCHEMAS = {
     "fused_row": (
         f"({_ROW.format(x='', ring='')}) -> (Tensor x_next, Tensor m, Tensor network_input)"
     ),
-    "fused_row_": (
-        "(Tensor f, Tensor? f_cond, Tensor(a!) x, Tensor(b!) ring, Tensor row, "
-        "Tensor(c!) network_input) -> ()"
-    ),
+    "fused_row_": _IN_PLACE,
+    # The same row for loops over buffers of their own: it counts no versions and looks for no leaf,
+    # which would cost more than the row of a small state.
+    "_fused_row_": _IN_PLACE,
     "fused_row_backward": (
         "(Tensor grad_x_next, Tensor grad_m, Tensor grad_input, "
         f"{_ROW.format(x='', ring='')}) -> (Tensor grad_f, Tensor grad_f_cond, Tensor grad_x, "
@@ -38,11 +42,14 @@ def register_operators() -> None:
     """Define the operators with their eager, fake and autograd kernels."""
     for name, schema in SCHEMAS.items():
         LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        LIBRARY.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        meaning = getattr(reference, name.removeprefix("_"))
+        LIBRARY.impl(name, meaning, "CompositeExplicitAutograd")
     fake: Callable[..., Any] = torch.library.register_fake
     fake("dlms::fused_row", _fake_fused_row, lib=LIBRARY)
     fake("dlms::fused_row_", _fake_fused_row_, lib=LIBRARY)
+    fake("dlms::_fused_row_", _fake_fused_row_, lib=LIBRARY)
     fake("dlms::fused_row_backward", _fake_backward, lib=LIBRARY)
+    LIBRARY.impl("fused_row_", _fused_row_for_autograd, "ADInplaceOrView")
     torch.library.register_autograd(
         "dlms::fused_row", _backward, setup_context=_save_for_backward, lib=LIBRARY
     )
@@ -70,6 +77,29 @@ def _fake_fused_row_(
 ) -> None:
     reference.check_shapes(f, f_cond, x, ring, row)
     reference.check_network_input(network_input, f, x)
+
+
+def refuse_gradients(**tensors: Tensor | None) -> None:
+    """RuntimeError if one of the tensors requires grad while gradients are on."""
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                f"dlms::fused_row_: {name} requires grad, but a row in place keeps no graph: pass "
+                f"{name}.detach(), call it under torch.no_grad(), or use dlms::fused_row, which has "
+                "gradients"
+            )
+
+
+def _fused_row_for_autograd(
+    f: Tensor, f_cond: Tensor | None, x: Tensor, ring: Tensor, row: Tensor, network_input: Tensor
+) -> None:
+    """What autograd has to know of a write: it invalidates what was saved for backward."""
+    # No C++: torch's stable interface neither counts versions nor knows of gradients.
+    refuse_gradients(f=f, f_cond=f_cond, x=x, ring=ring, row=row, network_input=network_input)
+    torch.ops.dlms._fused_row_.default(f, f_cond, x, ring, row, network_input)
+    torch.autograd.graph.increment_version((x, ring, network_input))
 
 
 def _fake_backward(

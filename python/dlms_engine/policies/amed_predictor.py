@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops import linear
 from ..support.versioned import Versioned
 
 TIME_CHANNELS = 8
@@ -83,9 +84,10 @@ class AmedPredictor(Versioned, nn.Module):
                 f"features are {tuple(features.shape)}, expected [B, {self.features}]: the "
                 "predictor was made for another bottleneck"
             )
-        encoded = self.enc_layer1(nn.functional.silu(self.enc_layer0(features.to(dtype))))
+        hidden = linear.swish(linear.linear(self.enc_layer0, features.to(dtype)))
+        encoded = linear.linear(self.enc_layer1, hidden)
         joined = torch.cat([encoded, self._embed(level), self._embed(level_next)], dim=1)
-        r = torch.sigmoid(self.fc_r(joined))[:, 0].to(torch.float64)
+        r = linear.sigmoid(linear.linear(self.fc_r, joined))[:, 0].to(torch.float64)
         return Choice(
             r,
             _scale(self.fc_scale_dir, joined, self.scale_dir, r),
@@ -97,14 +99,13 @@ class AmedPredictor(Versioned, nn.Module):
         dtype = self.map_layer0.weight.dtype
         angles = level.to(dtype)[:, None] * self.rates.to(dtype)
         waves = torch.cat([angles.sin(), angles.cos()], dim=1)
-        embedded: Tensor = nn.functional.silu(self.map_layer0(waves))
-        return embedded
+        return linear.swish(linear.linear(self.map_layer0, waves))
 
 
-def _scale(head: nn.Module | None, joined: Tensor, bound: float, like: Tensor) -> Tensor:
+def _scale(head: nn.Linear | None, joined: Tensor, bound: float, like: Tensor) -> Tensor:
     if head is None:
         return torch.ones_like(like)
-    unit = torch.sigmoid(head(joined))[:, 0].to(torch.float64)
+    unit = linear.sigmoid(linear.linear(head, joined))[:, 0].to(torch.float64)
     return 2 * bound * unit + 1 - bound
 
 

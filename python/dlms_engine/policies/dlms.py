@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops import linear
 from ..ops.designer_row import kernel_constants
 from ..processes import Process, from_config
 from ..solvers.file import register_policy
@@ -139,7 +140,7 @@ class Designer(Versioned, nn.Module):
         bound = self.settings.time_range
         if bound == 0:
             return self.grid[n].expand(t.shape[0])
-        fraction = torch.sigmoid(self.init_logits[n - 1] + bound * torch.tanh(raw / bound))
+        fraction = linear.sigmoid(self.init_logits[n - 1] + bound * torch.tanh(raw / bound))
         start, end = self._to_coordinate(t), self._to_coordinate(self.grid[-1])
         return self._from_coordinate(start + fraction * (end - start))
 
@@ -147,14 +148,24 @@ class Designer(Versioned, nn.Module):
         batch = t.shape[0]
         dtype = self.bias.dtype
         if self.settings.features and features is not None:
-            encoded = self.encoder(features.to(dtype))
+            encoded = _two_layers(self.encoder, features.to(dtype))
         else:
             encoded = self.bias.new_zeros(batch, 4)
-        embedded = self.time(positional(t).to(dtype))
+        embedded = linear.swish(linear.linear(_layer(self.time, 0), positional(t).to(dtype)))
         index = self.index.weight[n - 1].expand(batch, 8)
         joined = torch.cat([encoded, embedded, index], dim=1)
-        raw: Tensor = self.head(joined) + self.bias[n - 1]
-        return raw
+        return linear.linear(self.head, joined) + self.bias[n - 1]
+
+
+def _layer(layers: nn.Sequential, index: int) -> nn.Linear:
+    layer = layers[index]
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _two_layers(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Linear, SiLU, linear."""
+    return linear.linear(_layer(layers, 2), linear.swish(linear.linear(_layer(layers, 0), x)))
 
 
 def positional(t: Tensor, channels: int = 8, longest: float = 1e4) -> Tensor:

@@ -54,14 +54,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def only_one(path: Path) -> Iterator[None]:
+def only_one(path: Path, *, wait: bool = False) -> Iterator[None]:
     """Held by the one process that is making ``path``; the system lets go of it after a kill.
 
+    Args:
+        wait: until the other process is done, for what both may then read.
+
     Raises:
-        RuntimeError: another process holds it.
+        RuntimeError: another process holds it, and ``wait`` is False.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if wait else 0)
     try:
         lock.acquire()
     except Timeout as error:
@@ -71,8 +74,9 @@ def only_one(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            os.unlink(lock.lock_file)
+        if not wait:  # one that waits has the file open: it would get a lock nobody else can see
+            with contextlib.suppress(OSError):
+                os.unlink(lock.lock_file)
         lock.release()
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from dlms_engine.lab.comparison.contestants import BuildsOn, Contestant
 from dlms_engine.lab.comparison.page import draw, markdown, page
 from dlms_engine.lab.record.measure import Entry, Measurer
 from dlms_engine.lab.record.store import Store
+from dlms_engine.policies.distilled import DistilledSolver
+from dlms_engine.support.files import only_one
 
 pytest.importorskip("torchmetrics")
 pytest.importorskip("matplotlib")
@@ -188,3 +193,57 @@ def test_command_writes_table_page_and_json(
         main([*words, "--study=ablation"])
     assert stop.value.code
     assert "not both" in capsys.readouterr().err
+
+
+COMPARE = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = json.loads(sys.argv[2])
+import test_compare
+print(json.dumps(test_compare.run(Path(sys.argv[1]), [test_compare.DODE]), sort_keys=True))
+"""
+
+
+@pytest.mark.slow
+def test_two_comparisons_in_one_folder_agree(tmp_path: Path) -> None:
+    """One of two died: the solver was being distilled by the other."""
+    here = Path(__file__).parent
+    command = [sys.executable, "-c", COMPARE, str(tmp_path / "both")]
+    command.append(json.dumps([str(here), str(here.parent.parent)]))
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    alone = run(tmp_path / "alone", [DODE])
+    for text in told:
+        rows = json.loads(text)["rows"]
+        for row, expected in zip(rows, alone["rows"], strict=True):
+            assert {k: v for k, v in row.items() if "seconds" not in k} == {
+                k: v for k, v in expected.items() if "seconds" not in k
+            }
+
+
+def test_a_solver_that_another_comparison_is_making_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = cli_model.tiny()
+    assert held.features is not None
+    shop = workshop.Workshop(
+        held.denoiser, held.features, held.shape, tmp_path, 6_000, 0, lambda _done: None
+    )
+    table = solvers.ddim(held.denoiser.process, grids.polynomial(held.denoiser.process, 3))
+    made: list[Path] = []
+
+    def make(_self: object, _contestant: Contestant, _nfe: int, path: Path) -> Any:
+        made.append(path)
+        DistilledSolver(table, "dode").save(path)
+        return workshop.Distilled(table, 16, 1, 0, 0.5)
+
+    monkeypatch.setattr(workshop.Workshop, "_make", make)
+    second = threading.Thread(target=shop.distilled, args=(DODE, 3))
+    with only_one(tmp_path / "dode-3.json", wait=True):
+        second.start()
+        second.join(timeout=0.5)
+        assert second.is_alive() and not made, "it did not wait"
+    second.join(timeout=60)
+    shop.distilled(DODE, 3)
+    assert len(made) == 1

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from dlms_engine import __version__
+from dlms_engine.support.files import write_text
 
 
 def interleaved(
@@ -107,7 +108,7 @@ def save_report(report: dict[str, Any], options: argparse.Namespace) -> str:
     """Writes the report where ``--output`` says; returns its JSON."""
     text = json.dumps(report, indent=2)
     if options.output:
-        options.output.write_text(text + "\n", encoding="utf-8")
+        write_text(options.output, text + "\n")
     return text
 
 

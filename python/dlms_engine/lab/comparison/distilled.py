@@ -19,7 +19,7 @@ from ...learners.training.identity import conditions_digest
 from ...models.denoiser import Denoiser
 from ...policies.distilled import load_solver
 from ...solvers.policy import Policy
-from ...support.files import write_text
+from ...support.files import only_one, write_text
 from ..record.store import network_digest
 from .budget import Calls, affordable, counted
 from .contestants import Contestant
@@ -80,13 +80,14 @@ class Workshop:
         path = self.folder / f"{stem}.safetensors"
         facts_path = path.with_suffix(".json")
         key = self._key(contestant, nfe)
-        held = _read(facts_path)
-        if path.exists() and held.get("key") == key:
-            policy = load_solver(path).policy
-            return Distilled(policy, **held["cost"])
-        found = self._make(contestant, nfe, path)
-        cost = {k: v for k, v in vars(found).items() if k != "policy"}
-        write_text(facts_path, json.dumps({"key": key, "cost": cost}, indent=1))
+        with only_one(facts_path, wait=True):  # another comparison in this folder makes it once
+            held = _read(facts_path)
+            if path.exists() and held.get("key") == key:
+                policy = load_solver(path).policy
+                return Distilled(policy, **held["cost"])
+            found = self._make(contestant, nfe, path)
+            cost = {k: v for k, v in vars(found).items() if k != "policy"}
+            write_text(facts_path, json.dumps({"key": key, "cost": cost}, indent=1))
         return found
 
     def _make(self, contestant: Contestant, nfe: int, path: Path) -> Distilled:
