@@ -60,7 +60,7 @@ def test_sampler_export_and_definition_agree(layout: str) -> None:
         state = float(rows.a[n]) * state
         for k, m in enumerate(history[: rows.depth]):
             state = state + float(rows.b[n, k]) * m
-    expected = corrected.corrector(state, history)
+    expected = corrected.parts[-1](state, history)
     sampler = Sampler(denoiser, corrected)
     for found in (
         sampler(x),
@@ -97,7 +97,7 @@ def test_file_gives_the_same_samples(layout: str, tmp_path: Path) -> None:
 
 def test_settings_and_numbers_that_do_not_fit_are_refused() -> None:
     _, corrected = policy("vector")
-    state = corrected.corrector.state_dict()
+    state = corrected.parts[-1].state_dict()
     good = {"layout": "vector", "channels": 5, "outputs": 3, "width": 8, "layers": 3}
     read_corrector(dict(state), good)
     for key, value in (

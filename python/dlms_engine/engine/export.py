@@ -113,9 +113,9 @@ class SamplerModule(nn.Module):
             self._read = (weights != 0).any(1).tolist()
         else:
             sampler.policy.start(1, device)  # moves the policy's networks there, once
-        if sampler.corrector is not None:
-            sampler._finish(device)
-            self.add_module("corrector", sampler.corrector)
+        if sampler.correctors is not None:
+            sampler._placed_correctors(device)
+            self.add_module("correctors", sampler.correctors)
         # A policy is no module: its networks are registered here, to be parameters of the graph.
         for name, value in vars(sampler.policy).items():
             if isinstance(value, nn.Module):
@@ -126,8 +126,8 @@ class SamplerModule(nn.Module):
         sampler, given = self.sampler, {**self.fixed, **(cond or {})}
         x = noise.to(sampler.dtype)
         if sampler.denoiser.dynamic_thresholding is not None:
-            finish = sampler.corrector
-            return run_predictions(sampler.denoiser, sampler.policy, x, given, None, finish)
+            correctors = sampler.correctors
+            return run_predictions(sampler.denoiser, sampler.policy, x, given, None, correctors)
         plan = None if self._read is None else TableRows(self.rows, self.c_noise, self.c_in)
         steps = sampler._steps(x, given, plan)
         network_input = first_input(x, steps.c_in, sampler._network_dtype(x))
@@ -137,9 +137,13 @@ class SamplerModule(nn.Module):
             f, f_cond = (out, None) if isinstance(out, Tensor) else out
             older = history[: steps.depth - 1]
             past = [m if self._reads(n, k) else None for k, m in enumerate(older, 1)]
-            x, m, network_input = reference.advance(f, f_cond, x, past, steps.row(n))
+            row = steps.row(n)
+            x, m, network_input = reference.advance(f, f_cond, x, past, row)
             history = [m, *history][: steps.depth]
-        return x if sampler.corrector is None else sampler.corrector(x, history)
+            if sampler.correctors is not None and n >= sampler.correctors.first:
+                x = sampler.correctors(n, x, history)
+                network_input = first_input(x, row[..., layout.C_IN], network_input.dtype)
+        return x
 
     def _reads(self, n: int, k: int) -> bool:
         """Whether row ``n`` weighs m_{n-k}; a table says so beforehand."""

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from .. import ops
 from ..models.denoiser import Denoiser
-from ..policies.corrector import CorrectedPolicy
+from ..policies.corrector import CorrectedPolicy, Correctors
 from ..policies.run import run_predictions
 from ..processes.base import config_summary
 from ..solvers.policy import Policy, Solved, policy_of
@@ -105,9 +105,9 @@ class Sampler(Versioned, nn.Module):
                 "denoiser's process"
             )
         self.denoiser = denoiser
-        self.corrector: nn.Module | None = None
+        self.correctors: Correctors | None = None
         if isinstance(policy, CorrectedPolicy):
-            self.corrector, policy = policy.corrector, policy.rows
+            self.correctors, policy = policy.correctors, policy.rows
         self.policy = policy
         self.dtype = dtype
         self.backend = backend
@@ -229,8 +229,8 @@ class Sampler(Versioned, nn.Module):
 
     def _run(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
         if self.denoiser.dynamic_thresholding is not None:
-            finish = self._finish(x.device)
-            return run_predictions(self.denoiser, self.policy, x, cond, after, finish)
+            correctors = self._placed_correctors(x.device)
+            return run_predictions(self.denoiser, self.policy, x, cond, after, correctors)
         backend = ops.select(self.backend, x.device)
         network_dtype = self._network_dtype(x)
         if torch.compiler.is_compiling():
@@ -239,7 +239,7 @@ class Sampler(Versioned, nn.Module):
             backend.name == "cpu"
             and cpu_loop.loop_available()
             and x.numel()
-            and self.corrector is None
+            and self.correctors is None
         ):
             return self._engines.run(self._steps(x, cond), x, network_dtype, after)
         if self._captures(x.device, after is not None) and x.numel():
@@ -254,13 +254,14 @@ class Sampler(Versioned, nn.Module):
         backend: ops.Backend,
         after: AfterRow | None,
     ) -> Tensor:
-        return run_plain(steps, x, network_dtype, backend, after, self._finish(x.device))
+        correctors = self._placed_correctors(x.device)
+        return run_plain(steps, x, network_dtype, backend, after, correctors)
 
-    def _finish(self, device: torch.device) -> nn.Module | None:
-        """The corrector, moved to ``device`` if it lies elsewhere; None without one."""
-        if self.corrector is not None and next(self.corrector.parameters()).device != device:
-            self.corrector.to(device)
-        return self.corrector
+    def _placed_correctors(self, device: torch.device) -> Correctors | None:
+        """The correctors, moved to ``device`` if they lie elsewhere; None without any."""
+        if self.correctors is not None and next(self.correctors.parameters()).device != device:
+            self.correctors.to(device)
+        return self.correctors
 
     def _captures(self, device: torch.device, watched: bool) -> bool:
         """Whether runs on `device` are captured where they can be."""
@@ -324,10 +325,10 @@ class Sampler(Versioned, nn.Module):
             return self._run_plain(steps, given["x"], network_dtype, backend, None)
 
         learned: tuple[Any, ...] = () if self._table is not None else (self.policy,)
-        if self.corrector is not None:
-            learned = (*learned, self._finish(x.device))
+        if self.correctors is not None:
+            learned = (*learned, self._placed_correctors(x.device))
         loop = None
-        if self._table is not None and self.corrector is None and GRAPHS.loop != "never":
+        if self._table is not None and self.correctors is None and GRAPHS.loop != "never":
             depth = self._table.depth
             loop = table_loop(self.denoiser, depth, network_dtype, backend, rebuild)
         return run_captured(GRAPHS, self.denoiser, options, body, inputs, learned, loop)

@@ -17,12 +17,12 @@ from torch import Tensor
 from .. import ops
 from ..models.denoiser import Denoiser
 from ..ops import layout
+from ..policies.corrector import Correctors
 from ..solvers.policy import PolicyRun
 from ..solvers.table import SolverTable
 from . import cpu_loop
 
 AfterRow = Callable[[int, Tensor], object]
-Finish = Callable[[Tensor, list[Tensor]], Tensor]
 NetworkOutput = Tensor | tuple[Tensor, Tensor]
 
 
@@ -170,12 +170,9 @@ def run_plain(
     network_dtype: torch.dtype,
     backend: ops.Backend,
     after: AfterRow | None,
-    finish: Finish | None = None,
+    correctors: Correctors | None = None,
 ) -> Tensor:
-    """The loop in Python; overwrites ``x`` and returns it.
-
-    ``finish`` makes the end state from the last row's and the outputs, newest first.
-    """
+    """The loop in Python; overwrites ``x``, and returns it where nothing corrects it."""
     ring = x.new_empty((steps.depth, *x.shape))
     network_input = first_input(x, steps.c_in, network_dtype)
     for n in range(steps.count):
@@ -183,12 +180,14 @@ def run_plain(
         f, f_cond = (out, None) if isinstance(out, Tensor) else out
         row = steps.row(n)
         backend(f, f_cond, x, ring, row, network_input)
-        if finish is not None and n + 1 == steps.count:
-            kept = range(min(steps.count, steps.depth))
-            x = finish(x, [ring[(n - k) % steps.depth] for k in kept])
+        changed = correctors is not None and n >= correctors.first
+        if correctors is not None and changed:
+            kept = range(min(n + 1, steps.depth))
+            x = correctors(n, x, [ring[(n - k) % steps.depth] for k in kept])
         if after is not None:
             after(n, x)
-            # What it wrote into the state counts for the next evaluation.
+        if after is not None or (changed and n + 1 < steps.count):
+            # What was written into the state counts for the next evaluation.
             network_input.copy_(first_input(x, row[..., layout.C_IN], network_dtype))
     return x
 

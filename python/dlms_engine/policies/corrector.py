@@ -1,16 +1,18 @@
-"""A small residual after the last row: what no coefficients can reach.
+"""A small residual after the last row, or after several: what no coefficients can reach.
 
-    x = y + g R([y, m_{N-1}, m_{N-2} .. ])        R's last layer is zero before training
+    x_{n+1} = y_n + g R_n([y_n, m_n, m_{n-1} .. ])        R's last layer is zero before training
 
-Any table's end is a linear combination of the start and the network's outputs, the same for every
-pixel; the error that is left after a good table is not. R is three convolutions over the last state
-and outputs the ring holds anyway: no network evaluation more.
+Any table's states are linear combinations of the start and the network's outputs, the same for every
+pixel; the error that is left after a good table is not. R is three convolutions over the state and
+outputs the ring holds anyway: no network evaluation more. After a row before the last, the next
+evaluation is made at the better state.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -113,26 +115,59 @@ class Corrector(nn.Module):
         return x + self.residual(self.inputs(x, outputs)).to(x.dtype)
 
 
+class Correctors(nn.Module):
+    """One corrector after each of the last rows; ``parts[-1]`` follows the last.
+
+    Attributes:
+        first: the row that ``parts[0]`` follows.
+    """
+
+    def __init__(self, parts: Sequence[Corrector], nfe: int) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.first = nfe - len(parts)
+
+    def forward(self, n: int, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        """``x`` ``[B, ...]`` after row ``n``, ``outputs`` newest first -> the corrected state."""
+        if n < self.first:
+            return x
+        corrected: Tensor = self.parts[n - self.first](x, outputs)
+        return corrected
+
+
 class CorrectedPolicy:
-    """A table and the corrector that follows its last row.
+    """A table and what follows its rows.
 
     Args:
         rows: the table.
-        corrector: reads at most ``rows.depth`` outputs.
+        correctors: one after the last row, or several for as many last rows, in order; one after
+            row n reads at most ``min(n + 1, rows.depth)`` outputs.
+
+    Attributes:
+        correctors: a module, called with the row's number, the state and the outputs.
     """
 
     kind: ClassVar[str] = "corrected"
 
-    def __init__(self, rows: SolverTable, corrector: Corrector) -> None:
-        if corrector.settings.outputs > rows.depth:
-            raise ValueError(
-                f"the corrector reads {corrector.settings.outputs} outputs, the rows keep "
-                f"{rows.depth}"
-            )
+    def __init__(self, rows: SolverTable, correctors: Corrector | Sequence[Corrector]) -> None:
+        parts = [correctors] if isinstance(correctors, Corrector) else list(correctors)
+        if not 1 <= len(parts) <= rows.nfe:
+            raise ValueError(f"{len(parts)} correctors, expected 1 to {rows.nfe}: one a row")
+        for n, part in enumerate(parts, rows.nfe - len(parts)):
+            if part.settings.outputs > min(n + 1, rows.depth):
+                raise ValueError(
+                    f"the corrector of row {n} reads {part.settings.outputs} outputs, the rows keep "
+                    f"{min(n + 1, rows.depth)}"
+                )
         self.rows = rows
-        self.corrector = corrector.eval().requires_grad_(False)
+        self.correctors = Correctors(parts, rows.nfe).eval().requires_grad_(False)
         self.process: Process = rows.process
         self.prediction = rows.prediction
+
+    @property
+    def parts(self) -> list[Corrector]:
+        """The correctors, the last row's last."""
+        return [cast(Corrector, part) for part in self.correctors.parts]
 
     @property
     def nfe(self) -> int:
@@ -152,38 +187,38 @@ class CorrectedPolicy:
 
     @property
     def needs_features(self) -> bool:
-        """The rows do not; the corrector reads states and outputs."""
+        """The rows do not; correctors read states and outputs."""
         return False
 
     def static_table(self) -> None:
         """None: the table alone, without its corrector, is another solver."""
 
     def start(self, batch: int, device: torch.device) -> PolicyRun:
-        """A run of the rows alone; the sampler applies the corrector after the last."""
+        """A run of the rows alone; the sampler applies the correctors."""
         return self.rows.start(batch, device)
 
     def describe(self) -> dict[str, Any]:
-        """The table's description and the corrector's size."""
+        """The table's description and the correctors' sizes."""
         rows = self.rows.describe()
         return {
             **rows,
             "kind": self.kind,
-            "corrector": asdict(self.corrector.settings),
-            "parameters": sum(p.numel() for p in self.corrector.parameters()),
+            "corrector": asdict(self.parts[-1].settings),
+            "correctors": len(self.parts),
+            "parameters": sum(p.numel() for p in self.correctors.parameters()),
         }
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """(tensors, JSON settings) for a solver file."""
-        tensors = {
-            f"corrector.{k}": v.detach().cpu().double().contiguous()
-            for k, v in self.corrector.state_dict().items()
-        }
-        tensors |= {f"rows.{k}": v.cpu().contiguous() for k, v in self.rows.to_dict().items()}
-        settings = {
-            "corrector": asdict(self.corrector.settings),
+        tensors = {f"rows.{k}": v.cpu().contiguous() for k, v in self.rows.to_dict().items()}
+        settings: dict[str, Any] = {
             "rows": self.rows.settings(),
             "process": self.process.config(),
         }
+        for name, part in zip(_names(len(self.parts)), self.parts, strict=True):
+            settings[name] = asdict(part.settings)
+            for key, value in part.state_dict().items():
+                tensors[f"{name}.{key}"] = value.detach().cpu().double().contiguous()
         return tensors, settings
 
     @classmethod
@@ -191,7 +226,16 @@ class CorrectedPolicy:
         """Inverse of ``state``; raises ValueError on anything that does not fit."""
         process = from_config(settings["process"])
         rows = SolverTable.from_dict(process, _part(tensors, "rows."), settings["rows"])
-        return cls(rows, read_corrector(_part(tensors, "corrector."), settings["corrector"]))
+        count = sum(key.startswith("corrector") for key in settings)
+        parts = [
+            read_corrector(_part(tensors, f"{name}."), settings[name]) for name in _names(count)
+        ]
+        return cls(rows, parts)
+
+
+def _names(count: int) -> list[str]:
+    """Of the correctors in a file, first row first: the last row's is ``corrector`` alone."""
+    return [f"corrector{i}" for i in range(count - 1, 0, -1)] + ["corrector"]
 
 
 def read_corrector(tensors: dict[str, Tensor], settings: dict[str, Any]) -> Corrector:

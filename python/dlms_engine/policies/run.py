@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models.denoiser import Denoiser, per_sample
 from ..solvers.policy import Policy
+from .corrector import Correctors
 
 
 def run_predictions(
@@ -17,7 +18,7 @@ def run_predictions(
     x: Tensor,
     cond: dict[str, Any],
     after: Callable[[int, Tensor], object] | None = None,
-    finish: Callable[[Tensor, list[Tensor]], Tensor] | None = None,
+    correctors: Correctors | None = None,
 ) -> Tensor:
     """The sample ``[B, ...]`` from ``x`` ``[B, ...]`` at the policy's start, in ``x``'s dtype.
 
@@ -26,7 +27,7 @@ def run_predictions(
 
     Args:
         after: called with (n, state) after each row.
-        finish: makes the end from the last row's state and the outputs, newest first.
+        correctors: what follows the rows, if anything does.
     """
     run = policy.start(x.shape[0], x.device)  # len(x) would tie an exported graph to this batch
     history: list[Tensor] = []
@@ -40,8 +41,8 @@ def run_predictions(
         for k, m in enumerate(history[: b.shape[-1]]):
             x = x + per_sample(b[..., k], x) * m
         time = time if next_time is None else next_time
-        if finish is not None and n + 1 == policy.nfe:
-            x = finish(x, history)
+        if correctors is not None:
+            x = correctors(n, x, history)
         if after is not None:
             after(n, x)
     return x

@@ -1,7 +1,8 @@
 """``distill(method="auto")``: the best handcrafted solver of this model, then what improves on it.
 
 The start is measured, a general table is fitted by Gauss-Newton steps, a corrector is trained on its
-runs; on samples none of them has seen, the simplest that is not beaten is kept. So the result is
+runs, then one after every row; on samples none of them has seen, the simplest that is not beaten is
+kept. So the result is
 never worse than the best handcrafted solver, whatever the model and however short the run.
 """
 
@@ -21,6 +22,7 @@ from ..start.search import candidate_of
 from .budget import Budget, parse_budget
 from .choose import AutoStage, choose_stage, measure_stages
 from .correct import fit_corrector
+from .every_row import fit_every_row
 from .gauss_newton import SEARCHED, GaussNewton, Targets
 from .report import report_lines, report_of, write_report
 from .settings import AutoSettings
@@ -28,8 +30,8 @@ from .table import GeneralTable
 
 __all__ = ["AUTO", "Auto", "AutoSettings"]
 
-TABLE_SHARE, CORRECTOR_SHARE = 0.5, 0.9
-"""Of the budget, by the end of the table's fit and of the corrector's training."""
+TABLE_SHARE, CORRECTOR_SHARE, ROWS_SHARE = 0.35, 0.55, 0.9
+"""Of the budget, by the end of the table's fit, of the corrector's and of all rows' correctors'."""
 TRIAL = 3
 """Iterations of each base before the better one goes on."""
 LEAN_BELOW = 60_000
@@ -56,7 +58,7 @@ class Auto:
         start, exact = self.start()
         try:
             table, targets = self.table(start, exact)
-            self.corrector(table, targets, exact)
+            self.corrector(table, targets)
         except KeyboardInterrupt:
             self.say("interrupted: choosing among what there is (interrupt again to give up)")
         return self.chosen(start, exact)
@@ -114,17 +116,26 @@ class Auto:
         errors = fits[0].errors([table for table in tables if table is not None], count)
         return fits[min(range(len(fits)), key=errors.__getitem__)]
 
-    def corrector(self, table: SolverTable, targets: Targets, exact: ExactSolution) -> None:
+    def corrector(self, table: SolverTable, targets: Targets) -> None:
         if not self.settings.corrector:
             return
         found = fit_corrector(
             self.problem, table, targets, self.budget, CORRECTOR_SHARE,
             features=self.settings.feature_phase, most=self.settings.samples, say=self.say,
         )  # fmt: skip
-        if found is not None:
-            corrector, numbers = found
+        if found is None:
+            return
+        corrector, numbers = found
+        self.history.append(numbers)
+        self._stage("corrector", CorrectedPolicy(table, corrector))
+        target = targets(int(numbers["samples"]))
+        every = fit_every_row(
+            self.problem, table, corrector, target, self.budget, ROWS_SHARE, say=self.say
+        )
+        if every is not None:
+            policy, numbers = every
             self.history.append(numbers)
-            self._stage("corrector", CorrectedPolicy(table, corrector))
+            self._stage("correctors", policy)
 
     def _stage(self, name: str, policy: SolverTable | CorrectedPolicy) -> None:
         calls = sum(stage.calls for stage in self.stages)

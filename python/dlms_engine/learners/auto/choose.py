@@ -14,7 +14,7 @@ from ...policies.corrector import CorrectedPolicy
 from ...solvers.table import SolverTable
 from ..start import ExactSolution, SamplingProblem, rmse_with_error, run_tables
 from .features import features_of
-from .runs import run_keeping
+from .runs import corrected_ends
 
 HELD_OUT_FIRST = 1 << 22
 """Number of the first held-out sample, apart from those of proof, start and training."""
@@ -22,7 +22,7 @@ HELD_OUT_FIRST = 1 << 22
 
 @dataclass
 class AutoStage:
-    """One candidate result: the base, the table, the table with a corrector.
+    """One candidate result: the base, the table, the table with one corrector or one a row.
 
     Attributes:
         squares: float64 ``[B]``, mean squared error of every held-out sample.
@@ -77,10 +77,7 @@ def end_of(
     """End states ``[B, ...]`` of a stage."""
     if isinstance(policy, SolverTable):
         return run_tables(problem, [policy], numbers)[0]
-    assert isinstance(policy.rows, SolverTable)
-    runs = run_keeping(problem, policy.rows, numbers)
-    end: Tensor = policy.corrector(runs.end, runs.outputs)
-    return end
+    return corrected_ends(problem, policy, numbers)
 
 
 def choose_stage(stages: Sequence[AutoStage]) -> AutoStage:

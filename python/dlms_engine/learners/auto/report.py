@@ -109,7 +109,12 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
         for r in report["ranking"][::-1]
         if r["rmse"] is not None
     ]
-    colours = {"base": "tab:grey", "table": "tab:blue", "corrector": "tab:green"}
+    colours = {
+        "base": "tab:grey",
+        "table": "tab:blue",
+        "corrector": "tab:green",
+        "correctors": "tab:olive",
+    }
     for stage in report["stages"]:
         colour = colours.get(stage["name"], "tab:orange")
         rows.append((stage["name"], stage["rmse"], stage["standard_error"] or 0.0, colour))
