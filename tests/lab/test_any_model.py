@@ -36,6 +36,7 @@ def test_page_shows_ratio_and_interval() -> None:
     cell = {
         "model": "flow-2d", "nfe": 5, "base": "ddim/uniform", "chosen": "table", "base_rmse": 0.2,
         "auto_rmse": 0.1, "ratio": 2.0, "interval": [1.9, 2.1], "calls": 1000, "seconds": 3.0,
+        "budget": "1k", "base_frechet": 0.5, "auto_frechet": 0.25,
     }  # fmt: skip
     text = any_model.models_page([cell], "the command")
     assert "**2.00** (1.90 to 2.10)" in text and "the command" in text and "ddim/uniform" in text

@@ -27,18 +27,23 @@ def network(x: Tensor, t: Tensor) -> Tensor:
     return torch.tanh(x) * 0.7
 
 
-def policy(layout: str, *, trained: bool = True) -> tuple[Denoiser, CorrectedPolicy]:
+def policy(layout: str, *, trained: bool = True, rows: int = 1) -> tuple[Denoiser, CorrectedPolicy]:
+    """Correctors of the last ``rows`` of four rows."""
     process = EDM()
     table = solvers.ipndm(process, grids.polynomial(process, 4), order=3)
     shape = SHAPES[layout]
     channels = shape[1] if layout == "sequence" else shape[0]
     torch.manual_seed(0)
-    corrector = Corrector(CorrectorSettings(layout, channels, 3, width=8))
-    if trained:
-        for parameter in corrector.parameters():
-            torch.nn.init.normal_(parameter, std=0.2)
-        corrector.scales.copy_(torch.tensor([0.5, 2.0, 1.0, 1.5]))
-    return Denoiser(network, process, "data"), CorrectedPolicy(table, corrector)
+    parts = []
+    for n in range(4 - rows, 4):
+        outputs = min(n + 1, 3)
+        corrector = Corrector(CorrectorSettings(layout, channels, outputs, width=8))
+        if trained:
+            for parameter in corrector.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)
+            corrector.scales.copy_(torch.tensor([0.5, 2.0, 1.0, 1.5])[: 1 + outputs])
+        parts.append(corrector)
+    return Denoiser(network, process, "data"), CorrectedPolicy(table, parts)
 
 
 @pytest.mark.parametrize("layout", SHAPES)
@@ -50,9 +55,10 @@ def test_untrained_corrector_changes_nothing(layout: str) -> None:
     assert not torch.equal(Sampler(denoiser, corrected)(x), Sampler(denoiser, corrected.rows)(x))
 
 
+@pytest.mark.parametrize("correctors", [1, 4])
 @pytest.mark.parametrize("layout", SHAPES)
-def test_sampler_export_and_definition_agree(layout: str) -> None:
-    denoiser, corrected = policy(layout)
+def test_sampler_export_and_definition_agree(layout: str, correctors: int) -> None:
+    denoiser, corrected = policy(layout, rows=correctors)
     x = 80 * torch.randn(3, *SHAPES[layout])
     rows, history, state = corrected.rows, list[Tensor](), x
     for n in range(rows.nfe):
@@ -60,7 +66,9 @@ def test_sampler_export_and_definition_agree(layout: str) -> None:
         state = float(rows.a[n]) * state
         for k, m in enumerate(history[: rows.depth]):
             state = state + float(rows.b[n, k]) * m
-    expected = corrected.parts[-1](state, history)
+        if n >= rows.nfe - correctors:
+            state = corrected.parts[n - (rows.nfe - correctors)](state, history[: rows.depth])
+    expected = state
     sampler = Sampler(denoiser, corrected)
     for found in (
         sampler(x),
@@ -69,6 +77,9 @@ def test_sampler_export_and_definition_agree(layout: str) -> None:
         sampler(x, return_trajectory=True)[1][-1],
     ):
         assert float((found - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+    if correctors > 1:  # planted: a run without those of earlier rows is another one
+        last = CorrectedPolicy(corrected.rows, corrected.parts[-1])
+        assert float((Sampler(denoiser, last)(x) - expected).abs().max()) > 1e-2
 
 
 @pytest.mark.parametrize("layout", SHAPES)
@@ -81,9 +92,10 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(layout: str) -> None:
     assert float((whole - alone).abs().max()) < 1e-5 * float(whole.abs().max())
 
 
+@pytest.mark.parametrize("correctors", [1, 3])
 @pytest.mark.parametrize("layout", SHAPES)
-def test_file_gives_the_same_samples(layout: str, tmp_path: Path) -> None:
-    denoiser, corrected = policy(layout)
+def test_file_gives_the_same_samples(layout: str, correctors: int, tmp_path: Path) -> None:
+    denoiser, corrected = policy(layout, rows=correctors)
     path = save(tmp_path / "s.safetensors", corrected)
     again = load_solver(path)
     x = 80 * torch.randn(2, *SHAPES[layout])
@@ -117,6 +129,14 @@ def test_more_outputs_than_the_rows_keep_are_refused() -> None:
     deep = Corrector(CorrectorSettings("vector", 5, 4))
     with pytest.raises(ValueError, match="rows keep 3"):
         CorrectedPolicy(corrected.rows, deep)
+
+
+def test_too_many_correctors_or_outputs_of_an_early_row_are_refused() -> None:
+    _, corrected = policy("vector", rows=4)
+    with pytest.raises(ValueError, match="expected 1 to 4"):
+        CorrectedPolicy(corrected.rows, [corrected.parts[0], *corrected.parts])
+    with pytest.raises(ValueError, match="corrector of row 0 reads 3 outputs"):
+        CorrectedPolicy(corrected.rows, corrected.parts[::-1])
 
 
 def test_layouts() -> None:

@@ -21,13 +21,12 @@ import torch
 
 from ..learners import distill
 from ..learners.auto.choose import AutoStage, end_of, ratio
-from ..learners.auto.features import features_of
+from ..learners.auto.features import features_of, projected_frechet
 from ..learners.start import ExactSolution, SamplingProblem
 from ..learners.start.search import candidate_of
 from ..models.denoiser import Denoiser
 from ..support.files import write_text
 from . import grounds
-from .evaluation.frechet import FeatureSums, frechet_distance
 
 _FIRST = 1 << 24
 """Number of the first measured sample: neither training nor choosing uses these."""
@@ -78,33 +77,19 @@ def cell(name: str, nfe: int, budget: str, folder: Path, samples: int) -> dict[s
         "exact_disagreement": exact.prove(report["rmse"]).disagreement,
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     }
-    reference = features_of(problem, target, numbers)
+    features = features_of(problem, target, numbers)
+    reference = target if features is None else features
     for stage in (base, best):
         with torch.no_grad():
             end = end_of(problem, stage.policy, numbers)
         stage.squares = (end - target).double().square().flatten(1).mean(1).cpu()
-        found[f"{'base' if stage is base else 'auto'}_rmse"] = stage.record()["rmse"]
-        if reference is not None:
-            seen = features_of(problem, end, numbers)
-            assert seen is not None
-            key = f"{'base' if stage is base else 'auto'}_frechet"
-            found[key] = _frechet(seen, reference)
+        kind = "base" if stage is base else "auto"
+        found[f"{kind}_rmse"] = stage.record()["rmse"]
+        seen = end if features is None else features_of(problem, end, numbers)
+        assert seen is not None
+        found[f"{kind}_frechet"] = projected_frechet(seen, reference)
     found["ratio"], *found["interval"] = ratio(base, best)
     return found
-
-
-def _frechet(one: torch.Tensor, two: torch.Tensor) -> float:
-    """Frechet distance of sixteen fixed random projections: there are more features than samples."""
-    generator = torch.Generator().manual_seed(5)
-    projection = torch.randn(one.shape[1], 16, generator=generator, dtype=torch.float64)
-    projection = projection / one.shape[1] ** 0.5
-
-    def sums(values: torch.Tensor) -> FeatureSums:
-        values = values.double().cpu() @ projection
-        count = torch.tensor(len(values))
-        return FeatureSums(count, values.sum(0), values.T @ values)
-
-    return frechet_distance(sums(two), sums(one))
 
 
 def models_page(cells: list[dict[str, Any]], command: str) -> str:
@@ -132,11 +117,15 @@ def models_page(cells: list[dict[str, Any]], command: str) -> str:
             row.append(_entry(found[-1]) if found else "")
         lines.append("| " + " | ".join(row) + " |")
     lines += ["", "Bases, errors, budgets and what was chosen:", ""]
-    lines += ["| model | evaluations | base | its RMSE | chosen | its RMSE | calls | seconds |",
-              "|---|---:|---|---:|---|---:|---:|---:|"]  # fmt: skip
+    lines += [
+        "| model | evaluations | base | its RMSE | chosen | its RMSE | Frechet, base | chosen | "
+        "budget | calls | seconds |",
+        "|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|",
+    ]  # fmt: skip
     lines += [
         f"| {c['model']} | {c['nfe']} | {c['base']} | {c['base_rmse']:.4g} | {c['chosen']} | "
-        f"{c['auto_rmse']:.4g} | {c['calls']:,} | {c['seconds']:.0f} |"
+        f"{c['auto_rmse']:.4g} | {c['base_frechet']:.2g} | {c['auto_frechet']:.2g} | "
+        f"{c['budget']} | {c['calls']:,} | {c['seconds']:.0f} |"
         for c in sorted(cells, key=lambda c: (names.index(c["model"]), c["nfe"]))
     ]
     return "\n".join(lines) + "\n"
@@ -163,7 +152,8 @@ def _main() -> None:
     if chosen.output.exists():
         cells = json.loads(chosen.output.read_text(encoding="utf-8"))
     command = (
-        "python -m dlms_engine.lab.any_model --folder models --nfes 4,5,6,8,10 "
+        f"python -m dlms_engine.lab.any_model --folder models --nfes 4,5,6,8,10 "
+        f"--budget {chosen.budget} "
         "--output benchmarks/results/any_model.json --page docs/any_model.md"
     )
     for nfe in map(int, chosen.nfes.split(",")):

@@ -92,13 +92,15 @@ class Auto:
             )
             for base in bases(start, self.settings.base == "best")
         ]
-        for fit in fits:
+        began = self.budget.share()
+        for number, fit in enumerate(fits, 1):
             self.say(
                 f"table: {fit.form.size} parameters from {fit.form.base.label}, {fit.cost()} "
                 "evaluations a sample and iteration"
             )
             if len(fits) > 1:
-                fit.fit(self.budget, TABLE_SHARE / 2, iterations=TRIAL, say=self.say)
+                until = began + max(0.0, TABLE_SHARE - began) * number / 4
+                fit.fit(self.budget, until, iterations=TRIAL, say=self.say)
         fit = fits[0] if len(fits) == 1 else self._better(fits)
         parameters = fit.fit(self.budget, TABLE_SHARE, say=self.say)
         form = fit.form
@@ -150,7 +152,8 @@ class Auto:
         while samples > 16 and samples * each > max(self.budget.left(), 0.1 * self.budget.calls):
             samples //= 2
         measure_stages(self.problem, exact, self.stages, samples)
-        best = choose_stage(self.stages)
+        assert exact.proof is not None
+        best = choose_stage(self.stages, exact.proof.disagreement)
         report = report_of(start, exact, self.stages, best, self.budget)
         for line in report_lines(report):
             self.say(line)

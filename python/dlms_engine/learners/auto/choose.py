@@ -13,7 +13,7 @@ from torch import Tensor
 from ...policies.corrector import CorrectedPolicy
 from ...solvers.table import SolverTable
 from ..start import ExactSolution, SamplingProblem, rmse_with_error, run_tables
-from .features import features_of
+from .features import features_of, projected_frechet
 from .runs import corrected_ends
 
 HELD_OUT_FIRST = 1 << 22
@@ -27,6 +27,8 @@ class AutoStage:
     Attributes:
         squares: float64 ``[B]``, mean squared error of every held-out sample.
         features: float64 ``[B]``, squared feature distance; empty without a tap.
+        frechet: Frechet distance of the features, of the samples themselves without a tap; infinite
+            before it is measured.
         calls, seconds: what making it took.
     """
 
@@ -36,6 +38,7 @@ class AutoStage:
     seconds: float = 0.0
     squares: Tensor = field(default_factory=lambda: torch.empty(0))
     features: Tensor = field(default_factory=lambda: torch.empty(0))
+    frechet: float = math.inf
 
     def record(self) -> dict[str, Any]:
         """JSON values."""
@@ -47,6 +50,7 @@ class AutoStage:
             "samples": len(self.squares),
             "calls": self.calls,
             "seconds": self.seconds,
+            "frechet": self.frechet,
         }
         if len(self.features):
             found["feature_distance"] = float(self.features.mean())
@@ -58,17 +62,20 @@ class AutoStage:
 def measure_stages(
     problem: SamplingProblem, exact: ExactSolution, stages: Sequence[AutoStage], samples: int
 ) -> None:
-    """Fills ``squares`` and ``features`` of all ``stages``, on the same held-out samples."""
+    """Fills what ``stages`` are chosen by, on the same held-out samples."""
     numbers = range(HELD_OUT_FIRST, HELD_OUT_FIRST + samples)
     target = exact.solve(numbers)
     wanted = features_of(problem, target, numbers)
     for stage in stages:
         end = end_of(problem, stage.policy, numbers)
         stage.squares = (end - target).double().square().flatten(1).mean(1).cpu()
-        if wanted is not None:
-            seen = features_of(problem, end, numbers)
-            assert seen is not None
-            stage.features = (seen - wanted).double().square().sum(1).cpu()
+        if wanted is None:
+            stage.frechet = projected_frechet(end, target)
+            continue
+        seen = features_of(problem, end, numbers)
+        assert seen is not None
+        stage.features = (seen - wanted).double().square().sum(1).cpu()
+        stage.frechet = projected_frechet(seen, wanted)
 
 
 def end_of(
@@ -80,25 +87,39 @@ def end_of(
     return corrected_ends(problem, policy, numbers)
 
 
-def choose_stage(stages: Sequence[AutoStage]) -> AutoStage:
+def choose_stage(stages: Sequence[AutoStage], uncertainty: float = 0.0) -> AutoStage:
     """The simplest stage that no later one beats by two standard errors.
 
     A later stage, which is less simple, must also not be worse in feature distance by two standard
-    errors. Differences are taken sample by sample.
+    errors, nor have a Frechet distance above that of the first. Differences are taken sample by
+    sample.
+
+    Args:
+        uncertainty: RMSE by which the exact solution is known; a smaller gain counts for nothing.
     """
     chosen = stages[0]
     for stage in stages[1:]:
-        if _wins(chosen.squares - stage.squares) and not _wins(stage.features - chosen.features):
+        if (
+            _wins(chosen.squares - stage.squares)
+            and not _wins(stage.features - chosen.features)
+            and _rmse(chosen) - _rmse(stage) > uncertainty
+            and stage.frechet <= stages[0].frechet
+        ):
             chosen = stage
     return chosen
 
 
+def _rmse(stage: AutoStage) -> float:
+    return math.sqrt(float(stage.squares.mean()))
+
+
 def _wins(gain: Tensor) -> bool:
-    """Whether a mean gain is positive by two standard errors."""
-    if len(gain) < 2:
+    """Whether a mean gain is positive by two standard errors, a few more of a few samples."""
+    count = len(gain)
+    if count < 2:
         return False
-    error = float(gain.std()) / math.sqrt(len(gain))
-    return math.isfinite(error) and float(gain.mean()) > 2 * error
+    error = float(gain.std()) / math.sqrt(count)
+    return math.isfinite(error) and float(gain.mean()) > 2 * (1 + 4 / count) * error
 
 
 def ratio(base: AutoStage, other: AutoStage, resamples: int = 1000) -> tuple[float, float, float]:

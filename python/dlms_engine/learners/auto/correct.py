@@ -70,7 +70,7 @@ def train_corrector(
     runs: Runs,
     target: Tensor,
     *,
-    epochs: int = 80,
+    epochs: int = 50,
     batch: int = 32,
     lr: float = 3e-3,
     share: float = CHECK_SHARE,
