@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dlms_engine import Sampler, distill
+from dlms_engine.lab.evaluation.frechet import FeatureSums, frechet_distance
 from dlms_engine.learners.auto.choose import AutoStage, choose_stage
+from dlms_engine.learners.auto.features import projected_frechet
 from dlms_engine.learners.start import ExactSolution, SamplingProblem, handcrafted_candidates
 from dlms_engine.learners.start.search import candidate_of
 from dlms_engine.models.denoiser import Denoiser
@@ -142,3 +144,17 @@ def test_a_gain_below_what_is_known_of_the_exact_solution_counts_for_nothing() -
     base, table = _stage("base", 1e-2**2, 0.2), _stage("table", 0.6e-2**2, 0.1)
     assert choose_stage([base, table], uncertainty=1e-3) is table
     assert choose_stage([base, table], uncertainty=5e-3) is base
+
+
+def test_projected_frechet_is_the_frechet_distance() -> None:
+    generator = torch.Generator().manual_seed(0)
+    one, two = torch.randn(2, 200, 3, generator=generator).unbind()
+    two = 1.3 * two + 0.2
+
+    def sums(values: Tensor) -> FeatureSums:
+        values = values.double() / 3**0.5
+        return FeatureSums(torch.tensor(len(values)), values.sum(0), values.T @ values)
+
+    expected = frechet_distance(sums(one), sums(two))
+    assert abs(projected_frechet(one, two) - expected) < 1e-9 * expected
+    assert abs(projected_frechet(one, one)) < 1e-9 < expected  # planted: the same samples
