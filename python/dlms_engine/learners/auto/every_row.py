@@ -22,12 +22,12 @@ from ...solvers.table import SolverTable
 from ..start import SamplingProblem
 from .budget import Budget
 from .correct import LARGEST, settings_for
-from .runs import BATCH, batches, states_of
+from .runs import RUN_BATCH, batches, states_of
 
-log = logging.getLogger("dlms_engine")
+_log = logging.getLogger("dlms_engine")
 
 LEAST_BATCH, MOST_BATCH = 16, 256
-NUMBERS = 1024
+BATCH_NUMBERS = 1024
 """Numbers of a batch, within these bounds: small batches get further with as many evaluations."""
 BACKWARD = 2
 """Evaluations that the backward pass of one counts as."""
@@ -98,7 +98,7 @@ def fit_every_row(
     try:
         run.train(progress)
     except RuntimeError as error:  # no memory for the pass, an operation without a derivative
-        log.warning("correctors of earlier rows: stopped after %d updates: %s", run.done, error)
+        _log.warning("correctors of earlier rows: stopped after %d updates: %s", run.done, error)
     say(f"  RMSE {run.first:.5f} -> {run.best:.5f} on samples not fitted, {run.done} updates")
     if not run.best < run.first:
         return None
@@ -107,7 +107,7 @@ def fit_every_row(
 
 def batch_for(shape: tuple[int, ...]) -> int:
     """Samples of an update."""
-    return min(MOST_BATCH, max(LEAST_BATCH, NUMBERS // math.prod(shape)))
+    return min(MOST_BATCH, max(LEAST_BATCH, BATCH_NUMBERS // math.prod(shape)))
 
 
 def gives_gradients(problem: SamplingProblem) -> bool:
@@ -124,7 +124,7 @@ def gives_gradients(problem: SamplingProblem) -> bool:
                 x.to(dtype), level.to(x.device), **problem.condition(numbers)
             )
     except RuntimeError as error:
-        log.info("no gradients: %s", error)
+        _log.info("no gradients: %s", error)
         return False
     first = out if isinstance(out, Tensor) else out[0]
     return bool(first.requires_grad)
@@ -192,7 +192,7 @@ class EveryRow:
     @torch.no_grad()
     def _held_error(self) -> float:
         total = 0.0
-        for numbers in batches(range(self.fitted, len(self.target)), BATCH):
+        for numbers in batches(range(self.fitted, len(self.target)), RUN_BATCH):
             total += float(self._squares(numbers)) * len(numbers)
         return math.sqrt(total / self.held)
 

@@ -12,7 +12,7 @@ from ...policies.corrector import CorrectedPolicy, Corrector
 from ...solvers.table import SolverTable
 from ..start import SamplingProblem
 
-BATCH = 128
+RUN_BATCH = 128
 
 
 class Runs(NamedTuple):
@@ -24,7 +24,7 @@ class Runs(NamedTuple):
 
 @torch.no_grad()
 def run_keeping(
-    problem: SamplingProblem, table: SolverTable, numbers: range, batch: int = BATCH
+    problem: SamplingProblem, table: SolverTable, numbers: range, batch: int = RUN_BATCH
 ) -> Runs:
     """Runs ``table`` on the samples ``numbers`` and keeps its outputs."""
     parts = [Runs(*states_of(problem, table, part)[-1]) for part in batches(numbers, batch)]
@@ -36,7 +36,7 @@ def run_keeping(
 
 @torch.no_grad()
 def corrected_ends(
-    problem: SamplingProblem, policy: CorrectedPolicy, numbers: range, batch: int = BATCH
+    problem: SamplingProblem, policy: CorrectedPolicy, numbers: range, batch: int = RUN_BATCH
 ) -> Tensor:
     """End states ``[B, ...]`` of ``policy`` on the samples ``numbers``."""
     return torch.cat(
