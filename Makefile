@@ -16,6 +16,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 ARGS ?=
+# one test process a core; files stay whole, so that what a module builds is built once
+PARALLEL ?= -n auto --dist loadfile --durations=20
 export PYTHON TORCH
 
 BIN := $(VENV)/bin
@@ -43,11 +45,11 @@ demo: $(DEMO)
 	$(BIN)/dlms demo $(ARGS)
 
 test: $(DEV)
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 # the environments of the other versions are made in .matrix/ and kept
 test-all: $(DEV)
-	$(BIN)/python -m pytest -m "slow or not slow" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "slow or not slow" $(ARGS)
 	$(BIN)/python scripts/test_matrix.py $(MATRIX)
 
 wheel:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import run
+from marks import slow
 from torch import Tensor
 
 from dlms_engine import Denoiser, processes
@@ -83,7 +84,9 @@ def test_the_ten_lines_of_the_readme(
     assert (tmp_path / "five.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", ["docs/your_model.md", "docs/models.md", "docs/production.md"])
+@pytest.mark.parametrize(
+    "page", [slow("docs/your_model.md"), slow("docs/models.md"), "docs/production.md"]
+)
 def test_the_python_of_the_pages(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,6 +116,7 @@ def test_the_python_of_the_pages(
             names["denoiser"] = own
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_pages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

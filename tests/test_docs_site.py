@@ -36,6 +36,7 @@ def plain(page: Path) -> str:
     return " ".join(unescape(re.sub(r"<[^>]+>", "", text)).split())
 
 
+@pytest.mark.slow
 def test_site_builds_with_its_reference(tmp_path: Path) -> None:
     done = build(ROOT / "mkdocs.yml", tmp_path / "site")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -51,6 +52,7 @@ def test_site_builds_with_its_reference(tmp_path: Path) -> None:
     assert pictures and all((tmp_path / "site" / name).exists() for name in pictures)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", ["::: dlms_engine.engine.sampler.NoSuchName", "[gone](no-such-page.md)"]
 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from without_extras import EXTRAS
@@ -17,7 +20,35 @@ CORE_TESTS = (
     "support/test_versioned.py", "checkpoints/test_edm.py",
     "integrations/test_k_diffusion.py", "solvers/test_registry.py",
 )  # fmt: skip
-SETUP = "import without_extras; without_extras.block()\n"
+PROGRAM = """
+import json, os, sys, traceback
+import without_extras
+if sys.argv[1] == "blocked":
+    without_extras.block()
+import torch  # once: what is imported after a fork is the package
+
+def told(path):
+    with open(path) as file:
+        return file.read()
+
+answers = {}
+for number, code in enumerate(json.loads(sys.argv[2])):
+    child = os.fork()
+    if not child:
+        for stream in (1, 2):
+            os.dup2(os.open(f"{number}.{stream}", os.O_CREAT | os.O_WRONLY), stream)
+        status = 0
+        try:
+            exec(code, {"__name__": "__main__"})
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    status = os.waitpid(child, 0)[1]
+    answers[code] = (status, told(f"{number}.1"), told(f"{number}.2"))
+print(json.dumps(answers))
+"""
 
 SAMPLING = """
 import torch
@@ -72,16 +103,32 @@ ASKED = {
 }
 
 
-def run(code: str, folder: Path, *, blocked: bool = True) -> subprocess.CompletedProcess[str]:
+class Answer(NamedTuple):
+    status: int
+    stdout: str
+    stderr: str
+
+
+def run(codes: Iterable[str], folder: Path, how: str) -> dict[str, Answer]:
+    """What each code says in a process of its own."""
     paths = os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-c", (SETUP if blocked else "") + code],
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PROGRAM, how, json.dumps(list(codes))],
         capture_output=True,
         text=True,
         cwd=folder,
         env={**os.environ, "PYTHONPATH": paths},
         check=False,
     )
+    assert done.returncode == 0, done.stderr
+    return {code: Answer(*held) for code, held in json.loads(done.stdout).items()}
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answer]:
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    return run([SAMPLING, IMPORTS, *ASKED], tmp_path_factory.mktemp("blocked"), "blocked")
 
 
 def test_every_extra_is_blocked() -> None:
@@ -89,7 +136,7 @@ def test_every_extra_is_blocked() -> None:
     tomllib = pytest.importorskip("tomllib", reason="Python 3.10 has no tomllib")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     named = {"pillow": "PIL", "pyyaml": "yaml"}
-    tools = {"hypothesis", "pytest", "setuptools", "clang-format", "mypy", "ruff"}
+    tools = {"hypothesis", "pytest", "pytest-xdist", "setuptools", "clang-format", "mypy", "ruff"}
     for extra, packages in project["optional-dependencies"].items():
         for package in packages:
             name = package.partition("[")[0].partition(">")[0].partition(";")[0].strip()
@@ -98,14 +145,14 @@ def test_every_extra_is_blocked() -> None:
             assert named.get(name, name).replace("-", "_") in EXTRAS, f"{extra}: {name}"
 
 
-def test_core_samples_distils_and_saves(tmp_path: Path) -> None:
-    done = run(SAMPLING, tmp_path)
-    assert done.returncode == 0 and "finite True" in done.stdout, done.stderr
+def test_core_samples_distils_and_saves(answers: dict[str, Answer]) -> None:
+    done = answers[SAMPLING]
+    assert done.status == 0 and "finite True" in done.stdout, done.stderr
 
 
-def test_modules_import_or_name_their_extra(tmp_path: Path) -> None:
-    done = run(IMPORTS, tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_modules_import_or_name_their_extra(answers: dict[str, Answer]) -> None:
+    done = answers[IMPORTS]
+    assert done.status == 0, done.stderr
     assert set(done.stdout.split()) == {
         "dlms_engine.integrations.pipelines.distill",
         "dlms_engine.integrations.diffusers",
@@ -115,22 +162,24 @@ def test_modules_import_or_name_their_extra(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", ASKED)
-def test_what_needs_an_extra_says_so(code: str, tmp_path: Path) -> None:
-    done = run(code, tmp_path)
-    assert done.returncode != 0
+def test_what_needs_an_extra_says_so(code: str, answers: dict[str, Answer]) -> None:
+    done = answers[code]
+    assert done.status != 0
     last = done.stderr.strip().splitlines()[-1]
     assert (
         "ImportError" in last and "pip install" in last and ASKED[code] in last.replace("_", "-")
     ), done.stderr
 
 
+@pytest.mark.slow
 def test_the_block_is_what_makes_them_fail(tmp_path: Path) -> None:
     """Planted: with the extras there, the same lines run."""
     pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
-    done = run("import dlms_engine; dlms_engine.accelerate", tmp_path, blocked=False)
-    assert done.returncode == 0, done.stderr
+    code = "import dlms_engine; dlms_engine.accelerate"
+    assert run([code], tmp_path, "as it is")[code].status == 0
 
 
+@pytest.mark.slow
 def test_core_tests_pass_without_extras() -> None:
     """The core's own tests, in an interpreter without the extras; none of them is skipped for one."""
     done = subprocess.run(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import answer, complaint, run
+from marks import slow
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -226,7 +227,7 @@ def test_record_is_complete_and_resumes(
     assert "the network ran again" in complaint(capsys, *last)
 
 
-@pytest.mark.parametrize("model", ["cli_model:tiny", "cli_model:labelled"])
+@pytest.mark.parametrize("model", ["cli_model:tiny", slow("cli_model:labelled")])
 def test_demo_runs_resumes_and_draws(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,7 @@ def test_samples_are_the_same_bits_for_any_number_of_processes(tmp_path: Path) -
     assert {p.suffix for p in tmp_path.iterdir()} == {".safetensors"}
 
 
+@pytest.mark.slow
 def test_figures_are_the_same_bits_for_any_number_of_processes(tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     words = ("evaluate", *TINY, "--method", "ipndm", "--nfe", 4, *SIZES, "--json", "--folder")
@@ -63,6 +64,7 @@ def test_figures_are_the_same_bits_for_any_number_of_processes(tmp_path: Path) -
     assert answer(dlms(1, *words, tmp_path / "3")) == found[0]
 
 
+@pytest.mark.slow
 def test_the_record_is_written_once_and_the_same(tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     pytest.importorskip("matplotlib")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from marks import slow
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
 pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
@@ -101,6 +102,7 @@ def test_an_interrupted_run_goes_on(
     assert written == {"scheduler_config.json", name}
 
 
+@pytest.mark.slow
 def test_push_to_hub_uploads_the_solver_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The folder handed to the hub's client holds both files; nothing is sent."""
     assert run(*command(folder, "--output", folder / "solver", "--json")) == 0
@@ -175,7 +177,7 @@ def with_text(kind: str, folder: Path) -> Any:
     )
 
 
-@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("kind", [slow("sdxl"), "sd3", "flux"])
 def test_the_other_families(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Distilled from disk and run in the loaded pipeline; a second run encodes nothing anew."""
     with_text(kind, tmp_path / "words").save_pretrained(tmp_path / "model")

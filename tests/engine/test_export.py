@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from cli_model import TinyNetwork
+from marks import slow
 from package_alone import run_alone
 from torch import Tensor, nn
 from torch._inductor import metrics
@@ -156,6 +157,7 @@ class Product(nn.Module):
         return self.linear(x)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAVE_COMPILER, reason="Inductor needs a C++ compiler")
 def test_inductor_makes_one_loop_of_each_row():
     table = solvers.ipndm(EDM, GRID, order=3)
@@ -264,7 +266,7 @@ def assert_no_worse_than_eager(got: Tensor, sampler: Sampler, x: Tensor, cond: d
 
 @compiler
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's, while it packages
-@pytest.mark.parametrize("name", ["guided", "dlms"])
+@pytest.mark.parametrize("name", ["guided", slow("dlms")])
 def test_the_package_runs_without_the_library(tmp_path, name):
     sampler, cond = make(name)
     path = export_sampler(sampler, noise(3), tmp_path / "sampler.pt2", cond=cond(3), max_batch=64)
@@ -337,7 +339,13 @@ def test_an_output_that_cannot_be_written_is_found_before_the_trace(tmp_path, mo
         export_sampler(make("table")[0], noise(2), path, overwrite=False)
 
 
-@pytest.mark.parametrize("name", ["dlms", "dlms guided", "amed", "amed plugin"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "amed",
+        *(slow(name) for name in ("dlms", "dlms guided", "amed plugin")),
+    ],
+)
 def test_policies_compile_to_one_graph_with_the_samplers_bits(name):
     """Traced by Dynamo, which sees Python where torch.export runs it; tables: test_sampler.py."""
     torch._dynamo.reset()

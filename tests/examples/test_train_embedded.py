@@ -135,6 +135,7 @@ def test_a_lost_step_is_seen(trainer: Any, archive: Path, tmp_path: Path) -> Non
     assert not torch.equal(one["net.conv_in.weight"], other["net.conv_in.weight"])
 
 
+@pytest.mark.slow
 def test_minutes_stop_with_a_checkpoint(trainer: Any, archive: Path, tmp_path: Path) -> None:
     args = arguments(archive, tmp_path / "run", minutes=0.0, **LARGE)
     trainer.train(args)
@@ -144,6 +145,7 @@ def test_minutes_stop_with_a_checkpoint(trainer: Any, archive: Path, tmp_path: P
     assert stored(tmp_path / "run" / "checkpoint.safetensors")["step"] == 2
 
 
+@pytest.mark.slow
 def test_finish_ends_the_run_in_the_time_and_keeps_its_length(
     trainer: Any, archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

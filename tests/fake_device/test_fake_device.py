@@ -8,13 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import slow
 
 FOLDER = Path(__file__).parent
 
 
-@pytest.mark.parametrize("name", ["test_paths.py", "test_planted.py"])
-def test_on_the_stand_in_device(name: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / name)]
+@pytest.mark.parametrize(
+    ("name", "only"),
+    [
+        ("test_paths.py", "test_sample or updates-dlms or scheduler or noise"),
+        slow("test_paths.py", "test"),
+        ("test_planted.py", "test"),
+    ],
+)
+def test_on_the_stand_in_device(name: str, only: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", only]
+    command.append(str(FOLDER / name))
     environment = {**os.environ, "DLMS_FAKE_DEVICE": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -39,7 +40,7 @@ needs_nvcc = pytest.mark.skipif(find_nvcc() is None, reason="nvcc is not install
 
 
 @needs_nvcc
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [slow(80), 90])
 @pytest.mark.parametrize("name", ["fused_row", "fused_row_backward"])
 def test_cuda_kernels(tmp_path, name, arch):
     output = tmp_path / "kernel.o"
@@ -189,7 +190,7 @@ def run_script(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 @needs_triton
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [slow(80), 90])
 def test_triton_kernels(tmp_path, arch):
     report = tmp_path / "triton.json"
     script = str(ROOT / "scripts" / "compile_kernels.py")

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from marks import slow
 from standin_driver import build
 
 import dlms_engine
@@ -51,7 +52,7 @@ def test_the_drivers_layouts_are_those_of_cuda_h(tmp_path):
     assert compiles(DRIVER / "layout.cpp", include, f"-I{tmp_path}").returncode != 0
 
 
-@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+@pytest.mark.parametrize("sanitizer", [slow("address,undefined"), "thread"])
 def test_a_cpp_program_under_the_sanitizers(tmp_path, sanitizer):
     """A run, a ring, and six threads on one cache."""
     include = tmp_path / "include"

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from kernel_cases import DTYPES, Case, assert_same_bits, make_case
+from marks import slow
 from torch import Tensor
 
 from dlms_engine.ops import layout, reference
@@ -205,14 +206,14 @@ def test_backward_of_a_poisoned_slot_of_zero_weight(library):
 @pytest.mark.parametrize(
     ("file", "fault", "way"),
     [
-        ("fused_row_kernel.cuh", ("weights[k] != S(0);", "true;"), "words"),
-        ("fused_row_kernel.cuh", ("wanted && from == s", "from == s"), "early slots"),
-        ("fused_row_kernel.cuh", ("b[g] != S(0)", "k0 + g < depth"), "scalars"),
+        slow("fused_row_kernel.cuh", ("weights[k] != S(0);", "true;"), "words"),
+        slow("fused_row_kernel.cuh", ("wanted && from == s", "from == s"), "early slots"),
+        slow("fused_row_kernel.cuh", ("b[g] != S(0)", "k0 + g < depth"), "scalars"),
         ("fused_row_kernel.cuh", ("mul(c_in, acc", "mul(S(2), acc"), "words"),
-        ("fused_row_kernel.cuh", ("row += count * row_stride;", ""), "words"),
-        ("row_math.cuh", ("s < 0 ? s + depth : s", "s < 0 ? 0 : s"), "scalars"),
-        ("row_math.cuh", ("+ (kMultiple - k)) % kDepth", "- k) % kDepth"), "words"),
-        ("row_math.cuh", ("__fadd_rn(a, b)", "std::fma(a, 1.0f + 1e-7f, b)"), "words"),
+        slow("fused_row_kernel.cuh", ("row += count * row_stride;", ""), "words"),
+        slow("row_math.cuh", ("s < 0 ? s + depth : s", "s < 0 ? 0 : s"), "scalars"),
+        slow("row_math.cuh", ("+ (kMultiple - k)) % kDepth", "- k) % kDepth"), "words"),
+        slow("row_math.cuh", ("__fadd_rn(a, b)", "std::fma(a, 1.0f + 1e-7f, b)"), "words"),
     ],
     ids=[
         "reads-zero-weights",
@@ -239,12 +240,14 @@ def test_a_planted_fault_is_found(tmp_path, file: str, fault: tuple[str, str], w
 @pytest.mark.parametrize(
     "fault",
     [
-        ("b != S(0) || isfinite(past.at[j])", "true"),
+        slow(("b != S(0) || isfinite(past.at[j])", "true")),
         ("x_next.at[j] = b != S(0) ? sum_so_far", "x_next.at[j] = true ? x_next.at[j]"),
-        ("sample * p.n + first : 0", "sample * p.n : 0"),
-        (
-            "past[k] = place.read(p.ring + slot_back(slot, k, depth)",
-            "past[k] = place.read(p.ring + k",
+        slow(("sample * p.n + first : 0", "sample * p.n : 0")),
+        slow(
+            (
+                "past[k] = place.read(p.ring + slot_back(slot, k, depth)",
+                "past[k] = place.read(p.ring + k",
+            )
         ),
     ],
     ids=["unfinite-slots", "no-history", "one-place", "wrong-slot"],

@@ -88,7 +88,7 @@ def test_a_samples_bits_do_not_depend_on_its_batch(device, dtype, prediction):
     for name in ("grid", "init_weights", "init_logits", "constants"):
         setattr(policy.designer, name, getattr(policy.designer, name).double())
     denoiser = make_denoiser(EDM, "edm")
-    whole = both(device, policy, denoiser, 17)[1]
+    whole = both(device, policy, denoiser, LARGE if device == "cuda" else 5)[1]
     for batch in (1, 3):
         part = both(device, policy, denoiser, batch)[1]
         for pair, alone in zip(whole, part, strict=True):
@@ -102,11 +102,14 @@ def test_a_float32_designer_is_as_near_to_float64_as_the_torch_operations(device
     for name, parameter in narrow.designer.named_parameters():
         parameter.data = parameter.data.float()
         policy.designer.get_parameter(name).copy_(parameter)  # the same numbers
-    truth = both(device, policy, denoiser, 17)[0]
-    eager, kernel = both(device, narrow, denoiser, 17)
+    batch = LARGE if device == "cuda" else 5
+    truth = both(device, policy, denoiser, batch)[0]
+    eager, kernel = both(device, narrow, denoiser, batch)
     for n in range(1, len(truth)):
         assert_no_worse_than_eager(kernel[n][0], eager[n][0].cpu(), truth[n][0].cpu())
 
+
+LARGE = 17  # more samples than one program handles on a GPU; interpreted, each costs seconds
 
 FAULTS = {
     "weights that do not sum to one": (

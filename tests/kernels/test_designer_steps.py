@@ -131,6 +131,7 @@ def test_opcheck(device):
         designer.designer_row(features[:, :5], *given[1:])
 
 
+@pytest.mark.slow
 def test_a_compiled_sampler_calls_the_kernel_and_an_exported_one_does_not(device):
     """Bug: torch 2.11 says in torch.compile that it exports, so the kernel was never taken there."""
     torch._dynamo.reset()

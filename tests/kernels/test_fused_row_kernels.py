@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -70,8 +71,8 @@ def test_forward_has_the_bits_of_the_reference(backend, dtype, shape, depth, per
 
 @pytest.mark.parametrize("per_sample", [False, True], ids=["shared", "each"])
 def test_every_depth(backend, per_sample):
-    compiled = backend[0].name == "triton" and backend[1] == "cuda"  # seconds for each depth
-    for depth in (1, 5, 12, 20) if compiled else range(1, 21):
+    slow = backend[0].name == "triton"  # compiled or interpreted: seconds for each depth
+    for depth in (1, 5, 12, 20) if slow else range(1, 21):
         case = make_case((2, 5), depth, per_sample=per_sample, guided=depth % 2 == 0, seed=depth)
         assert_same_bits(run(backend, case), reference.fused_row(*case.forward()), f"depth {depth}")
         got = backend[0].fused_row_backward(*case.to(backend[1]).backward())
@@ -172,28 +173,41 @@ def test_empty_backward(backend):
     assert (grads[4] == 0).all()
 
 
-def batch_invariant(backend: tuple[ops.Backend, str], case: Case, leak: float = 0.0) -> None:
-    """Each sample alone gives the bits it has in the batch; `leak` plants a fault."""
+Kernel = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def batch_invariant(forward: Kernel, backward: Kernel, device: str, case: Case) -> None:
+    """Each sample alone gives the bits it has in the batch."""
 
     def both(c: Case) -> tuple[torch.Tensor, ...]:
-        if leak:
-            c = c.map(lambda t: t)
-            c.x.add_(leak * c.x.mean(0, keepdim=True))
-        there = c.to(backend[1])
-        forward = backend[0].fused_row(*there.forward())
-        grads = backend[0].fused_row_backward(*there.backward())
-        return tuple(t.cpu() for t in (*forward, grads[0], grads[2], grads[4]))
+        there = c.to(device)
+        grads = backward(*there.backward())
+        return tuple(t.cpu() for t in (*forward(*there.forward()), grads[0], grads[2], grads[4]))
 
     alone = [both(case.sample(i)) for i in range(case.x.shape[0])]
-    together = both(case.map(torch.clone))
+    together = both(case)
     assert_same_bits(together, tuple(torch.cat(parts) for parts in zip(*alone, strict=True)))
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 7), (3, 1300)], ids=str)
 def test_batch_invariance(backend, shape):
-    batch_invariant(backend, make_case(shape, 3, per_sample=True, guided=True))
+    kernels, device = backend
+    case = make_case(shape, 3, per_sample=True, guided=True)
+    batch_invariant(kernels.fused_row, kernels.fused_row_backward, device, case)
 
 
-def test_the_invariance_check_can_fail(backend):
+@pytest.mark.parametrize("faulty", ["forward", "backward"])
+def test_the_invariance_check_can_fail(backend, faulty):
+    """The planted kernel adds the batch's mean: nothing for a sample alone, a little in a batch."""
+    kernels, device = backend
+
+    def leaking(*args: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        kernel = kernels.fused_row if faulty == "forward" else kernels.fused_row_backward
+        first, *others = kernel(*args)
+        return (first + 1e-6 * (first.mean(0) - first), *others)
+
+    both = {"forward": kernels.fused_row, "backward": kernels.fused_row_backward, faulty: leaking}
+    case = make_case((5, 3, 7), 3, per_sample=True)
+    batch_invariant(both["forward"], both["backward"], device, case.sample(0))
     with pytest.raises(AssertionError, match="differs by"):
-        batch_invariant(backend, make_case((5, 3, 7), 3, per_sample=True), leak=1e-6)
+        batch_invariant(both["forward"], both["backward"], device, case)

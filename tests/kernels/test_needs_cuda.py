@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from marks import slow
 
 SUITE = Path(__file__).parent / "test_graph.py"
 
@@ -26,7 +27,7 @@ def outcomes(required: str | None) -> dict[str, int]:
     return {kind.rstrip("s"): int(count) for count, kind in re.findall(r"(\d+) ([a-z]+)", last)}
 
 
-@pytest.mark.parametrize("required", [None, "0"])
+@pytest.mark.parametrize("required", [None, slow("0")])
 def test_skipped_with_a_reason_where_none_is_asked_for(required):
     found = outcomes(required)
     assert found["skipped"] >= 4 and not {"failed", "error", "passed"} & set(found)

@@ -167,6 +167,7 @@ def test_dtypes_stay_inside_the_network(exported: Path, monkeypatch: pytest.Monk
     assert half.denoiser.last_features.requires_grad
 
 
+@pytest.mark.slow
 def test_compiled_network_is_the_same_and_gradients_go_around_it(
     exported: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +218,7 @@ def dlms(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ)
 
 
+@pytest.mark.slow
 def test_command_line_samples_and_evaluates(exported: Path, tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     model = load_model(NAME)

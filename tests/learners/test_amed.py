@@ -591,11 +591,30 @@ def test_dlms_presets_are_valid(name: str) -> None:
     TrainerSettings(**shared)
 
 
+def build(settings: dict[str, Any]) -> None:
+    """What a run makes of a preset's settings before its first step."""
+    settings = {k: v for k, v in settings.items() if k not in ("method", "trajectories")}
+    own, shared = split_settings(settings, AmedSettings, TrainerSettings)
+    made = AmedSettings(nfe=own.pop("nfe", 5), **own)
+    made.teacher_table(EDM(), made.grids(EDM())[1])
+    TrainerSettings(**shared)
+
+
 @pytest.mark.parametrize("name", [n for n, p in PRESETS.items() if p["method"] == "amed"])
 def test_presets_are_valid(name: str) -> None:
-    settings = preset(name)
-    settings.pop("method")
-    settings.pop("trajectories")
-    own, shared = split_settings(settings, AmedSettings, TrainerSettings)
-    AmedSettings(nfe=own.pop("nfe", 5), **own).teacher_table(EDM(), grids.polynomial(EDM(), 8))
-    TrainerSettings(**shared)
+    build(preset(name))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"scale_tme": 0.2},
+        {"teacher": "hen"},
+        {"solver": "heun2"},
+        {"grid": "quadratic"},
+        {"batch": 0},
+    ],
+)
+def test_a_wrong_preset_is_seen(fault: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(fault))):
+        build({**preset("amed-cifar10"), **fault})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from marks import slow
 from torch import Tensor, nn
 
 from dlms_engine import Denoiser, distill
@@ -54,7 +55,7 @@ def test_guided_rows_are_doubled() -> None:
         ("dlms", {"validation_samples": 4, "batch": 4}),
         ("amed", {"validation_samples": 4, "batch": 4}),
         ("free_table", {"validation_samples": 4, "batch": 4}),
-        ("auto", {"budget": "3k", "effort": "lean"}),
+        slow("auto", {"budget": "3k", "effort": "lean"}),
     ],
 )
 def test_learners_take_a_row_a_sample(method: str, settings: dict[str, object]) -> None:

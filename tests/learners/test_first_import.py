@@ -26,6 +26,7 @@ print("failed:", failed)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_every_learner_is_imported_first():
     command = [

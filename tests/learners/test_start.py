@@ -10,6 +10,7 @@ import pytest
 import torch
 from analytic import Gaussian, GaussianMixture, run_table
 from commands import answer, complaint
+from marks import slow
 from torch import Tensor, nn
 
 from dlms_engine import Sampler, recommend
@@ -114,6 +115,7 @@ def test_a_proof_that_cannot_be_had_says_so(caplog: pytest.LogCaptureFixture) ->
     assert not proof.holds and "NOT PROVED" in proof.line() and "NOT PROVED" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("process", PROCESSES[1:3], ids=lambda p: p.name)
 def test_the_best_is_the_best_of_all_on_other_samples(process: Process) -> None:
     p = problem(process)
@@ -128,7 +130,9 @@ def test_the_best_is_the_best_of_all_on_other_samples(process: Process) -> None:
     assert start.proof.holds
 
 
-@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "process", [*map(slow, PROCESSES[:2]), PROCESSES[2], slow(PROCESSES[3])], ids=lambda p: p.name
+)
 def test_lean_costs_what_it_says_and_at_most_1500(process: Process) -> None:
     p = problem(process)
     nfe = 4

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from marks import slow
 
 from dlms_engine import ops
 from dlms_engine.ops import layout, reference
@@ -148,7 +149,7 @@ def test_half_conversions_agree_with_torch_on_every_pattern(dtype):
 
 
 @needs_cpu_library
-@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+@pytest.mark.parametrize("isa", ["baseline", slow("avx2")])
 def test_other_instruction_sets_give_the_same_bits(isa):
     """The wheel holds three; those that this machine does not choose run in a child process."""
     code = (

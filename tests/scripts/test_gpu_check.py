@@ -270,6 +270,7 @@ def test_every_file_with_a_gpu_test_is_run():
     assert len(files) >= 6 and all((ROOT / name).is_file() for name in files)
 
 
+@pytest.mark.slow
 @needs_bash
 @pytest.mark.skipif(torch.cuda.is_available(), reason="rehearsed where there is no GPU")
 def test_the_rehearsal(tmp_path):

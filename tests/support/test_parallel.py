@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from marks import slow
 from mixture_network import mixture_denoiser
 from safetensors.torch import load_file
 
@@ -71,7 +72,7 @@ def test_training_did_something(folders: tuple[Path, Path]) -> None:
     assert best["set"] != "init" and not best["set"].endswith("@0")
 
 
-@pytest.mark.parametrize(("name", "call"), [("dlms", 80), ("ld3", 200)])
+@pytest.mark.parametrize(("name", "call"), [("dlms", 80), slow("ld3", 200)])
 def test_a_killed_process_is_started_again_and_goes_on(
     name: str, call: int, folders: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -85,6 +86,7 @@ def test_a_killed_process_is_started_again_and_goes_on(
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
 
 
+@pytest.mark.slow
 def test_without_restarts_a_killed_process_ends_the_run_and_resume_continues(
     folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

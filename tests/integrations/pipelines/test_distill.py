@@ -11,7 +11,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engin
 pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
 import tiny_pipelines as tiny  # noqa: E402
 
-from dlms_engine import grids, solvers  # noqa: E402
+from dlms_engine import grids, processes, solvers  # noqa: E402
 from dlms_engine.engine.sampler import Sampler  # noqa: E402
 from dlms_engine.integrations.diffusers import DLMSScheduler, accelerate  # noqa: E402
 from dlms_engine.integrations.pipelines.distill import distill_pipeline, pipeline_denoiser  # noqa: E402
@@ -114,8 +114,16 @@ def test_a_directory_and_a_prompt_file(tmp_path: Any) -> None:
 
 
 def test_same_process_as_the_scheduler() -> None:
-    """A table on the denoiser's process is accepted by the pipeline's scheduler."""
+    """A table on the denoiser's process fits the pipeline's scheduler; on another it is refused."""
     pipe = tiny.sd()
     denoiser, _ = pipeline_denoiser(pipe, **without(CASES["sd"][1](1)))
-    table = solvers.ddim(denoiser.process, grids.time_uniform(denoiser.process, 3))
-    DLMSScheduler.from_config(pipe.scheduler.config, solver=table).set_timesteps(3)
+    own = denoiser.process
+    other = processes.VPDiscrete(alphas_cumprod=pipe.scheduler.alphas_cumprod**0.9)
+
+    def scheduled(process: processes.Process) -> None:
+        table = solvers.ddim(process, grids.time_uniform(process, 3))
+        DLMSScheduler.from_config(pipe.scheduler.config, solver=table).set_timesteps(3)
+
+    scheduled(own)
+    with pytest.raises(ValueError, match="the solver was made for"):
+        scheduled(other)

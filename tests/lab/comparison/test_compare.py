@@ -128,6 +128,7 @@ def test_a_count_a_method_cannot_make_is_said_not_hidden(tmp_path: Path) -> None
     assert "two evaluations a step" in markdown(result)
 
 
+@pytest.mark.slow
 def test_page_stands_alone(tmp_path: Path) -> None:
     result = run(tmp_path, [DODE], (3, 4))
     text = page(result, tmp_path, command="dlms compare <now>").read_text()
