@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
-from ...support.parallel import World
 from .. import presets
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import split_settings
-from ..training.trainer import Trainer, TrainerSettings
+from ..training.run import train_learner, training_settings
+from ..training.settings import TrainerSettings
 from .objective import Amed
 from .settings import AmedSettings
 
@@ -28,29 +27,12 @@ _DEFAULTS: dict[str, Any] = {
 def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
     """Runs Algorithm 1 of the paper with the shared trainer."""
     own, given = split_settings(options.settings, AmedSettings, TrainerSettings)
-    shared = {**_DEFAULTS, **given}
-    if options.trajectories is not None:
-        shared["trajectories"] = options.trajectories
     settings = AmedSettings(nfe=options.nfe, **own)
-    training = TrainerSettings(seed=options.seed, **shared)
+    training = training_settings(options, given, **_DEFAULTS)
     learner = Amed(denoiser, settings, shape, seed=options.seed, **options.cond)
-    fingerprint: dict[str, Any] = {
-        **learner.fingerprint(),
-        **dataclasses.asdict(training),
-        "shape": list(shape),
-    }
-    trainer = Trainer(
-        learner,
-        training,
-        shape,
-        checkpoint=options.checkpoint,
-        fingerprint={**fingerprint, **options.identity},
-        world=World.current(),
-        monitor=options.monitor,
+    return train_learner(
+        learner, "amed", learner.fingerprint(), training, shape, options, lambda: learner.policy
     )
-    state = trainer.run(resume=options.resume, progress=options.progress)
-    best = {"score": state.best_score, "set": state.best_set}
-    return DistilledSolver(learner.policy, "amed", fingerprint, state.history, best)
 
 
 AMED = LearnerEntry(

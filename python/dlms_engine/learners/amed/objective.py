@@ -106,7 +106,7 @@ class Amed:
         return {name: host_numbers([getattr(c, name) for c in choices]) for name in Choice._fields}
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"method": "amed", **plain(self.settings)}
+        return plain(self.settings)
 
     # -- Algorithm 1 ------------------------------------------------------------------------------
 

@@ -154,7 +154,7 @@ class Dlms:
         source = self.settings.grid  # a file may change: what counts is what was read from it
         named = isinstance(source, str) and source in GRIDS
         settings["grid"] = source if named else self.module.grid.tolist()
-        return {"method": "dlms", **settings}
+        return settings
 
     # -- Algorithm 1 --------------------------------------------------------------------------
 
