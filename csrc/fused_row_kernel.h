@@ -18,8 +18,30 @@ template <class S>
 struct Weights {
   S c_skip, c_out, a, c_in, guidance, b0;
   int past = 0;
-  S b[kMaxDepth] = {};
-  const S* slot[kMaxDepth] = {};
+  // Only the first `past` are set, and the three that the specialised loops load.
+  S b[kMaxDepth];
+  const S* slot[kMaxDepth];
+
+  Weights() {
+    for (int k = 0; k < 3; ++k) {
+      b[k] = S(0);
+      slot[k] = nullptr;
+    }
+  }
+  Weights(const Weights& other) : Weights() {
+    c_skip = other.c_skip;
+    c_out = other.c_out;
+    a = other.a;
+    c_in = other.c_in;
+    guidance = other.guidance;
+    b0 = other.b0;
+    past = other.past;
+    for (int k = 0; k < past; ++k) {
+      b[k] = other.b[k];
+      slot[k] = other.slot[k];
+    }
+  }
+  Weights& operator=(const Weights&) = delete;
 };
 
 template <class S, class N>

@@ -211,7 +211,7 @@ def test_wrong_arguments_are_named():
         run.run(x0, bad, network)
     for arguments, message in [
         (((), 1), r"shape is \[\]"),
-        ((SHAPE, 0), "depth is 0, expected 1 to 64"),
+        ((SHAPE, 0), "depth is 0, expected 1 to 4096"),
         (((2, -1), 1), r"shape is \[2, -1\]"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -60,7 +60,8 @@ class Engine:
         self.depth = depth
         self.state_dtype = state_dtype
         self.network_dtype = network_dtype
-        self.loop = _native.SamplingLoop(depth, list(self.shape), state_dtype, network_dtype)
+        with torch.inference_mode(False):  # callbacks of later runs may write into the buffers
+            self.loop = _native.SamplingLoop(depth, list(self.shape), state_dtype, network_dtype)
 
     def run(
         self,
@@ -98,7 +99,12 @@ class Engine:
                 "x0 requires grad, but the compiled loop keeps no graph: pass x0.detach(), or use "
                 "dlms_engine.engine.rollout for gradients"
             )
-        first = torch.as_tensor(c_in, dtype=self.state_dtype).contiguous()
+        numbers = (
+            c_in
+            if isinstance(c_in, Tensor)
+            else torch.tensor(c_in, dtype=torch.float64, device="cpu")
+        )
+        first = numbers.to(self.state_dtype).contiguous()
         with torch.no_grad():
             self.loop.run(x0, first, rows, network, row_fn, callback)
             state: Tensor = self.loop.state

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..support.forks import per_process
 from .cuda_graph_fallback import PythonCache, python_key
 from .native import native
 
@@ -28,6 +29,26 @@ _counter = itertools.count(1)
 _tokens_lock = threading.Lock()
 # Networks that keep a new tensor as an attribute in every call; such tensors are left out of keys.
 _restless: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+# In a forked child: destroying a parent's graphs would use a driver that is not initialised there.
+_parents: list[Any] = []
+
+
+def _make_runs(max_bytes: int, max_entries: int) -> Any:
+    return (PythonCache if native is None else native.GraphCache)(max_bytes, max_entries)
+
+
+class _Locks:
+    """The module's own."""
+
+    def renew(self) -> None:
+        global _tokens_lock
+        _tokens_lock = threading.Lock()
+
+
+_LOCKS = _Locks()
+per_process(_LOCKS)
 
 
 def token(subject: Any) -> int:
@@ -160,13 +181,18 @@ class GraphCache:
                 f"max_bytes is {max_bytes}, max_entries {max_entries} and verify {verify}, expected "
                 ">= 0, >= 1 and >= 0"
             )
-        self.runs: Any = (PythonCache if native is None else native.GraphCache)(
-            max_bytes, max_entries
-        )
+        self.runs: Any = _make_runs(max_bytes, max_entries)
         if loop not in ("never", "always", "auto"):
             raise ValueError(f"loop is {loop!r}, expected 'never', 'always' or 'auto'")
         self.verify = verify
         self.loop: LoopMode = loop
+        self._bounds = max_bytes, max_entries
+        per_process(self)
+
+    def renew(self) -> None:
+        """Empty, in a forked child: the graphs are those of the parent's context, and stay its own."""
+        _parents.append(self.runs)
+        self.runs = _make_runs(*self._bounds)
 
     def __len__(self) -> int:
         return int(self.stats()["entries"])
@@ -185,7 +211,7 @@ class GraphCache:
 
     @max_bytes.setter
     def max_bytes(self, value: int) -> None:
-        self.runs.set_bounds(value, self.max_entries)
+        self._set_bounds(value, self.max_entries)
 
     @property
     def max_entries(self) -> int:
@@ -193,7 +219,11 @@ class GraphCache:
 
     @max_entries.setter
     def max_entries(self, value: int) -> None:
-        self.runs.set_bounds(self.max_bytes, value)
+        self._set_bounds(self.max_bytes, value)
+
+    def _set_bounds(self, max_bytes: int, max_entries: int) -> None:
+        self.runs.set_bounds(max_bytes, max_entries)
+        self._bounds = max_bytes, max_entries
 
     def stats(self) -> dict[str, Any]:
         """``captures``, ``replays``, ``evictions``, ``failures`` so far; ``entries`` and ``bytes`` now.

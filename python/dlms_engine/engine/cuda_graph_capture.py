@@ -399,5 +399,5 @@ def _reset_generators(stream: torch.cuda.Stream) -> None:
     torch.cuda.synchronize(stream.device)
     graph = torch.cuda.CUDAGraph()
     graph.capture_begin(capture_error_mode="thread_local")
-    torch.zeros(1, device=stream.device)
+    torch.zeros(1, device=stream.device, dtype=torch.float32)
     graph.capture_end()

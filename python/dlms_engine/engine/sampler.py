@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
+import numbers
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +17,7 @@ from .. import ops
 from ..models.denoiser import Denoiser
 from ..policies.corrector import CorrectedPolicy, Correctors
 from ..policies.run import run_predictions
-from ..processes.base import config_summary
+from ..processes.base import as_float64, config_summary
 from ..solvers.policy import Policy, Solved, policy_of
 from ..solvers.table import SolverTable
 from ..support.versioned import Versioned
@@ -155,7 +158,7 @@ class Sampler(Versioned, nn.Module):
         )
 
     def _start_time(self) -> Tensor:
-        return torch.as_tensor(self.policy.t_start, dtype=torch.float64).reshape(-1)[0]
+        return as_float64(self.policy.t_start).reshape(-1)[0]
 
     @torch.no_grad()
     def forward(
@@ -180,6 +183,10 @@ class Sampler(Versioned, nn.Module):
         Returns:
             ``[B, ...]`` in the state dtype, or ``(sample, trajectory)``.
         """
+        if not isinstance(noise, Tensor):
+            raise TypeError(f"noise is {type(noise).__name__}, expected a tensor [B, ...]")
+        if noise.is_complex() or noise.dtype == torch.bool:
+            raise ValueError(f"noise is {noise.dtype}, expected floating point [B, ...]")
         place = self.denoiser.device if noise.device.type == "cpu" else noise.device
         watched = return_trajectory or callback is not None or progress
         # A captured run copies its inputs itself; every other overwrites the state.
@@ -288,7 +295,9 @@ class Sampler(Versioned, nn.Module):
             assert self._table is not None
             if len(self._plans) >= 16:
                 self._plans.clear()
-            plan = self._plans[key] = plan_table(self.denoiser, self._table, self.dtype, device)
+            with torch.inference_mode(False):  # kept for runs outside of it
+                plan = plan_table(self.denoiser, self._table, self.dtype, device)
+            self._plans[key] = plan
         return plan
 
     def _steps(self, x: Tensor, cond: dict[str, Any], plan: TableRows | None = None) -> Steps:
@@ -360,12 +369,24 @@ def seeded_noise(
     """
     if rng not in ("cpu", "device"):
         raise ValueError(f"rng is {rng!r}, expected 'cpu' or 'device'")
-    outside = [s for s in seeds if not 0 <= int(s) < 1 << 64]
-    if outside:
-        raise ValueError(f"seed is {outside[0]}, expected 0 to 2^64 - 1")
-    if not len(seeds):
+    whole = [_seed(s) for s in seeds]
+    if not (isinstance(scale, numbers.Real | Tensor) and 0 <= float(scale) < math.inf):
+        raise ValueError(f"scale is {scale!r}, expected a finite number >= 0")
+    if not whole:
         return torch.empty((0, *shape), dtype=dtype, device=device)
     place = torch.device(device if rng == "device" else "cpu")
-    generators = (torch.Generator(place).manual_seed(int(s)) for s in seeds)
-    draws = [torch.randn(*shape, generator=g, device=place) for g in generators]
+    generators = (torch.Generator(place).manual_seed(s) for s in whole)
+    draws = [
+        torch.randn(*shape, generator=g, device=place, dtype=torch.float32) for g in generators
+    ]
     return torch.stack(draws).to(dtype).mul_(scale).to(device)
+
+
+def _seed(value: Any) -> int:
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = -1
+    if not 0 <= whole < 1 << 64:
+        raise ValueError(f"seed is {value!r}, expected an integer 0 to 2^64 - 1")
+    return whole

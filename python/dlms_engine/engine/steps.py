@@ -20,6 +20,7 @@ from ..ops import layout
 from ..policies.corrector import Correctors
 from ..solvers.policy import PolicyRun
 from ..solvers.table import SolverTable
+from ..support.forks import per_process
 from . import cpu_loop
 
 AfterRow = Callable[[int, Tensor], object]
@@ -200,6 +201,11 @@ class EnginePool:
     LARGEST = 4
 
     def __init__(self) -> None:
+        self.renew()
+        per_process(self)
+
+    def renew(self) -> None:
+        """Empty, with a lock that nobody holds."""
         self._free: OrderedDict[tuple[Any, ...], cpu_loop.Engine] = OrderedDict()
         self._lock = threading.Lock()
 

@@ -6,6 +6,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..models.denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
 from ..support.files import only_one
@@ -96,11 +98,17 @@ def distill(
         identity,
     )
     lock = contextlib.nullcontext() if path is None or world.rank else only_one(path)
+    if any(p.is_inference() for p in denoiser.parameters()):
+        raise ValueError(
+            "the network was made under torch.inference_mode(), whose tensors autograd does not take: "
+            "make or load it outside"
+        )
     training = [p for p in denoiser.parameters() if p.requires_grad]
     for parameter in training:
         parameter.requires_grad_(False)
     try:
-        with lock:
+        # A caller may have switched gradients off, which nothing in a training can.
+        with lock, torch.inference_mode(False), torch.enable_grad():
             solver = entry.run(denoiser, tuple(shape), options)
     finally:
         for parameter in training:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import numbers
 import threading
 import weakref
 from collections.abc import Callable, Mapping
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..processes import EDM, Process, RectifiedFlow
+from ..processes.base import as_level
 from ..support.versioned import Versioned
 
 NetworkPrediction = Literal["data", "noise", "velocity", "flow", "reverse_flow", "edm"]
@@ -109,6 +112,11 @@ class Denoiser(Versioned, nn.Module):
         prediction = usual_prediction(process) if prediction is None else prediction
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {prediction!r}, expected one of {PREDICTIONS}")
+        _positive("sigma_data", sigma_data)
+        if guidance_scale is not None and not (
+            isinstance(guidance_scale, numbers.Real) and math.isfinite(guidance_scale)
+        ):
+            raise ValueError(f"guidance_scale is {guidance_scale!r}, expected a finite number")
         if guidance_scale is not None and not unconditional:
             raise ValueError(
                 f"guidance_scale is {guidance_scale} but unconditional is empty: pass the keyword "
@@ -297,7 +305,7 @@ class Denoiser(Versioned, nn.Module):
         **cond: Any,
     ) -> Tensor:
         """Data or noise prediction ``[B, ...]`` at ``x`` ``[B, ...]`` and time ``t`` (scalar, [B])."""
-        times = torch.as_tensor(t, dtype=torch.float64).to(x.device)
+        times = as_level(t).to(x.device)
         pre = self.preconditioning(times, prediction)
         dtype = self.network_dtype or x.dtype
         scaled = (per_sample(pre.c_in, x) * x).to(dtype)
@@ -321,6 +329,11 @@ class Denoiser(Versioned, nn.Module):
         return self.predict(x, t, "data", **cond)
 
 
+def _positive(name: str, value: Any) -> None:
+    if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+        raise ValueError(f"{name} is {value!r}, expected a finite number > 0")
+
+
 class NamedTime:
     """A time argument by name, as a function of t that can be copied and pickled."""
 
@@ -339,6 +352,8 @@ class NamedTime:
 def _time_function(
     process: Process, given: TimeInput | None, scale: float | None
 ) -> Callable[[Tensor], Tensor] | None:
+    if scale is not None:
+        _positive("time_scale", scale)
     if isinstance(given, str):
         if given not in TIME_INPUTS:
             raise ValueError(

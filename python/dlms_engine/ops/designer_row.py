@@ -86,7 +86,7 @@ def kernel_constants(bounds: Sequence[float], process: Mapping[str, Any]) -> Ten
         own = [float(len(process.get("betas") or process["alphas_cumprod"]))]
     rates = [1e4 ** -(k / 3) for k in range(4)]
     numbers = [*bounds, 0.0, *rates, *own, 0.0, 0.0, 0.0]
-    return torch.tensor(numbers[:CONSTANTS], dtype=torch.float64)
+    return torch.tensor(numbers[:CONSTANTS], dtype=torch.float64, device="cpu")
 
 
 class Kernels(NamedTuple):

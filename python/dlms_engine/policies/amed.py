@@ -73,7 +73,8 @@ class AmedPolicy:
         """The formulas on traced forms, with their own history."""
         device = self.grid.device if device is None else device
         if device not in self._grids:
-            self._grids[device] = self.grid.to(device)
+            with torch.inference_mode(False):  # kept for runs outside of it
+                self._grids[device] = self.grid.to(device)
         grid = self._grids[device]
 
         def scale(weight: Tensor, form: Form) -> Form:

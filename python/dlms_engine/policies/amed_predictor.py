@@ -66,7 +66,9 @@ class AmedPredictor(Versioned, nn.Module):
         self.fc_scale_dir = _linear(width, 1) if scale_dir else None
         self.fc_scale_time = _linear(width, 1) if scale_time else None
         # rounded to float32 as in the published predictors, whose weights were fitted to it
-        exponent = torch.arange(TIME_CHANNELS // 2, dtype=torch.float32) / (TIME_CHANNELS // 2 - 1)
+        exponent = torch.arange(TIME_CHANNELS // 2, dtype=torch.float32, device="cpu") / (
+            TIME_CHANNELS // 2 - 1
+        )
         self.register_buffer("rates", (1 / LONGEST) ** exponent, persistent=False)
 
     def forward(self, features: Tensor | None, level: Tensor, level_next: Tensor) -> Choice:
@@ -110,7 +112,7 @@ def _scale(head: nn.Linear | None, joined: Tensor, bound: float, like: Tensor) -
 
 
 def _linear(inputs: int, outputs: int, *, xavier: bool = False) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
+    layer = nn.Linear(inputs, outputs, dtype=torch.float32, device="cpu")
     if xavier:
         nn.init.xavier_uniform_(layer.weight)
     else:

@@ -27,6 +27,8 @@ from ..solvers.table import SolverTable
 Layout = Literal["image", "sequence", "vector"]
 LAYOUTS = ("image", "sequence", "vector")
 
+_MADE: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+
 
 @dataclass(frozen=True)
 class CorrectorSettings:
@@ -81,17 +83,19 @@ class Corrector(nn.Module):
         inputs = settings.channels * (1 + settings.outputs)
         widths = [inputs, *[settings.width] * (settings.layers - 1), settings.channels]
         kinds: dict[str, Any] = {
-            "image": lambda a, b: nn.Conv2d(a, b, 3, padding=1),
-            "sequence": lambda a, b: nn.Conv1d(a, b, 3, padding=1),
-            "vector": nn.Linear,
+            "image": lambda a, b: nn.Conv2d(a, b, 3, padding=1, **_MADE),
+            "sequence": lambda a, b: nn.Conv1d(a, b, 3, padding=1, **_MADE),
+            "vector": lambda a, b: nn.Linear(a, b, **_MADE),
         }
         make = kinds[settings.layout]
         self.layers = nn.ModuleList(make(a, b) for a, b in itertools.pairwise(widths))
         last = self.layers[-1]
         nn.init.zeros_(last.weight)  # type: ignore[arg-type]
         nn.init.zeros_(last.bias)  # type: ignore[arg-type]
-        self.register_buffer("scales", torch.ones(1 + settings.outputs))
-        self.register_buffer("gain", torch.ones(()))
+        self.register_buffer(
+            "scales", torch.ones(1 + settings.outputs, dtype=torch.float32, device="cpu")
+        )
+        self.register_buffer("gain", torch.ones((), dtype=torch.float32, device="cpu"))
 
     def inputs(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
         """The scaled inputs, channels first: ``[B, C * (1 + outputs), ...]``."""

@@ -17,6 +17,7 @@ from ..solvers.run import Row
 from ..support.transfer import to_host
 from ..support.versioned import Versioned
 
+_MADE: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 TimeCoordinate = Literal["log", "linear"]
 
 
@@ -101,12 +102,12 @@ class Designer(Versioned, nn.Module):
         self.register_buffer("constants", constants, persistent=False)
         if settings.features:
             self.encoder = nn.Sequential(
-                nn.Linear(settings.features, 128), nn.SiLU(), nn.Linear(128, 4)
+                nn.Linear(settings.features, 128, **_MADE), nn.SiLU(), nn.Linear(128, 4, **_MADE)
             )
-        self.time = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
-        self.index = nn.Embedding(n, 8)
-        self.head = nn.Linear(20, p + 2, bias=False)
-        self.bias = nn.Parameter(torch.zeros(n, p + 2))
+        self.time = nn.Sequential(nn.Linear(8, 8, **_MADE), nn.SiLU())
+        self.index = nn.Embedding(n, 8, **_MADE)
+        self.head = nn.Linear(20, p + 2, bias=False, **_MADE)
+        self.bias = nn.Parameter(torch.zeros(n, p + 2, dtype=torch.float32, device="cpu"))
         nn.init.zeros_(self.head.weight)
 
     def _to_coordinate(self, t: Tensor) -> Tensor:

@@ -6,16 +6,36 @@ import hashlib
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 
-def as_float64(value: Tensor | float) -> Tensor:
-    """``value`` as a float64 tensor; keeps device and autograd graph."""
-    return torch.as_tensor(value, dtype=torch.float64)
+def as_float64(value: Tensor | Sequence[float] | float) -> Tensor:
+    """``value`` as a float64 tensor; keeps device and autograd graph.
+
+    Numbers, sequences and arrays go to the CPU whatever torch's default device is.
+    """
+    if isinstance(value, Tensor):
+        return value.to(torch.float64)
+    if any(step < 0 for step in getattr(value, "strides", ())):
+        value = value.copy()  # type: ignore[union-attr]  # a reversed array, which torch refuses
+    return torch.as_tensor(value, dtype=torch.float64, device="cpu")
+
+
+def as_level(value: Tensor | Sequence[float] | float) -> Tensor:
+    """``as_float64`` of a time or of sigma / alpha.
+
+    Raises:
+        ValueError: a plain number is negative or NaN (tensors are not looked at: they may lie on a
+            GPU).
+    """
+    level = as_float64(value)
+    if not isinstance(value, Tensor) and not bool((level >= 0).all()):
+        raise ValueError(f"a time or noise level is {value!r}, expected numbers >= 0")
+    return level
 
 
 def config_summary(config: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Process, as_float64
+from .base import Process, as_float64, as_level
 from .discrete import VPDiscrete
 
 __all__ = [
@@ -38,19 +38,19 @@ class EDM(Process):
         super().__init__(t_min, t_max)
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        return torch.ones_like(as_float64(t))
+        return torch.ones_like(as_level(t))
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return as_float64(t)
+        return as_level(t)
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        return torch.zeros_like(as_float64(t))
+        return torch.zeros_like(as_level(t))
 
     def sigma_over_alpha(self, t: Tensor | float) -> Tensor:
-        return as_float64(t)
+        return as_level(t)
 
     def inverse_sigma(self, sigma_over_alpha: Tensor | float) -> Tensor:
-        return as_float64(sigma_over_alpha)
+        return as_level(sigma_over_alpha)
 
     def config(self) -> dict[str, Any]:
         return {"name": self.name, "t_min": self.t_min, "t_max": self.t_max}
@@ -78,9 +78,9 @@ class VP(Process):
         self.beta_min = float(beta_min)
         slope = self.beta_min + self.beta_d * self.t_min
         start = self.t_min * (self.beta_d * self.t_min / 2 + self.beta_min)
-        if not (self.beta_d >= 0 and slope > 0 and start > -1e-12):
+        if not (math.inf > self.beta_d >= 0 and math.inf > slope > 0 and start > -1e-12):
             raise ValueError(
-                f"VP: beta_d is {beta_d}, beta_min is {beta_min}, expected beta_d >= 0 and noise "
+                f"VP: beta_d is {beta_d}, beta_min is {beta_min}, expected finite beta_d >= 0 and noise "
                 f"that rises from t_min = {t_min}"
             )
 
@@ -92,6 +92,11 @@ class VP(Process):
         17.537957 and -0.004769 for 0.002 and 80). A range so narrow that this line would not rise
         takes the part of the default line it covers.
         """
+        if not 0 <= sigma_min < sigma_max < math.inf:
+            raise ValueError(
+                f"sigma_min is {sigma_min}, sigma_max is {sigma_max}, expected finite "
+                "0 <= sigma_min < sigma_max"
+            )
         low, high = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
         beta_d = 2 * (low / eps - high) / (eps - 1)
         if beta_d < 0:
@@ -101,7 +106,7 @@ class VP(Process):
         return cls(beta_d, high - beta_d / 2, t_min=eps, t_max=1.0)
 
     def _integral(self, t: Tensor | float) -> Tensor:
-        t = as_float64(t)
+        t = as_level(t)
         return t * (0.5 * self.beta_d * t + self.beta_min)
 
     def alpha(self, t: Tensor | float) -> Tensor:
@@ -117,7 +122,7 @@ class VP(Process):
         return torch.sqrt(torch.expm1(self._integral(t)))
 
     def inverse_sigma(self, sigma_over_alpha: Tensor | float) -> Tensor:
-        return self._from_integral(torch.log1p(as_float64(sigma_over_alpha) ** 2))
+        return self._from_integral(torch.log1p(as_level(sigma_over_alpha) ** 2))
 
     def inverse_lambda(self, lambda_: Tensor | float) -> Tensor:
         lambda_ = as_float64(lambda_)
@@ -149,18 +154,20 @@ class Cosine(Process):
 
     def __init__(self, s: float = 0.008, t_min: float = 1e-3, t_max: float = 0.9946) -> None:
         super().__init__(t_min, t_max)
-        if not (s >= 0 and t_max < 1):
-            raise ValueError(f"Cosine: s is {s}, t_max is {t_max}, expected s >= 0 and t_max < 1")
+        if not (math.inf > s >= 0 and t_max < 1):
+            raise ValueError(
+                f"Cosine: s is {s}, t_max is {t_max}, expected finite s >= 0 and t_max < 1"
+            )
         self.s = float(s)
         self._rate = math.pi / 2 / (1 + self.s)
         self._offset = self._rate * self.s
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        return torch.cos(self._rate * as_float64(t) + self._offset) / math.cos(self._offset)
+        return torch.cos(self._rate * as_level(t) + self._offset) / math.cos(self._offset)
 
     def sigma(self, t: Tensor | float) -> Tensor:
         # cos(b)^2 - cos(a)^2 = sin(a - b) sin(a + b): no cancellation near t = 0
-        a = self._rate * as_float64(t)
+        a = self._rate * as_level(t)
         return torch.sqrt(torch.sin(a) * torch.sin(a + 2 * self._offset)) / math.cos(self._offset)
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
@@ -170,7 +177,7 @@ class Cosine(Process):
         return self.sigma(t) / self.alpha(t)
 
     def inverse_sigma(self, sigma_over_alpha: Tensor | float) -> Tensor:
-        ratio = as_float64(sigma_over_alpha)
+        ratio = as_level(sigma_over_alpha)
         tangent = torch.sqrt(ratio**2 + math.sin(self._offset) ** 2) / math.cos(self._offset)
         return (torch.atan(tangent) - self._offset) / self._rate
 
@@ -192,24 +199,24 @@ class RectifiedFlow(Process):
             raise ValueError(f"RectifiedFlow: t_max is {t_max}, expected at most 1")
 
     def alpha(self, t: Tensor | float) -> Tensor:
-        return 1 - as_float64(t)
+        return 1 - as_level(t)
 
     def sigma(self, t: Tensor | float) -> Tensor:
-        return as_float64(t)
+        return as_level(t)
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        return torch.log1p(-as_float64(t))
+        return torch.log1p(-as_level(t))
 
     def sigma_over_alpha(self, t: Tensor | float) -> Tensor:
-        t = as_float64(t)
+        t = as_level(t)
         return t / (1 - t)
 
     def lambda_(self, t: Tensor | float) -> Tensor:
-        t = as_float64(t)
+        t = as_level(t)
         return torch.log1p(-t) - torch.log(t)
 
     def inverse_sigma(self, sigma_over_alpha: Tensor | float) -> Tensor:
-        ratio = as_float64(sigma_over_alpha)
+        ratio = as_level(sigma_over_alpha)
         infinite = torch.isinf(ratio)
         finite = torch.where(infinite, torch.ones_like(ratio), ratio)
         return torch.where(infinite, torch.ones_like(ratio), finite / (1 + finite))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Process, as_float64
+from .base import Process, as_float64, as_level
 
 
 class VPDiscrete(Process):
@@ -32,7 +32,7 @@ class VPDiscrete(Process):
         if (betas is None) == (alphas_cumprod is None):
             raise ValueError("VPDiscrete: give exactly one of betas and alphas_cumprod")
         key, given = ("betas", betas) if betas is not None else ("alphas_cumprod", alphas_cumprod)
-        values = torch.as_tensor(given, dtype=torch.float64).detach().cpu()
+        values = as_float64(given).detach().cpu()
         if values.ndim != 1 or len(values) < 2:
             raise ValueError(
                 f"VPDiscrete: {key} has shape {tuple(values.shape)}, expected [N], N >= 2"
@@ -58,7 +58,8 @@ class VPDiscrete(Process):
         if device.type == "cpu":
             return self._log_alpha
         if device not in self._copies:
-            moved = self._log_alpha.to(device)
+            with torch.inference_mode(False):  # kept for calls outside of it
+                moved = self._log_alpha.to(device)
             if torch.compiler.is_compiling():  # a tensor of the trace, which must not outlive it
                 return moved
             self._copies[device] = moved
@@ -66,7 +67,7 @@ class VPDiscrete(Process):
 
     def timestep(self, t: Tensor | float) -> Tensor:
         """The model's (fractional) index at ``t``: N t - 1, i.e. 0 for the first level."""
-        return self.levels * as_float64(t) - 1
+        return self.levels * as_level(t) - 1
 
     def alpha(self, t: Tensor | float) -> Tensor:
         return torch.exp(self.log_alpha(t))
@@ -78,7 +79,7 @@ class VPDiscrete(Process):
         return torch.sqrt(torch.expm1(-2 * self.log_alpha(t)))
 
     def log_alpha(self, t: Tensor | float) -> Tensor:
-        position = as_float64(t) * self.levels
+        position = as_level(t) * self.levels
         knot = position.detach().floor().clamp(0, self.levels - 1).long()
         values = self._levels_on(position.device)
         weight = position - knot
@@ -95,7 +96,7 @@ class VPDiscrete(Process):
         return (knot + weight) / self.levels
 
     def inverse_sigma(self, sigma_over_alpha: Tensor | float) -> Tensor:
-        return self._from_log_alpha(-0.5 * torch.log1p(as_float64(sigma_over_alpha) ** 2))
+        return self._from_log_alpha(-0.5 * torch.log1p(as_level(sigma_over_alpha) ** 2))
 
     def inverse_lambda(self, lambda_: Tensor | float) -> Tensor:
         lambda_ = as_float64(lambda_)

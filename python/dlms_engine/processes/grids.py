@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import EDM, VP, Process, RectifiedFlow, VPDiscrete
+from . import EDM, VP, Process, RectifiedFlow, VPDiscrete, as_float64
 
 
 def polynomial(
@@ -108,8 +110,8 @@ def shifted(
     """
     if not isinstance(process, RectifiedFlow):
         raise ValueError(f"shifted grid: process is {type(process).__name__}, expected a flow")
-    if not (shift > 0 and math.isfinite(shift)):
-        raise ValueError(f"shift is {shift}, expected a finite number > 0")
+    if not (isinstance(shift, numbers.Real) and shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift is {shift!r}, expected a finite number > 0")
     high, low, s = _setup(process, steps, t_max, t_min)
     first, last = (t / (shift - (shift - 1) * t) for t in (high, low))
     u = first + s * (last - first)
@@ -118,7 +120,7 @@ def shifted(
 
 def from_times(process: Process, times: Tensor | Sequence[float]) -> Tensor:
     """Checks explicit times (at least two, finite, strictly decreasing, sigma defined)."""
-    grid = torch.as_tensor(times, dtype=torch.float64)
+    grid = as_float64(times)
     if grid.ndim != 1:
         raise ValueError(f"times have shape {tuple(grid.shape)}, expected [steps + 1]")
     return check_grid(process, grid)
@@ -142,7 +144,8 @@ def check_grid(process: Process, grid: Tensor) -> Tensor:
     if not bool(values.isfinite().all()) or not bool((values.diff(dim=-1) < 0).all()):
         raise ValueError(f"grid is {values.tolist()}, expected finite, strictly decreasing times")
     alpha, sigma = process.alpha(values), process.sigma(values)
-    if not bool(((alpha >= 0) & (sigma >= 0) & alpha.isfinite() & sigma.isfinite()).all()):
+    defined = (alpha >= 0) & (sigma >= 0) & alpha.isfinite() & sigma.isfinite()
+    if not bool((defined & (values >= 0)).all()):
         raise ValueError(
             f"grid is {values.tolist()}, outside the times of {process!r}: alpha and sigma must be "
             "defined and not negative"
@@ -153,18 +156,32 @@ def check_grid(process: Process, grid: Tensor) -> Tensor:
 def _setup(
     process: Process, steps: int, t_max: float | None, t_min: float | None
 ) -> tuple[float, float, Tensor]:
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}, expected an integer >= 1")
+    steps = integer("steps", steps, 1)
     high = process.t_max if t_max is None else float(t_max)
     low = process.t_min if t_min is None else float(t_min)
     if not 0 <= low < high < math.inf:
         raise ValueError(f"t_min is {low}, t_max is {high}, expected finite 0 <= t_min < t_max")
-    return high, low, torch.arange(steps + 1, dtype=torch.float64) / steps
+    if not (float(process.alpha(high)) >= 0 and float(process.sigma(high)) >= 0):
+        raise ValueError(f"t_max is {high}, beyond the times of {process!r}")
+    return high, low, torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps
+
+
+def integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
+    """``value``, an integer of Python or NumPy in ``low`` .. ``high``, as an int.
+
+    Raises:
+        ValueError: anything else; names the value.
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not low <= int(value) <= high:
+        wanted = f"an integer >= {low}" if high == math.inf else f"an integer in {low}..{high}"
+        raise ValueError(f"{name} is {value!r}, expected {wanted}")
+    return int(value)
 
 
 def _check_rho(rho: float) -> None:
-    if not (rho > 0 and math.isfinite(rho)):
-        raise ValueError(f"rho is {rho}, expected a finite number > 0")
+    if not (isinstance(rho, numbers.Real) and rho > 0 and math.isfinite(rho)):
+        raise ValueError(f"rho is {rho!r}, expected a finite number > 0")
 
 
 def _power(s: Tensor, high: float, low: float, rho: float) -> Tensor:

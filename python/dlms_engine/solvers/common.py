@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..processes import Process
-from ..processes.grids import check_grid
+from ..processes.grids import check_grid, integer
 from .table import Prediction, SolverTable
 from .trace import AnalyticOutput, Form, Trace, TracedOutput
 
@@ -29,9 +29,7 @@ def afs_kind(afs: Afs) -> str | None:
 
 def check_order(order: int, highest: int) -> int:
     """``order`` if it is an integer in 1..highest."""
-    if isinstance(order, bool) or not isinstance(order, int) or not 1 <= order <= highest:
-        raise ValueError(f"order is {order!r}, expected an integer in 1..{highest}")
-    return order
+    return integer("order", order, 1, highest)
 
 
 class Node:

@@ -47,7 +47,8 @@ def deis(
     run = Run(
         process, grid, afs=afs, network_times=network_times, store=store, default_store="noise"
     )
-    last = multistep(run, check_order(order, 4), weights)
+    order = check_order(order, 4)
+    last = multistep(run, order, weights)
     return run.table(last, "deis", order=order, variant=variant)
 
 

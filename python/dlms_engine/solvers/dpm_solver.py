@@ -40,7 +40,7 @@ def dpm_solver_pp(
         network_times: decoupled times, shaped like ``grid``.
         store: what the table's history holds; None for ``prediction``.
     """
-    check_order(order, 3)
+    order = check_order(order, 3)
     run = Run(
         process, grid, afs=afs, network_times=network_times, store=store, default_store=prediction
     )

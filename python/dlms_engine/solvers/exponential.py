@@ -20,8 +20,10 @@ from .common import Evaluation, Node
 from .table import Prediction
 from .trace import Form
 
-POWERS = torch.arange(20, dtype=torch.float64)
-INVERSE_FACTORIALS = torch.tensor([1 / math.factorial(k) for k in range(28)], dtype=torch.float64)
+POWERS = torch.arange(20, dtype=torch.float64, device="cpu")
+INVERSE_FACTORIALS = torch.tensor(
+    [1 / math.factorial(k) for k in range(28)], dtype=torch.float64, device="cpu"
+)
 
 
 def phi(order: int, u: Tensor) -> Tensor:

@@ -50,7 +50,8 @@ def ipndm(
     run = Run(
         process, grid, afs=afs, network_times=network_times, store=store, default_store="noise"
     )
-    return run.table(multistep(run, check_order(order, 4), weights), "ipndm", order=order)
+    order = check_order(order, 4)
+    return run.table(multistep(run, order, weights), "ipndm", order=order)
 
 
 def ipndm_v(
@@ -76,7 +77,8 @@ def ipndm_v(
     run = Run(
         process, grid, afs=afs, network_times=network_times, store=store, default_store="noise"
     )
-    return run.table(multistep(run, check_order(order, 4), weights), "ipndm_v", order=order)
+    order = check_order(order, 4)
+    return run.table(multistep(run, order, weights), "ipndm_v", order=order)
 
 
 def multistep(run: Run, order: int, weights: Weights) -> Form:

@@ -10,13 +10,18 @@ from torch import Tensor
 
 NODES = 16
 # sigma / alpha: panels at powers of two resolve the branch points of every smooth process
-PANELS = torch.cat([torch.zeros(1, dtype=torch.float64), 2.0 ** torch.arange(-24.0, 16.0).double()])
+PANELS = torch.cat(
+    [
+        torch.zeros(1, dtype=torch.float64, device="cpu"),
+        2.0 ** torch.arange(-24.0, 16.0, device="cpu").double(),
+    ]
+)
 
 
 @cache
 def gauss_legendre(count: int) -> tuple[Tensor, Tensor]:
     """Nodes and weights on [-1, 1], float64 ``[count]`` (Golub & Welsch 1969)."""
-    k = torch.arange(1, count, dtype=torch.float64)
+    k = torch.arange(1, count, dtype=torch.float64, device="cpu")
     off = k / torch.sqrt(4 * k**2 - 1)
     nodes, vectors = torch.linalg.eigh(torch.diag(off, 1) + torch.diag(off, -1))
     return nodes, 2 * vectors[0] ** 2

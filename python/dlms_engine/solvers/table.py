@@ -48,7 +48,7 @@ class SolverTable(Versioned):
     prediction: Prediction
     name: str
     options: dict[str, Any] = field(default_factory=dict)
-    grid: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64))
+    grid: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu"))
 
     @property
     def nfe(self) -> int:

@@ -118,7 +118,7 @@ class Trace:
         self.process = process
         self.store: Prediction = store
         self.batch_shape = tuple(batch_shape)
-        self._one = torch.ones(self.batch_shape, dtype=torch.float64)
+        self._one = torch.ones(self.batch_shape, dtype=torch.float64, device="cpu")
         self._times: list[Tensor] = []
         self._scale: Tensor | None = None
         self._rows: list[tuple[Tensor, dict[int, Tensor]]] = []

@@ -40,7 +40,7 @@ def unipc(
         prediction, lower_order_final, afs, network_times, store: as for ``dpm_solver_pp``. Steps
             at infinite lambda_ are first order and not corrected.
     """
-    check_order(order, 3)
+    order = check_order(order, 3)
     if variant not in ("bh1", "bh2"):
         raise ValueError(f"variant is {variant!r}, expected 'bh1' or 'bh2'")
     run = Run(

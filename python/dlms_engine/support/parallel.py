@@ -67,7 +67,7 @@ class World:
 
     def check_equal(self, value: int, what: str) -> None:
         """Raises ValueError where the ranks hold different values."""
-        values = [int(v) for v in self.gather(torch.tensor(value))]
+        values = [int(v) for v in self.gather(torch.tensor(value, device="cpu"))]
         if len(set(values)) > 1:
             raise ValueError(
                 f"the processes disagree on {what} ({values}, by rank): they must see the same files, "

@@ -36,8 +36,12 @@ class AutoStage:
     policy: SolverTable | CorrectedPolicy
     calls: int = 0
     seconds: float = 0.0
-    squares: Tensor = field(default_factory=lambda: torch.empty(0))
-    features: Tensor = field(default_factory=lambda: torch.empty(0))
+    squares: Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu")
+    )
+    features: Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu")
+    )
     frechet: float = math.inf
 
     def record(self) -> dict[str, Any]:
@@ -126,9 +130,11 @@ def ratio(base: AutoStage, other: AutoStage, resamples: int = 1000) -> tuple[flo
     """How many times smaller the RMSE is, and its 95 % interval by resampling the samples."""
     generator = torch.Generator().manual_seed(0)
     count = len(base.squares)
-    rows = torch.randint(count, (resamples, count), generator=generator)
+    rows = torch.randint(count, (resamples, count), generator=generator, device="cpu")
     tiny = 1e-300
     drawn = (base.squares[rows].mean(1) / other.squares[rows].mean(1).clamp_min(tiny)).sqrt()
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype)).tolist()
+    low, high = torch.quantile(
+        drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype, device="cpu")
+    ).tolist()
     value = float((base.squares.mean() / other.squares.mean().clamp_min(tiny)).sqrt())
     return value, low, high

@@ -60,7 +60,7 @@ def initial_corrector(settings: CorrectorSettings, runs: Runs, target: Tensor) -
     parts = [runs.end, newest[0]]
     parts += [a - b for a, b in itertools.pairwise(newest)]
     deviations = [max(float(part.std()), 1e-12) for part in parts]
-    corrector.scales.copy_(torch.tensor(deviations))
+    corrector.scales.copy_(torch.tensor(deviations, device="cpu"))
     corrector.gain.fill_(max(float((target - runs.end).std()), 1e-12))
     return corrector.to(runs.end.device)
 
@@ -95,7 +95,7 @@ def train_corrector(
     before = float(wanted[fit:].square().mean())
     done = 0
     for epoch in range(1, epochs + 1):
-        for rows in torch.randperm(fit, generator=generator).split(batch):
+        for rows in torch.randperm(fit, generator=generator, device="cpu").split(batch):
             for group in optimiser.param_groups:
                 group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * done / updates))
             rows = rows.to(inputs.device)

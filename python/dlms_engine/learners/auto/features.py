@@ -29,7 +29,7 @@ def features_of(
 def feature_batch(problem: SamplingProblem, samples: Tensor, numbers: range) -> Tensor:
     """The same for one batch, with gradient in ``samples``."""
     process = problem.process
-    level = process.inverse_sigma(torch.tensor(FEATURE_SIGMA, dtype=torch.float64))
+    level = process.inverse_sigma(torch.tensor(FEATURE_SIGMA, dtype=torch.float64, device="cpu"))
     x = float(process.alpha(level)) * samples
     problem.predict(x, level.to(x.device), numbers)
     return problem.denoiser.bottleneck.float().flatten(1)

@@ -215,10 +215,10 @@ class GaussNewton:
             matrix += jacobian @ jacobian.T
             gradient += jacobian @ residual
             square += residual @ residual
-        whole = torch.zeros(self.form.size, self.form.size, dtype=torch.float64)
-        at = torch.tensor(parameters)
+        whole = torch.zeros(self.form.size, self.form.size, dtype=torch.float64, device="cpu")
+        at = torch.tensor(parameters, device="cpu")
         whole[at[:, None], at] = matrix.cpu()
-        side = torch.zeros(self.form.size, dtype=torch.float64)
+        side = torch.zeros(self.form.size, dtype=torch.float64, device="cpu")
         side[at] = gradient.cpu()
         return Normal(whole, side, float(square), targets.numel())
 

@@ -71,7 +71,7 @@ class GeneralTable:
 
     def zero(self) -> Tensor:
         """The base's parameters."""
-        return torch.zeros(self.size, dtype=torch.float64)
+        return torch.zeros(self.size, dtype=torch.float64, device="cpu")
 
     def table(self, parameters: Tensor) -> SolverTable | None:
         """The table of ``parameters``; None where the times are not in order any more."""
@@ -81,8 +81,8 @@ class GeneralTable:
             return None
         table, unit, state_unit = made
         b = torch.nn.functional.pad(table.b, (0, self.depth - table.depth))
-        rows = torch.tensor([n for n, _ in self._places])
-        columns = torch.tensor([k for _, k in self._places])
+        rows = torch.tensor([n for n, _ in self._places], device="cpu")
+        columns = torch.tensor([k for _, k in self._places], device="cpu")
         b[rows, columns] += unit[rows] * part["outputs"]
         options: dict[str, Any] = {**table.options, "solver": table.name, "base": self.base.label}
         return dataclasses.replace(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...processes import Process
+from ...processes import Process, as_float64
 from ...solvers.ipndm import ADAMS_BASHFORTH
 from .teacher import multistep_weights
 
@@ -22,10 +22,10 @@ _log = logging.getLogger("dlms_engine")
 def initial_weights(process: Process, grid: Tensor, settings: DlmsSettings) -> Tensor:
     """float64 ``[steps, order]``: row n-1 holds step n's weights, newest first, sum 1."""
     steps, order = settings.steps, settings.resolved_order
-    weights = torch.zeros(steps, order, dtype=torch.float64)
+    weights = torch.zeros(steps, order, dtype=torch.float64, device="cpu")
     for n in range(1, steps + 1):
         row = _row(process, grid, settings, n, min(n, order))
-        weights[n - 1, : len(row)] = torch.as_tensor(row, dtype=torch.float64)
+        weights[n - 1, : len(row)] = as_float64(row)
     return weights
 
 
@@ -46,7 +46,9 @@ def initial_scales(times: StartTimes, scale_range: float, gain: float) -> Tensor
             "%.0f %%: set scale_range=%.2g to start from them exactly",
             100 * worst, scale_range, 100 * bound, worst / 0.9,
         )  # fmt: skip
-    raw = torch.zeros(len(times.grid) - 1)  # the last step's scaling is never used
+    raw = torch.zeros(
+        len(times.grid) - 1, dtype=torch.float32, device="cpu"
+    )  # the last step's scaling is never used
     if scale_range > 0 and gain > 0:
         share = (wanted / scale_range).clamp(-0.95, 0.95)
         raw[:-1] = torch.atanh(share).float() / gain

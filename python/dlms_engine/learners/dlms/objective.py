@@ -138,7 +138,9 @@ class Dlms:
             loss, carry = self._pair(n, carry, teacher)
             loss.backward()
             losses[f"loss{n}"] = loss.detach()
-        last = losses.get(f"loss{settings.steps}", torch.zeros(()))
+        last = losses.get(
+            f"loss{settings.steps}", torch.zeros((), dtype=torch.float32, device="cpu")
+        )
         yield {"loss": last, **losses}
 
     def validate(self) -> dict[str, float]:

@@ -74,7 +74,7 @@ class Replay:
             return []
         if len(given) != len(directions):
             raise ValueError(f"{len(given)} lambdas for a row with {len(directions)} directions")
-        return [torch.tensor(value, dtype=torch.float64) for value in given]
+        return [torch.tensor(value, dtype=torch.float64, device="cpu") for value in given]
 
 
 class Fit(Replay):
@@ -150,12 +150,13 @@ class Fit(Replay):
         ]
         weighed = [float(c) * self.value(output).double()] if self._ridge else []
         numbers = host_numbers([*products, *(w.square().sum() for w in weighed)])
-        sums = torch.zeros(size + 1, size + 1, dtype=torch.float64)
-        places = torch.tril_indices(size + 1, size + 1)
-        sums[places[0], places[1]] = torch.tensor(numbers[: len(products)], dtype=torch.float64)
+        sums = torch.zeros(size + 1, size + 1, dtype=torch.float64, device="cpu")
+        places = torch.tril_indices(size + 1, size + 1, device="cpu")
+        products_of = torch.tensor(numbers[: len(products)], dtype=torch.float64, device="cpu")
+        sums[places[0], places[1]] = products_of
         sums = sums.tril() + sums.tril(-1).T
         energy = torch.tensor(
-            [sum(numbers[len(products) :]), residual.numel()], dtype=torch.float64
+            [sum(numbers[len(products) :]), residual.numel()], dtype=torch.float64, device="cpu"
         )
         self._world.sum_(sums)
         self._world.sum_(energy)
@@ -175,6 +176,6 @@ def _least_squares(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     if size == 1:
         bottom = gram[0, 0] + ridge
         return right / bottom if float(bottom) > 0 else torch.zeros_like(right)
-    gram = gram + ridge * torch.eye(size, dtype=gram.dtype)
+    gram = gram + ridge * torch.eye(size, dtype=gram.dtype, device="cpu")
     inverse: Tensor = torch.linalg.pinv(gram, rtol=1e-14)
     return inverse @ right

@@ -99,7 +99,7 @@ class DodeSettings:
             return self.prediction
         if self.solver in ("edm", "dpm_solver_pp"):
             return "data"
-        start = process.alpha(torch.tensor(process.t_max, dtype=torch.float64))
+        start = process.alpha(torch.tensor(process.t_max, dtype=torch.float64, device="cpu"))
         data = isinstance(process, EDM) or float(start) == 0.0
         return "data" if self.solver == "ddim" and data else "noise"
 
@@ -147,10 +147,10 @@ def official_grid(process: Process, solver: str, steps: int) -> Tensor:
     for ddim, rounded linspace(L - 1, 0) for ipndm and deis, continuous t from 1 to 1/L for
     dpm_solver.
     """
-    zero = torch.zeros(1, dtype=torch.float64)
+    zero = torch.zeros(1, dtype=torch.float64, device="cpu")
     if isinstance(process, EDM):
         if steps == 1:
-            return torch.tensor([process.t_max, 0.0], dtype=torch.float64)
+            return torch.tensor([process.t_max, 0.0], dtype=torch.float64, device="cpu")
         return torch.cat([grids.polynomial(process, steps - 1), zero])
     if not isinstance(process, VPDiscrete):
         raise ValueError(
@@ -161,12 +161,14 @@ def official_grid(process: Process, solver: str, steps: int) -> Tensor:
     if solver == "ddim":
         if steps > levels:
             raise ValueError(f"{steps} steps on a model of {levels} levels")
-        places = torch.tensor([levels * k // steps for k in range(steps)], dtype=torch.float64)
+        places = torch.tensor(
+            [levels * k // steps for k in range(steps)], dtype=torch.float64, device="cpu"
+        )
         return torch.cat([(places.flip(0) + 1) / levels, zero])
     if solver in ("ipndm", "deis"):
-        places = torch.linspace(levels - 1, 0, steps + 1, dtype=torch.float64).round()
+        places = torch.linspace(levels - 1, 0, steps + 1, dtype=torch.float64, device="cpu").round()
         return (places + 1) / levels
-    return torch.linspace(1.0, 1 / levels, steps + 1, dtype=torch.float64)
+    return torch.linspace(1.0, 1 / levels, steps + 1, dtype=torch.float64, device="cpu")
 
 
 def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:

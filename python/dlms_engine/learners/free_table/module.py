@@ -39,9 +39,14 @@ class FreeTableModule(nn.Module):
             base = self.base_table()
         depth = settings.nfe if settings.depth is None else min(settings.depth, settings.nfe)
         self.depth = max(depth, base.depth)
-        self.outputs = nn.Parameter(torch.zeros(settings.nfe, self.depth, dtype=torch.float64))
-        self.state = nn.Parameter(torch.zeros(settings.nfe, dtype=torch.float64))
-        rows, columns = torch.arange(settings.nfe)[:, None], torch.arange(self.depth)
+        self.outputs = nn.Parameter(
+            torch.zeros(settings.nfe, self.depth, dtype=torch.float64, device="cpu")
+        )
+        self.state = nn.Parameter(torch.zeros(settings.nfe, dtype=torch.float64, device="cpu"))
+        rows, columns = (
+            torch.arange(settings.nfe, device="cpu")[:, None],
+            torch.arange(self.depth, device="cpu"),
+        )
         self.register_buffer("mask", ((columns <= rows) & (columns < depth)).to(torch.float64))
 
     def base_table(self) -> SolverTable:

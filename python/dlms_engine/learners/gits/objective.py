@@ -190,7 +190,9 @@ def shortest_path(cost: Tensor, jumps: int, gamma: float, *, first: int = 1) -> 
     n = len(cost)
     if not 1 <= jumps <= n - first:
         raise ValueError(f"jumps is {jumps}, expected 1..{n - first} between {n} times")
-    cost = cost.to(torch.float64).masked_fill(torch.ones(n, n, dtype=torch.bool).tril(), torch.inf)
+    cost = cost.to(torch.float64).masked_fill(
+        torch.ones(n, n, dtype=torch.bool, device="cpu").tril(), torch.inf
+    )
     value = cost[:, -1].clone()  # of reaching the end from here with one jump
     following: list[Tensor] = []
     for k in range(2, jumps + 1):

@@ -114,7 +114,7 @@ def rows_of(conditions: Any, numbers: Sequence[int], copies: int = 1) -> dict[st
             raise ValueError(
                 f"sample {max(numbers)} is beyond int64, which conditions from a callable need"
             )
-        values = dict(conditions(torch.tensor(list(numbers))))
+        values = dict(conditions(torch.tensor(list(numbers), device="cpu")))
         return {k: _repeated(v, copies) for k, v in values.items()}
     return {k: _rows(v, numbers, copies) for k, v in conditions.items()}
 

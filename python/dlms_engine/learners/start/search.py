@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ...processes import Process
+from ...processes import Process, as_float64
 from ...solvers import make_solver
 from ...solvers.registry import SOLVERS, handcrafted
 from ...solvers.table import SolverTable
@@ -257,7 +257,7 @@ class Search:
                     self._squares[candidate.label].extend(row)
 
     def _measured(self, candidate: Candidate) -> MeasuredCandidate:
-        squares = torch.tensor(self._squares[candidate.label], dtype=torch.float64)
+        squares = torch.tensor(self._squares[candidate.label], dtype=torch.float64, device="cpu")
         squares = squares.nan_to_num(nan=float("inf"))
         value, error = rmse_with_error(squares)
         return MeasuredCandidate(candidate, value, error, len(squares))
@@ -265,7 +265,7 @@ class Search:
 
 def rmse_with_error(squares: Sequence[float] | Tensor) -> tuple[float, float]:
     """Root of the mean and its standard error, from mean squares of every sample."""
-    values = torch.as_tensor(squares, dtype=torch.float64)
+    values = as_float64(squares)
     value = math.sqrt(float(values.mean()))
     if len(values) < 2 or not math.isfinite(value) or value == 0:
         return value, float("inf") if len(values) < 2 else 0.0

@@ -39,11 +39,11 @@ def expanded(table: SolverTable) -> Tensor:
         raise ValueError(f"table {table.name!r} is batched {table.batch_shape}, expected one table")
     rows, process = table.nfe, table.process
     alpha, sigma = process.alpha(table.times), process.sigma(table.times)
-    states = torch.zeros(rows + 1, 1 + rows, dtype=torch.float64)
+    states = torch.zeros(rows + 1, 1 + rows, dtype=torch.float64, device="cpu")
     states[0, 0] = table.initial_scale
     outputs: list[Tensor] = []
     for n in range(rows):
-        data = torch.zeros(1 + rows, dtype=torch.float64)
+        data = torch.zeros(1 + rows, dtype=torch.float64, device="cpu")
         data[1 + n] = 1.0
         if table.prediction == "noise":
             data = (states[n] - alpha[n] * data) / sigma[n]
@@ -137,7 +137,7 @@ class SharedRuns:
         for first in range(0, len(level), together):
             nodes = [self._nodes[number] for number in level[first : first + together]]
             states = [_combine(node.weights, node.path, x, data) for node in nodes]
-            times = torch.tensor([node.time for node in nodes], dtype=torch.float64)
+            times = torch.tensor([node.time for node in nodes], dtype=torch.float64, device="cpu")
             times = times.repeat_interleave(len(x)).to(x.device)
             out = predict(torch.cat(states), times, numbers)
             for number, value in zip(

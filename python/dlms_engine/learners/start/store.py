@@ -88,7 +88,7 @@ def _answers(problem: SamplingProblem) -> list[list[float]]:
 
 
 def _same(one: list[list[float]], two: list[list[float]]) -> bool:
-    left, right = torch.tensor(one), torch.tensor(two)
+    left, right = torch.tensor(one, device="cpu"), torch.tensor(two, device="cpu")
     if left.shape != right.shape:
         return False
     scale = right[:, 1:].sqrt()

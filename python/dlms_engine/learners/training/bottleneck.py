@@ -30,5 +30,5 @@ def feature_size(
     denoiser: Denoiser, shape: tuple[int, ...], t: Tensor | float, cond: dict[str, Any]
 ) -> int:
     """Length of the bottleneck feature vector for samples of ``shape``: one call on zeros."""
-    denoiser.predict(torch.zeros(1, *shape, device=denoiser.device), t, **cond)
+    denoiser.predict(torch.zeros(1, *shape, device=denoiser.device, dtype=torch.float32), t, **cond)
     return int(denoiser.last_features.shape[1])

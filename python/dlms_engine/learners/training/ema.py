@@ -19,7 +19,9 @@ class EmaSets:
             f"{h:g}": {n: torch.zeros_like(p) for n, p in module.named_parameters()}
             for h in half_lives
         }
-        self._mass = {f"{h:g}": torch.zeros((), dtype=torch.float64) for h in half_lives}
+        self._mass = {
+            f"{h:g}": torch.zeros((), dtype=torch.float64, device="cpu") for h in half_lives
+        }
 
     @torch.no_grad()
     def update(self, module: nn.Module, batch: int) -> None:

@@ -54,7 +54,7 @@ def bottleneck_features(denoiser: Denoiser, sigma: float) -> Callable[[Tensor], 
     No noise is added: the network is asked at a time whose sigma / alpha is ``sigma``, where its
     features respond to structure and not to single pixels.
     """
-    level = denoiser.process.inverse_sigma(torch.tensor(sigma, dtype=torch.float64))
+    level = denoiser.process.inverse_sigma(torch.tensor(sigma, dtype=torch.float64, device="cpu"))
 
     def features(x: Tensor) -> Tensor:
         scale = float(denoiser.process.alpha(level))

@@ -26,8 +26,10 @@ def unit_noise(
     draws = []
     for index in indices:
         generator.manual_seed((1 << 31) | (_mix(seed, index) >> 33))
-        draws.append(torch.randn(*shape, generator=generator))
-    noise = torch.stack(draws) if draws else torch.empty(0, *shape)
+        draws.append(torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu"))
+    noise = (
+        torch.stack(draws) if draws else torch.empty(0, *shape, dtype=torch.float32, device="cpu")
+    )
     return noise.to(device)
 
 

@@ -78,7 +78,7 @@ def refine(process: Process, grid: Tensor, count: int) -> Tensor:
     Uniform in lambda_, or in t where lambda_ is infinite at an end of the interval; the grid's own
     times stay, bit for bit, at every ``count``-th place.
     """
-    fractions = torch.arange(1, count, dtype=torch.float64) / count
+    fractions = torch.arange(1, count, dtype=torch.float64, device="cpu") / count
     values = process.lambda_(grid)
     pieces = []
     for i in range(len(grid) - 1):

@@ -190,7 +190,7 @@ class Trainer:
         if self.world.size == 1:
             return numbers
         start, stop = self.world.slice(self.settings.batch)
-        own = torch.tensor(list(numbers.values()), dtype=torch.float64)
+        own = torch.tensor(list(numbers.values()), dtype=torch.float64, device="cpu")
         whole = self.world.sum_(own * (stop - start) / self.settings.batch)
         return dict(zip(numbers, whole.tolist(), strict=True))
 

@@ -84,7 +84,9 @@ class Validation:
         """(noise, exact end)."""
         if self._pair is None:
             process = self._denoiser.process
-            sigma = float(process.sigma(torch.tensor(process.t_max, dtype=torch.float64)))
+            sigma = float(
+                process.sigma(torch.tensor(process.t_max, dtype=torch.float64, device="cpu"))
+            )
             seeds = range(FIRST_SEED, FIRST_SEED + self._samples)
             noise = seeded_noise(seeds, self._shape, sigma, device=self._denoiser.device)
             solve = partial(exact_solution, self._denoiser, noise, self._steps, **self._cond)
