@@ -18,8 +18,8 @@ constexpr int64_t element_size(Dtype dtype) {
   return dtype == Dtype::kFloat64 ? 8 : dtype == Dtype::kFloat32 ? 4 : 2;
 }
 
-// iPNDM and DEIS on a flow combine all outputs so far, one less than the steps. The kernels keep the
-// slot pointers of a row on the stack.
+// iPNDM and DEIS on a flow combine all outputs so far, one less than the steps. The kernels keep
+// the slot pointers of a row on the stack.
 constexpr int64_t kMaxDepth = 4096;
 
 // One row over `batch` samples of `inner` elements. The state dtype is float32, or float64 with a
