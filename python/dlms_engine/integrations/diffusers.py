@@ -30,6 +30,7 @@ from .pipelines.acceleration import Acceleration
 from .pipelines.networks import network_of
 from .scheduler.base import EngineScheduler
 from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
+from .scheduler.origin import OriginCheck
 from .scheduler.runner import Runner, load_source
 from .scheduler.runs import SchedulerRun, SchedulerRuns
 
@@ -128,6 +129,7 @@ class DLMSScheduler(EngineScheduler):
         self._runs = SchedulerRuns(SchedulerRun(timesteps, sigmas.flip(0)))
         self._watch: Any = None
         self._acceleration: Any = None  # under accelerate()
+        self._origin = OriginCheck(self._source)
 
     # -- before the loop -------------------------------------------------------------------------
 
@@ -178,6 +180,7 @@ class DLMSScheduler(EngineScheduler):
         Raises:
             ValueError: missing or contradicting arguments, a step number the solver cannot run.
         """
+        self._origin.caller(self)
         make = Runner if self._acceleration is None else self._acceleration.runner
         runner = make(
             self._source,
@@ -263,6 +266,7 @@ class DLMSScheduler(EngineScheduler):
         if run.step_index is None:
             run.step_index = self._now(timestep)
             run.runner.begin(run.step_index)
+            self._origin.latents(tuple(sample.shape))
         latents = run.runner.advance(run.step_index, model_output, sample)
         run.step_index += 1
         return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)

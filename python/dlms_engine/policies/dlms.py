@@ -149,6 +149,12 @@ class Designer(Versioned, nn.Module):
         batch = t.shape[0]
         dtype = self.bias.dtype
         if self.settings.features and features is not None:
+            if features.shape[1:] != (self.settings.features,):
+                raise ValueError(
+                    f"features are {tuple(features.shape)}, expected [B, {self.settings.features}]: the "
+                    "bottleneck has another size at this resolution; sample at the one the solver was "
+                    "distilled for, or run solver.table(denoiser, noise)"
+                )
             encoded = _two_layers(self.encoder, features.to(dtype))
         else:
             encoded = self.bias.new_zeros(batch, 4)

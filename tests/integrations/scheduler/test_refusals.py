@@ -114,6 +114,17 @@ def test_an_unknown_key_is_refused_with_its_value() -> None:
         DLMSScheduler.from_config(renamed)
 
 
+def test_keys_that_two_classes_share_are_not_guessed() -> None:
+    """AnyFlow's scheduler has FlowMatchHeun's keys, and its network is told two times."""
+    if not hasattr(diffusers, "FlowMapEulerDiscreteScheduler"):
+        pytest.skip("this diffusers has no FlowMapEulerDiscreteScheduler")
+    with pytest.raises(ValueError, match="FlowMatchHeunDiscreteScheduler and FlowMapEuler"):
+        DLMSScheduler.from_config(diffusers.FlowMapEulerDiscreteScheduler().config)
+    heun = diffusers.FlowMatchHeunDiscreteScheduler(shift=3.0).config
+    named = {**heun, "_class_name": "FlowMatchHeunDiscreteScheduler"}
+    assert DLMSScheduler.from_config(named).shift == 3.0
+
+
 def test_a_refusal_that_never_comes_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted fault: without its checks a stochastic algorithm is read as the deterministic one."""
     from dlms_engine.integrations.scheduler import adopt

@@ -12,6 +12,7 @@ On the command line: ``dlms distill --pipeline PATH --prompts prompts.txt --guid
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -28,7 +29,9 @@ from ...learners import distill
 from ...learners.registry import learner
 from ...models.denoiser import Denoiser, FeatureTap, find_module
 from ...support.files import replacing
+from ...support.parallel import World
 from ..diffusers import DLMSScheduler
+from ..scheduler.origin import KEY, describe
 from ..scheduler.probe import ProbeLoop, first_argument
 from .prompt_calls import NetworkCall, is_batched, network_of, prompt_calls
 
@@ -229,7 +232,24 @@ def distill_pipeline(
     solver = distill(
         denoiser, method, nfe=nfe, shape=shape, trajectories=trajectories, output=output, **settings
     )
+    scale = _stated_scale(
+        pipe, denoiser, {"guidance_scale": guidance_scale, **(pipeline_arguments or {})}
+    )
+    solver.settings[KEY] = describe(pipe, shape, scale, nfe)
+    if output is not None and World.current().rank == 0:
+        solver.save(output)
     return cast(DLMSScheduler, DLMSScheduler.from_config(pipe.scheduler.config, solver=solver))
+
+
+def _stated_scale(pipe: Any, denoiser: PipelineDenoiser, arguments: dict[str, Any]) -> float | None:
+    """The guidance scale of the distillation: measured, as asked for, or the pipeline's default."""
+    scale = denoiser.guidance_scale
+    if scale is None:
+        scale = arguments.get("guidance_scale")
+    if scale is None:
+        parameters = inspect.signature(type(pipe).__call__).parameters
+        scale = getattr(parameters.get("guidance_scale"), "default", None)
+    return float(scale) if isinstance(scale, (int, float)) else None
 
 
 def load_pipeline(pipeline: Any, dtype: torch.dtype | None = None) -> Any:
@@ -274,7 +294,7 @@ def _attach(denoiser: Denoiser, features: str | None, shape: tuple[int, ...]) ->
     try:
         module = find_module(denoiser.network, features)
     except ValueError as exc:
-        _log.info("the solver will not read a bottleneck: %s", exc)
+        _log.warning("every sample gets the same rows: no bottleneck is read: %s", exc)
         return False
     tap = FeatureTap()
     handle = module.register_forward_hook(tap)
@@ -285,7 +305,11 @@ def _attach(denoiser: Denoiser, features: str | None, shape: tuple[int, ...]) ->
     raw = tap.value
     length = 0 if raw is None else raw.mean(dim=1).numel() // raw.shape[0]
     if length != FEATURES:
-        _log.info("bottleneck of length %d, designers read %d: not used", length, FEATURES)
+        _log.warning(
+            "every sample gets the same rows: the bottleneck %s has %d places, 8 x 8 are read",
+            features,
+            length,
+        )
         return False
     denoiser.features = features
     module.register_forward_hook(denoiser._tap)

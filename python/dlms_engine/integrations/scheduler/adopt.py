@@ -185,22 +185,29 @@ def class_of(config: Mapping[str, Any]) -> str | None:
     if name is not None:
         return str(name)
     keys = frozenset(key for key in config if not key.startswith("_"))
-    return _classes_by_keys().get(keys)
+    names = _classes_by_keys().get(keys, ())
+    unread = [one for one in names if one not in READ_CLASSES]
+    if unread and len(names) > 1 and "_use_default_values" in config:
+        raise ValueError(
+            f"the config has the keys of {' and '.join(names)}, which are different models: pass "
+            f"{{**scheduler.config, '_class_name': '{names[0]}'}}"
+        )
+    return names[0] if names else None
 
 
 @functools.cache
-def _classes_by_keys() -> dict[frozenset[str], str]:
-    """Constructor arguments of every scheduler of diffusers -> its name, the ones read here first."""
+def _classes_by_keys() -> dict[frozenset[str], tuple[str, ...]]:
+    """Constructor arguments of every scheduler of diffusers -> its names, the ones read here first."""
     import diffusers
 
     others = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and n not in READ_CLASSES)
-    found: dict[frozenset[str], str] = {}
+    found: dict[frozenset[str], tuple[str, ...]] = {}
     for name in (*READ_CLASSES, *others):
         cls = getattr(diffusers, name, None)
         if isinstance(cls, type) and hasattr(cls, "from_config"):
             parameters = inspect.signature(cls).parameters
             keys = frozenset(key for key in parameters if key not in ("args", "kwargs"))
-            found.setdefault(keys, name)
+            found[keys] = (*found.get(keys, ()), name)
     return found
 
 
