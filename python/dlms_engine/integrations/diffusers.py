@@ -125,6 +125,8 @@ class DLMSScheduler(EngineScheduler):
             sigmas = ((1 - self.alphas_cumprod) / self.alphas_cumprod) ** 0.5
         else:
             sigmas = torch.arange(1, num_train_timesteps + 1) / num_train_timesteps
+            if trained_betas is not None:  # without effect, as for diffusers' own flow schedulers
+                self.betas = make_betas(self.config)
         timesteps = torch.arange(num_train_timesteps - 1, -1, -1, dtype=torch.float32)
         self._runs = SchedulerRuns(SchedulerRun(timesteps, sigmas.flip(0)))
         self._watch: Any = None

@@ -88,6 +88,34 @@ def test_a_cache_stays_step_by_step() -> None:
     assert "cache" in acceleration.report().reason
 
 
+def test_a_cache_that_is_switched_on_later() -> None:
+    """The recorded loop called the network outside the context its cache needs, and raised."""
+    pipe = tiny.flux()
+
+    def run() -> torch.Tensor:
+        return torch.as_tensor(pipe(**{**tiny.flux_inputs(), "num_inference_steps": 4}).images)
+
+    original = pipe.scheduler
+    pipe.scheduler = DLMSScheduler.from_config(original.config, solver="unipc")
+    plain = run()
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.9))
+    cached = run()
+    pipe.transformer.disable_cache()
+    assert (plain - cached).abs().max() > 1e-3
+    pipe.scheduler = original
+    acceleration = accelerate(pipe, solver="unipc")
+    for _ in range(2):
+        torch.testing.assert_close(run(), plain, rtol=0, atol=1e-5)
+    assert acceleration.report().whole_loop
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.9))
+    for _ in range(2):
+        torch.testing.assert_close(run(), cached, rtol=0, atol=1e-5)
+    assert "cache" in acceleration.report().reason
+    pipe.transformer.disable_cache()
+    torch.testing.assert_close(run(), plain, rtol=0, atol=1e-5)
+    assert acceleration.report().whole_loop
+
+
 def test_training_mode_counts_only_with_dropout() -> None:
     pipe = tiny.sd()
     pipe.unet.train()
@@ -190,3 +218,63 @@ def test_a_copy_of_a_module_is_not_listened_to() -> None:
     assert torch.equal(module(x), other(x)) and calls == [1]
     interception.remove()
     assert type(module) is torch.nn.Linear
+
+
+class Memory:
+    """What a pipeline hands its network from step to step, such as a cache of keys and values."""
+
+    value: Any = None
+
+
+class Remembering(torch.nn.Module):
+    """A network that adds a part of what the first call of a run left in ``memory``."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def forward(self, *args: Any, cross_attention_kwargs: Any = None, **kwargs: Any) -> Any:
+        output, memory = self.inner(*args, **kwargs), cross_attention_kwargs["memory"]
+        if memory.value is None:
+            memory.value = output[0].clone()
+        return (output[0] + 0.1 * memory.value, *output[1:])
+
+
+def test_an_object_that_remembers_stays_step_by_step() -> None:
+    """The loop was given the dry run's cache, which nobody had filled: it raised."""
+
+    def run(pipe: Any) -> torch.Tensor:
+        return images(pipe, cross_attention_kwargs={"memory": Memory()})
+
+    pipe = tiny.sd()
+    pipe.unet = Remembering(pipe.unet)
+    original = pipe.scheduler
+    pipe.scheduler = DLMSScheduler.from_config(original.config, solver="unipc")
+    expected = run(pipe)
+    pipe.scheduler = original
+    acceleration = accelerate(pipe, solver="unipc")
+    for _ in range(3):
+        torch.testing.assert_close(run(pipe), expected, rtol=0, atol=1e-5)
+    assert "Memory, which may remember earlier calls" in acceleration.report().reason
+
+
+def test_a_loop_that_fails_goes_on_step_by_step(monkeypatch: Any, caplog: Any) -> None:
+    """Whatever the engine's loop raises, the pipeline's own run is still there, and it is said."""
+    from dlms_engine.integrations.pipelines import acceleration as module
+
+    pipe = tiny.sd()
+    expected = stepped(pipe)
+    acceleration = accelerate(pipe, solver="unipc")
+    images(pipe)
+    monkeypatch.setattr(module, "WholeLoop", _refuse)
+    with caplog.at_level(logging.WARNING):
+        torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)
+    assert "the engine's loop failed: ValueError: a step that cannot be taken" in caplog.text
+    assert "failed" in acceleration.report().reason
+    torch.testing.assert_close(images(pipe), expected, rtol=0, atol=1e-5)

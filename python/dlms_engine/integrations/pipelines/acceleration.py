@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...engine.cuda_graph_cache import GraphCache
 from ..scheduler.runner import Runner
-from .calls import NotReplayed
+from .calls import NotReplayed, caches
 from .dry_run import DryRun, StandIns
 from .interception import Interception, subclass
 from .kinds import bound, follows_the_steps, generators_of, kind_of_call, scales_of
@@ -224,9 +224,9 @@ class Acceleration:
             if not dry.finished:
                 raise NotReplayed("the pipeline left its loop early")
             return result
-        except NotReplayed as exc:
+        except Exception as exc:
             kind.stepwise, kind.program = True, None
-            self._told(kind, str(exc))
+            self._told(kind, _why(exc))
             rewind()
         return self._safely(kind, None, rewind, pipe, args, kwargs)
 
@@ -270,7 +270,16 @@ class Acceleration:
         if self._own.clips:
             return "the scheduler's config clips the data prediction"
         name = follows_the_steps(arguments)
-        return None if name is None else f"argument {name} is called during the loop"
+        return self._remembering() if name is None else f"argument {name} is called during the loop"
+
+    def _remembering(self) -> str | None:
+        """A cache that was switched on, or off, since a network's calls were recorded."""
+        used = {slot.module for k in self._kinds.values() if k.program for slot in k.program.slots}
+        for number in sorted(used):
+            why = caches(self._taps[number].module)
+            if why is not None:
+                return f"{self._names[number]}: {why}"
+        return None
 
     def _kind(self, arguments: dict[str, Any], reason: str | None) -> _Kind:
         key = (kind_of_call(arguments), reason)
@@ -338,6 +347,14 @@ class Acceleration:
             scales_of(self._arguments, self.pipe),
         )
         return loop.run(self._cache)
+
+
+def _why(exc: Exception) -> str:
+    if isinstance(exc, NotReplayed):
+        return str(exc)
+    reason = f"the engine's loop failed: {type(exc).__name__}: {exc}"
+    log.warning("%s", reason)
+    return reason
 
 
 def _nothing() -> None:

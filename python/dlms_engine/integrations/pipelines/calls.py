@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 import torch
@@ -83,6 +84,13 @@ def same(one: Any, other: Any) -> bool:
         return bool(one == other)
     except Exception:
         return False  # a comparison that fails or has no single answer is no equality
+
+
+def plain(leaf: Any) -> bool:
+    """Whether an argument's value is all there is to it: a cache that is handed over is more."""
+    kinds = (bool, int, float, complex, str, bytes, type(None), Enum, Tensor)
+    torch_kinds = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+    return isinstance(leaf, kinds + torch_kinds)
 
 
 def snapshot(leaf: Any) -> Any:

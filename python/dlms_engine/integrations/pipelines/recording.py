@@ -23,6 +23,7 @@ from .calls import (
     caches,
     gram,
     misfit,
+    plain,
     same,
     small,
     snapshot,
@@ -196,6 +197,12 @@ class Recorder:
         shape = tuple(sample.shape)
         if not forms or next(output_columns(call.outputs, shape), None) is None:
             return False
+        for path, leaf in zip(call.paths, call.leaves, strict=True):
+            if not plain(leaf):
+                raise NotReplayed(
+                    f"argument {path} of {self.names[call.slot.module]} is a {type(leaf).__name__}, "
+                    "which may remember earlier calls"
+                )
         if self._rescaled and any(form.dim is not None for form in forms.values()):
             raise ValueError(UNSCALED)
         self._slots[call.slot] = SlotRecord(

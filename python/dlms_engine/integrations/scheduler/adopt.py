@@ -107,6 +107,8 @@ def adopt(config: Mapping[str, Any], solver: str | None = None) -> dict[str, Any
     else:
         adopted = {k: v for k, v in adopted.items() if k not in ("shift", "flow_shift")}
         _check_range(config)
+        if (name or "").startswith("CogVideoX"):  # their step has the key and does not clip
+            explicit["clip_sample"] = False
         explicit = {**SWAPPED_DEFAULTS.get(solver or "", {}), **explicit}
     adopted |= explicit | _solver_options(config, defaults, solver)
     adopted.pop("use_flow_sigmas", None)  # FLUX pipelines drop the caller's sigmas where it is set
