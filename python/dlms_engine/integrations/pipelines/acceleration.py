@@ -353,7 +353,7 @@ def _why(exc: Exception) -> str:
     if isinstance(exc, NotReplayed):
         return str(exc)
     reason = f"the engine's loop failed: {type(exc).__name__}: {exc}"
-    log.warning("%s", reason)
+    _log.warning("%s", reason)
     return reason
 
 
