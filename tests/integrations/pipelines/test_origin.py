@@ -92,7 +92,7 @@ def test_the_file_says_what_it_was_made_for(file: Path) -> None:
     assert found["class"] == "StableDiffusionPipeline"
     assert found["latents"] == [4, 8, 8] and found["nfe"] == 2
     assert found["guidance_scale"] == tiny.GUIDANCE
-    assert len(found["weights"]) == origin.PLACES and any(found["weights"])
+    assert len(found["weights"]) == origin.WEIGHTS and any(found["weights"])
     assert set(found) == {"class", "model", "weights", "latents", "guidance_scale", "nfe"}
 
 

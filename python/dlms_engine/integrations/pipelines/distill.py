@@ -31,7 +31,7 @@ from ...models.denoiser import Denoiser, FeatureTap, find_module
 from ...support.files import replacing
 from ...support.parallel import World
 from ..diffusers import DLMSScheduler
-from ..scheduler.origin import KEY, describe
+from ..scheduler.origin import ORIGIN, pipeline_facts
 from ..scheduler.probe import ProbeLoop, first_argument
 from .prompt_calls import NetworkCall, is_batched, network_of, prompt_calls
 
@@ -235,7 +235,7 @@ def distill_pipeline(
     scale = _stated_scale(
         pipe, denoiser, {"guidance_scale": guidance_scale, **(pipeline_arguments or {})}
     )
-    solver.settings[KEY] = describe(pipe, shape, scale, nfe)
+    solver.settings[ORIGIN] = pipeline_facts(pipe, shape, scale, nfe)
     if output is not None and World.current().rank == 0:
         solver.save(output)
     return cast(DLMSScheduler, DLMSScheduler.from_config(pipe.scheduler.config, solver=solver))

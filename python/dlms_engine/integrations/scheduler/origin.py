@@ -19,20 +19,20 @@ import torch
 from torch import Tensor, nn
 
 _log = logging.getLogger("dlms_engine")
-KEY = "pipeline"
-PLACES = 16  # weights that stand for a model
-FRAMES = 12  # callers that are looked at
-NAMES = ("unet", "transformer", "prior", "decoder")
+ORIGIN = "pipeline"
+WEIGHTS = 16  # weights that stand for a model
+_FRAMES = 12  # callers that are looked at
+_NAMES = ("unet", "transformer", "prior", "decoder")
 
 
 def origin_of(source: Any) -> dict[str, Any]:
     """What ``source`` was distilled for; empty where it does not say."""
     settings = getattr(source, "settings", None)
-    found = settings.get(KEY) if isinstance(settings, Mapping) else None
+    found = settings.get(ORIGIN) if isinstance(settings, Mapping) else None
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def describe(
+def pipeline_facts(
     pipe: Any, shape: tuple[int, ...], guidance_scale: float | None, nfe: int
 ) -> dict[str, Any]:
     """What a solver's settings say of the pipeline it was distilled for.
@@ -108,7 +108,7 @@ def calling_pipeline(scheduler: Any) -> tuple[Any, list[float]]:
     A scheduler is not given its pipeline: it is looked for among the callers.
     """
     frame = sys._getframe(1)
-    for _ in range(FRAMES):
+    for _ in range(_FRAMES):
         if frame.f_back is None:
             break
         frame = frame.f_back
@@ -130,7 +130,7 @@ def _scales(variables: Mapping[str, Any], pipe: Any) -> list[float]:
 
 
 def _network_of(pipe: Any) -> nn.Module | None:
-    for name in NAMES:
+    for name in _NAMES:
         network = getattr(pipe, name, None)
         if isinstance(network, nn.Module):
             return network
@@ -147,14 +147,14 @@ def _model_of(pipe: Any) -> str:
 
 @torch.no_grad()
 def _weights(network: nn.Module | None) -> list[float]:
-    """The middle number of ``PLACES`` parameters, evenly spread, to three digits.
+    """The middle number of ``WEIGHTS`` parameters, evenly spread, to three digits.
 
     They are the same in half precision; a fine-tuned model differs in some of them.
     """
     parameters = [] if network is None else [p for p in network.parameters() if p.numel()]
     if not parameters:
         return []
-    places = [parameters[i * len(parameters) // PLACES] for i in range(PLACES)]
+    places = [parameters[i * len(parameters) // WEIGHTS] for i in range(WEIGHTS)]
     return [_number(p) for p in places]
 
 
