@@ -86,7 +86,7 @@ def same(one: Any, other: Any) -> bool:
         return False  # a comparison that fails or has no single answer is no equality
 
 
-def plain(leaf: Any) -> bool:
+def is_value(leaf: Any) -> bool:
     """Whether an argument's value is all there is to it: a cache that is handed over is more."""
     kinds = (bool, int, float, complex, str, bytes, type(None), Enum, Tensor)
     torch_kinds = (torch.dtype, torch.device, torch.layout, torch.memory_format)

@@ -22,8 +22,8 @@ from .calls import (
     Slot,
     caches,
     gram,
+    is_value,
     misfit,
-    plain,
     same,
     small,
     snapshot,
@@ -198,7 +198,7 @@ class Recorder:
         if not forms or next(output_columns(call.outputs, shape), None) is None:
             return False
         for path, leaf in zip(call.paths, call.leaves, strict=True):
-            if not plain(leaf):
+            if not is_value(leaf):
                 raise NotReplayed(
                     f"argument {path} of {self.names[call.slot.module]} is a {type(leaf).__name__}, "
                     "which may remember earlier calls"
