@@ -183,7 +183,7 @@ def test_choice_of_backend(monkeypatch, caplog):
             ops.select("cuda")
     monkeypatch.setattr(backends, "_backends", {"eager": ops.select("eager")})
     monkeypatch.setattr(backends, "_best_first", [ops.select("eager")])
-    monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_warned", set())
     with caplog.at_level(logging.INFO, logger="dlms_engine"):
         assert ops.select("auto").name == "eager"
         ops.select("auto")

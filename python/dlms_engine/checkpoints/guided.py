@@ -26,10 +26,10 @@ class Noise:
 
     Attributes:
         kind: "ddpm" (a table of betas, network predicts noise) or "edm" (Karras et al. 2022; the
-            network is told 250 ln(sigma)).
+            network is called with 250 ln(sigma)).
         noise_schedule: "linear" or "cosine", for ddpm.
         diffusion_steps: levels of the table.
-        rescale_timesteps: times are told as if there were 1000.
+        rescale_timesteps: times are scaled as if there were 1000.
         sigma_min, sigma_max, sigma_data: for edm.
     """
 
@@ -61,7 +61,7 @@ class Noise:
         return "edm" if self.kind == "edm" else "noise"
 
     def time_input(self, process: Process) -> Callable[[Tensor], Tensor]:
-        """Process time -> what the network is told."""
+        """Process time -> what the network is called with."""
         if isinstance(process, VPDiscrete):
             scale = 1000.0 / self.diffusion_steps if self.rescale_timesteps else 1.0
             return lambda t: process.timestep(t) * scale
@@ -150,7 +150,7 @@ def guided_denoiser(
         ValueError: classifier guidance of an EDM network (the classifiers know DDPM's noise).
     """
     process = noise.process()
-    told = noise.time_input(process)
+    time_input = noise.time_input(process)
     asked: nn.Module = NoisePart(network)
     if classifier is not None:
         if not isinstance(process, VPDiscrete):
@@ -171,5 +171,5 @@ def guided_denoiser(
         noise.prediction,
         sigma_data=noise.sigma_data,
         features=features,
-        time_input=told,
+        time_input=time_input,
     )

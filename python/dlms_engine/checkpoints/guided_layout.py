@@ -31,7 +31,7 @@ def infer_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         each = blocks // levels - 1
         starts = [1 + level * (each + 1) for level in range(levels)]
         outputs = [tensors[f"input_blocks.{i}.0.in_layers.2.weight"].shape[0] for i in starts]
-        told = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0]
+        projected = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0]
         qkv = tensors["middle_block.1.qkv.weight"]
     except (KeyError, ValueError, IndexError) as exc:
         raise ValueError(
@@ -48,7 +48,7 @@ def infer_settings(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             for level, i in enumerate(starts)
             if f"input_blocks.{i}.1.qkv.weight" in tensors
         ],
-        "use_scale_shift_norm": told == 2 * outputs[0],
+        "use_scale_shift_norm": projected == 2 * outputs[0],
         "resblock_updown": levels > 1 and f"input_blocks.{each + 1}.0.op.weight" not in tensors,
         "attention_dims": qkv.ndim - 2,
     }
@@ -99,7 +99,7 @@ def _each_of_encoder(tensors: Mapping[str, Tensor]) -> int:
         return min(strided)
     attending = set(_numbers(tensors, r"input_blocks\.(\d+)\.1\.qkv\."))
     if not attending:
-        raise ValueError("the levels of a classifier without attention cannot be told")
+        raise ValueError("the levels of a classifier without attention cannot be inferred")
     start = min(attending)
     end = next(i for i in range(start, start + len(attending) + 1) if i not in attending)
     return end - start + 1

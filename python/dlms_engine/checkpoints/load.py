@@ -139,7 +139,7 @@ def _described(
     if "pool" in settings:
         return settings, None
     given = {k: v for k, v in options.items() if k in NOISE}
-    # the consistency-model repository's networks, told apart by their attention weights, are EDM's
+    # the consistency-model repository's networks, distinguished by their attention weights, are EDM's
     given.setdefault("kind", "edm" if settings["attention_dims"] == 2 else "ddpm")
     return settings, Noise(**given)
 

@@ -1,6 +1,6 @@
 """An interpreter of pickle opcodes that builds plain data and calls nothing a file names.
 
-Python's own ``Unpickler`` can be told which globals to hand out, but not what a file does with them:
+Python's own ``Unpickler`` can restrict which globals a file gets, but not what it does with them:
 it sets the state of any object it has (``BUILD`` reaches ``Tensor.__setstate__``), hashes keys nested
 a million deep and reads as many elements as the file claims. Here the opcodes are read as data
 (``pickletools.genops``), every object is of a type made in this module's tables, and everything that

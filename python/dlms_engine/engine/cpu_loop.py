@@ -83,7 +83,7 @@ class Engine:
             network: called as ``network(n, network_input)``. The input is a live buffer that the
                 next row overwrites: clone it to keep it, and do not write to it.
             c_in: scale of the first network input, a number, ``[]`` or ``[B]``.
-            row_fn: asked for row ``n`` after evaluation ``n``: ``[6 + depth]``, or
+            row_fn: called for row ``n`` after evaluation ``n``: ``[6 + depth]``, or
                 ``[B, 6 + depth]``.
             callback: called as ``callback(n, state)`` after each row; the state is a live buffer.
 

@@ -42,7 +42,7 @@ _log = logging.getLogger("dlms_engine")
 
 
 class Step(NamedTuple):
-    """What a callback is told after each row."""
+    """What a callback is given after each row."""
 
     index: int  # type: ignore[assignment]  # 0 .. nfe - 1; hides tuple.index
     nfe: int
@@ -118,7 +118,7 @@ class Sampler(Versioned, nn.Module):
         self._engines = EnginePool()
         self.check_finite = check_finite
         self._plans: dict[Any, TableRows] = {}
-        self._told_not_finite = False
+        self._warned_not_finite = False
         if self._table is not None:
             self._plan(torch.device("cpu"))
         self._place_policy()
@@ -206,7 +206,7 @@ class Sampler(Versioned, nn.Module):
         x = self._run(x, after if watched else None, cond)
         if bar is not None:
             bar.close()
-        if not self._told_not_finite and not self._is_finite(x):
+        if not self._warned_not_finite and not self._is_finite(x):
             self._tell_where(noise.to(place, self.dtype, copy=True), cond)
         return (x, torch.stack(states)) if return_trajectory else x
 
@@ -219,7 +219,7 @@ class Sampler(Versioned, nn.Module):
 
     def _tell_where(self, x: Tensor, cond: dict[str, Any]) -> None:
         """Says once which evaluation gave the first number that is not finite: runs once more."""
-        self._told_not_finite = True
+        self._warned_not_finite = True
         first: list[int] = []
 
         def after(n: int, state: Tensor) -> None:

@@ -1,6 +1,6 @@
 """The two halves of a sampling step, and the loops that alternate them.
 
-``evaluate(n, network_input)`` asks the network, ``row(n)`` gives the numbers of the update. A table
+``evaluate(n, network_input)`` calls the network, ``row(n)`` gives the numbers of the update. A table
 knows all rows beforehand; a policy computes row n from evaluation n.
 """
 

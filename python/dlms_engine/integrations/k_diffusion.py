@@ -115,8 +115,8 @@ def _unsampled(
         sigma, following = levels[i].clamp(min=tiny), levels[i + 1]
         denoised = model(x, sigma.to(x.dtype) * ones, **extra_args)
         if callback is not None:
-            told = sigma.to(x.dtype)
-            callback({"x": x, "i": i, "sigma": told, "sigma_hat": told, "denoised": denoised})
+            level = sigma.to(x.dtype)
+            callback({"x": x, "i": i, "sigma": level, "sigma_hat": level, "denoised": denoised})
         ratio = (following / sigma).to(x.dtype)
         x = ratio * x + (1 - ratio) * denoised
     return x
@@ -261,7 +261,7 @@ def _exploding(rows: Rows, process: Process) -> Rows:
     steps = torch.stack([rows.times[1:], rows.levels[1:-1]]) if rows.count > 1 else None
     if steps is not None and not torch.allclose(steps[0], steps[1], rtol=1e-9):
         raise ValueError(
-            "the solver tells the network other times than the state's, which a denoiser that "
+            "the solver calls the network at other times than the state's, which a denoiser that "
             "scales its own input cannot be given: use Sampler, DLMSScheduler or accelerate"
         )
     scale = rows.scale * float(process.alpha(rows.levels[0]) / before[0])

@@ -68,7 +68,7 @@ def distill(
 
     Raises:
         ValueError: unknown method or setting, values out of range.
-        ImportError: ``tensorboard`` is asked for and missing.
+        ImportError: ``tensorboard`` is requested and missing.
         FloatingPointError: the network's outputs are not finite.
         RuntimeError: another process is distilling into ``output``.
     """
@@ -77,8 +77,8 @@ def distill(
         raise ValueError(f"nfe is {nfe}, expected at least 1")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed}, expected 0 to 2^64 - 1")
-    told = read_conditions(cond)
-    identity = {} if output is None else run_identity(denoiser, named_conditions(told))
+    conditions = read_conditions(cond)
+    identity = {} if output is None else run_identity(denoiser, named_conditions(conditions))
     if method != "auto":
         denoiser, cond = conditioned(denoiser, cond, method), None
     path = None if output is None else Path(output)

@@ -30,7 +30,7 @@ class LearnerEntry:
             number is no setting but an argument of the run.
         samples: its default where it is no setting.
         defaults: where it differs from ``TrainerSettings``.
-        afs: whether its solvers begin with an analytical first step unless told otherwise, which
+        afs: whether its solvers begin with an analytical first step unless set otherwise, which
             rescales the first network input.
         presets: name -> settings of a paper or a model, among them ``trajectories``.
     """

@@ -80,7 +80,7 @@ class Denoiser(Versioned, nn.Module):
         guidance_scale: classifier-free guidance, F = F_uncond + scale * (F_cond - F_uncond);
             one network call on the doubled batch ``[uncond; cond]``.
         unconditional: keyword tensors of the unconditional branch (needed with guidance).
-        time_input: what the network is told of the time t ``[B]`` when the default is not right
+        time_input: how the network takes the time t ``[B]`` when the default is not right
             (defaults: t for data, flow; the model's index for ``VPDiscrete``; ln(sigma)/4 for edm):
             ``"t"``, ``"reversed"`` (1 - t: data at 1), ``"sigma"`` (sigma / alpha), ``"log_sigma"``
             (its logarithm) or a function of t.

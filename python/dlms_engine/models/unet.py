@@ -9,8 +9,8 @@ c_noise, 1.6 in ln(sigma), so that neighbouring noise levels get neighbouring an
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -192,12 +192,3 @@ def _zeroed(layer: nn.Conv2d) -> nn.Conv2d:
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer
-
-
-def build_unet(config: Mapping[str, Any]) -> UNet:
-    """The network that the ``network`` part of a model's ``config.json`` describes.
-
-    Raises:
-        TypeError: an unknown key.
-    """
-    return UNet(**config)

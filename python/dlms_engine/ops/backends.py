@@ -65,7 +65,7 @@ class Backend:
 _backends: dict[str, Backend] = {}
 _best_first: list[Backend] = []  # the same, sorted once: a run asks several times
 _missing: dict[str, str] = {}
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def register_backend(backend: Backend) -> None:
@@ -135,9 +135,9 @@ def missing(name: str) -> str:
 
 
 def _tell_fallback(kind: str) -> None:
-    if kind in _told:
+    if kind in _warned:
         return
-    _told.add(kind)
+    _warned.add(kind)
     reasons = "; ".join(f"{name}: {why}" for name, why in _missing.items())
     # Many times slower than what was meant to be installed: that must be seen without asking.
     level = logging.WARNING if advice(kind) else logging.INFO

@@ -116,8 +116,8 @@ def register_designer(kernels: Kernels) -> None:
 def refuse(exc: BaseException) -> None:
     """Goes on with torch operations, as the kernels cannot be built here; says so."""
     _held.clear()
-    told = (str(exc).strip() or type(exc).__name__).splitlines()[0]
-    backends.log.warning("rows of DLMS in torch operations: Triton does not build (%s)", told)
+    reason = (str(exc).strip() or type(exc).__name__).splitlines()[0]
+    backends.log.warning("rows of DLMS in torch operations: Triton does not build (%s)", reason)
 
 
 def select_designer(backend: str, device: torch.device) -> Kernels | None:

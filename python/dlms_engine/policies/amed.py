@@ -12,7 +12,7 @@ from ..processes import Process, RectifiedFlow, from_config
 from ..solvers.file import register_policy
 from ..solvers.run import Row
 from ..solvers.trace import START, Form, OnlineTrace
-from .amed_formulas import AmedBase, Walk, asked_range, check_levels
+from .amed_formulas import AmedBase, Walk, check_levels, level_range
 from .amed_predictor import AmedPredictor, Choice
 
 
@@ -42,7 +42,7 @@ class AmedPolicy:
         self.grid = grid
         self.prediction: Literal["data", "noise"] = base.stored(process)
         check_levels(base, process, grid)
-        self._asked = asked_range(process)
+        self._asked = level_range(process)
         self._grids = {grid.device: grid}  # a run copies nothing: it may be captured in a graph
 
     @property

@@ -84,7 +84,7 @@ class Walk(Generic[Value]):
 
     Args:
         scale: multiplies a value by a ``[B]`` coefficient.
-        asked: ``asked_range(process)`` of a grid that was checked before; None checks it, which
+        asked: ``level_range(process)`` of a grid that was checked before; None checks it, which
             reads numbers on the host.
     """
 
@@ -105,7 +105,7 @@ class Walk(Generic[Value]):
         self._middle: Tensor | None = None
         if asked is None:
             check_levels(base, process, grid)
-            asked = asked_range(process)
+            asked = level_range(process)
         self._range = asked
 
     @property
@@ -119,7 +119,7 @@ class Walk(Generic[Value]):
         return self.grid[i] if self.flow else self.process.sigma_over_alpha(self.grid[i])
 
     def middle(self, i: int, choice: Choice) -> tuple[Tensor, Tensor]:
-        """Times ``[B]`` of step ``i``'s middle: the state's, and the one the network is told."""
+        """Times ``[B]`` of step ``i``'s middle: the state's, and the one the network is called with."""
         start, end = self.level(i), self.level(i + 1)
         if self.flow:
             level = start + choice.r * (end - start)
@@ -244,8 +244,8 @@ class Walk(Generic[Value]):
         return [1 + newer / r0, -newer / r0 + older / r1, -older / r1]
 
 
-def asked_range(process: Process) -> tuple[float, float]:
-    """Clock values the network may be asked at; an EDM network takes any level, as published."""
+def level_range(process: Process) -> tuple[float, float]:
+    """Clock values the network may be called at; an EDM network takes any level, as published."""
     if isinstance(process, EDM):
         return 0.0, math.inf
     ends = (process.t_min, process.t_max)

@@ -23,7 +23,9 @@ class Choice(NamedTuple):
 
     r: Tensor  # [B] in (0, 1): where the middle lies between this time and the next
     scale_dir: Tensor  # [B] c_n, factor of the direction that ends the step
-    scale_time: Tensor  # [B] a_n, factor of sigma / alpha the network is told in the middle
+    scale_time: (
+        Tensor  # [B] a_n, factor of the sigma / alpha the network is called with in the middle
+    )
 
 
 class AmedPredictor(Versioned, nn.Module):
@@ -35,7 +37,7 @@ class AmedPredictor(Versioned, nn.Module):
         features: length F of the bottleneck feature vector (the published 8x8 grid is 64).
         scale_dir: a >= 0, c_n lies in (1 - a, 1 + a); 0 leaves the head out and c_n = 1.
         scale_time: the same for a_n.
-        bottleneck: False puts zeros for the features, so that all samples are told the same.
+        bottleneck: False puts zeros for the features, so that all samples get the same numbers.
     """
 
     rates: Tensor

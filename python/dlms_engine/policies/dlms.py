@@ -32,7 +32,7 @@ class DesignerSettings:
         prediction: what a step combines and the ring stores.
         features: length of the bottleneck feature vector; 0 turns the input off.
         time_range: R, bound of the learned offset of the logit of the step fraction; 0 freezes times.
-        scale_range: rho, the network is asked at s * t with s in 1 +- rho; 0 freezes s = 1.
+        scale_range: rho, the network is called at s * t with s in 1 +- rho; 0 freezes s = 1.
         coordinate: steps are fractions of what remains of log t or of t.
         time_gain: factor of the head's outputs for times and scalings: as Adam moves every output
             at one rate, less than 1 lets the times move slower than the weights.

@@ -74,7 +74,7 @@ class Run:
     Args:
         store: what the history holds; None takes ``default_store``, or ``"data"`` where noise
             cannot be stored (an evaluation at alpha = 0).
-        network_times: decoupled times ``[*batch, steps + 1]`` the network is asked at; the last is
+        network_times: decoupled times ``[*batch, steps + 1]`` the network is called at; the last is
             not used. Coefficients stay those of ``grid``.
     """
 
@@ -91,19 +91,19 @@ class Run:
         self.process = process
         self.afs = afs_kind(afs)
         grid = check_grid(process, grid)
-        asked = grid if network_times is None else network_times.to(torch.float64)
-        if asked.shape[-1:] != grid.shape[-1:]:
+        called_at = grid if network_times is None else network_times.to(torch.float64)
+        if called_at.shape[-1:] != grid.shape[-1:]:
             raise ValueError(
-                f"network_times have shape {tuple(asked.shape)}, expected that of the grid, "
+                f"network_times have shape {tuple(called_at.shape)}, expected that of the grid, "
                 f"{tuple(grid.shape)}"
             )
-        batch = (grid[..., 0] + asked[..., 0]).shape
+        batch = (grid[..., 0] + called_at[..., 0]).shape
         self.grid = grid
         self.nodes = make_nodes(process, grid.expand(*batch, -1))
-        self.asked = asked.expand(*batch, -1).unbind(-1)
+        self.called_at = called_at.expand(*batch, -1).unbind(-1)
         self.steps = len(self.nodes) - 1
         if store is None:
-            blind = self.afs is None and self._blind(self.asked[0])
+            blind = self.afs is None and self._blind(self.called_at[0])
             store = "data" if blind else default_store
         self.trace = Trace(process, store, tuple(batch))
 
@@ -118,7 +118,7 @@ class Run:
         """The evaluation that opens step ``i``: analytical for i = 0 with AFS."""
         if i == 0 and self.afs is not None:
             return self.trace.analytic(x, self.nodes[0].t, self.afs)
-        return self.trace.evaluate(x, self.nodes[i].t, self.asked[i])
+        return self.trace.evaluate(x, self.nodes[i].t, self.called_at[i])
 
     def evaluate_at(self, x: Form, node: Node) -> TracedOutput:
         """An evaluation between grid times."""

@@ -27,7 +27,7 @@ class SolverTable(Versioned):
         process: the noise process the table was made for.
         a: ``[*batch, rows]``.
         b: ``[*batch, rows, depth]``; ``b[..., n, k]`` weighs m_{n-k}, 0 where n - k < 0.
-        times: ``[*batch, rows]``, the time the network is told at every evaluation.
+        times: ``[*batch, rows]``, the time the network is called with at every evaluation.
         t_start: ``[*batch]``, time of the state the sampler is given.
         t_end: ``[*batch]``, time of the state it returns.
         initial_scale: ``[*batch]``; x_0 = initial_scale * given state (not 1 with an analytical

@@ -130,7 +130,7 @@ class Trace:
     def evaluate(self, x: Form, t: Scalar, network_time: Scalar | None = None) -> TracedOutput:
         """One network evaluation at state ``x``.
 
-        ``t`` is the state's time; the network is asked, and predictions are converted, at
+        ``t`` is the state's time; the network is called, and predictions are converted, at
         ``network_time`` (default ``t``), as in LD3 (Tong et al. 2024, section 3.3).
         """
         n = len(self._times)

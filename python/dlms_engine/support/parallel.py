@@ -79,12 +79,6 @@ class World:
         if self.size > 1:
             dist.barrier()
 
-    def broadcast_(self, value: Tensor) -> Tensor:
-        """Copies rank 0's ``value`` to every rank, in place."""
-        if self.size > 1:
-            dist.broadcast(value, 0)
-        return value
-
 
 def rank_device(device: torch.device | str) -> torch.device:
     """``device``, and for "cuda" under ``torchrun`` the GPU of this rank, which becomes current.

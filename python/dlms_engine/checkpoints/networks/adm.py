@@ -86,8 +86,8 @@ class DhariwalUNet(Versioned, nn.Module):
         self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None
     ) -> Tensor:
         """``x`` ``[B, C, H, W]``, ``noise_labels`` ``[B]`` -> ``[B, out_channels, H, W]``."""
-        told = self.map_noise(noise_labels.to(self.map_layer0.weight.dtype))
-        embedding = self.map_layer1(silu(self.map_layer0(told)))
+        encoded = self.map_noise(noise_labels.to(self.map_layer0.weight.dtype))
+        embedding = self.map_layer1(silu(self.map_layer0(encoded)))
         if self.map_label is not None:
             labels = one_hot(class_labels, x.shape[0], self.label_dim).to(embedding)
             embedding = embedding + self.map_label(labels)

@@ -176,12 +176,12 @@ class UNetBlock(nn.Module):
         """``x`` ``[B, inputs, H, W]``, ``embedding`` ``[B, E]`` -> ``[B, outputs, H', W']``."""
         style = self.style
         h = self.conv0(silu(self.norm0(x)))
-        told = self.affine(embedding)[:, :, None, None].to(h)
+        projected = self.affine(embedding)[:, :, None, None].to(h)
         if style.adaptive_scale:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = projected.chunk(2, dim=1)
             h = silu(self.norm1(h) * (1 + scale) + shift)
         else:
-            h = silu(self.norm1(h + told))
+            h = silu(self.norm1(h + projected))
         h = self.conv1(F.dropout(h, style.dropout, self.training))
         x = (h + (x if self.skip is None else self.skip(x))) * style.skip_scale
         return (x + self._attend(x)) * style.skip_scale if self.heads else x

@@ -70,9 +70,9 @@ class _Trunk(Versioned, nn.Module):
 
     def embed(self, timesteps: Tensor) -> Tensor:
         """``[B]`` -> ``[B, E]``; sine and cosine in the times' own precision."""
-        told = time_embedding(timesteps, self.model_channels)
+        encoded = time_embedding(timesteps, self.model_channels)
         weights = next(self.time_embed.parameters())
-        embedded: Tensor = self.time_embed(told.to(weights.dtype))
+        embedded: Tensor = self.time_embed(encoded.to(weights.dtype))
         return embedded
 
 

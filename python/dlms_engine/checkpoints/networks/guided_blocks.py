@@ -106,8 +106,8 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             Norm32(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1)
         )
-        told = outputs * (2 if style.scale_shift else 1)
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(style.embedding, told))
+        width = outputs * (2 if style.scale_shift else 1)
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(style.embedding, width))
         last = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.out_layers = nn.Sequential(Norm32(outputs), nn.SiLU(), nn.Dropout(style.dropout), last)
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
@@ -119,13 +119,13 @@ class ResBlock(nn.Module):
         if self.resize is not None:
             h, x = self.resize(h), self.resize(x)
         h = conv(h)
-        told = self.emb_layers(embedding)[:, :, None, None]
+        projected = self.emb_layers(embedding)[:, :, None, None]
         norm, *rest = self.out_layers
         if self.scale_shift:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = projected.chunk(2, dim=1)
             h = norm(h) * (1 + scale) + shift
         else:
-            h = norm(h + told)
+            h = norm(h + projected)
         for layer in rest:
             h = layer(h)
         return cast(Tensor, self.skip_connection(x) + h)

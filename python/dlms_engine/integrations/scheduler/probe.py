@@ -122,33 +122,7 @@ class ProbeLoop:
             # half-precision pipelines hand over rounded times; ours are not rounded
             if abs(given - timestep * scale) <= 1e-2 * abs(timestep * scale):
                 return scale
-        raise NotPlain(f"the network is told {given}, the scheduler said {timestep}")
-
-    def guidance_of(self, output: Tensor, sample: Tensor) -> float | None:
-        """Guidance scale with which the probe was mixed; None for no guidance. Reads two values.
-
-        Raises:
-            NotPlain: any other mixture.
-        """
-        assert self.call is not None
-        asked = first_argument(*self.call)
-        branches = asked.shape[0] // sample.shape[0]
-        if output.shape != sample.shape or branches not in (1, 2):
-            raise NotPlain(
-                f"model_output is {tuple(output.shape)} for latents {tuple(sample.shape)}"
-            )
-        low, high = (float(v) for v in output.aminmax())
-        if branches == 1:
-            if {low, high} <= set(VALUES):
-                return None
-            raise NotPlain("the network's output is changed before the scheduler's step")
-        if high - low > 1e-6:
-            raise NotPlain("guidance is not the same over the batch")
-        measured = (low - VALUES[0]) / (VALUES[1] - VALUES[0])
-        said = self.guidance
-        # in half precision the measured one is rounded
-        near = said is not None and abs(measured - said) <= 1e-2 * max(abs(said), 1.0)
-        return said if near else measured
+        raise NotPlain(f"the network is called with {given}, the scheduler said {timestep}")
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

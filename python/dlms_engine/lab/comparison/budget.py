@@ -34,7 +34,7 @@ def counted(network: Any, advance: Callable[[int], None] | None = None) -> Itera
     """Counts the calls of ``network`` inside the block.
 
     Args:
-        advance: told the calls as they are made.
+        advance: called with the number of network calls as they are made.
 
     Raises:
         TypeError: not a module: a plain callable offers no place to count at.
@@ -66,7 +66,7 @@ def affordable(
     """Trajectories, a multiple of ``batch``, whose training costs about ``budget`` calls.
 
     Args:
-        cost: trajectories -> network calls; asked twice, at ``probes`` batches, and taken for a
+        cost: trajectories -> network calls; called twice, at ``probes`` batches, and taken for a
             straight line (validation and set-up are its intercept).
 
     Raises:

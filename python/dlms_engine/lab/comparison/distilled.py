@@ -52,7 +52,7 @@ class Workshop:
 
     Attributes:
         budget: network calls, forward and backward, a contestant may spend.
-        advance: told the calls as they are made.
+        advance: called with the number of network calls as they are made.
         conditions: the network's keyword arguments, ``learners.start.Conditions``.
     """
 

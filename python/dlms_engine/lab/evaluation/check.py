@@ -1,4 +1,4 @@
-"""Is a denoiser wrapped rightly? Told by how the network behaves, and what it probably is if not."""
+"""Whether a denoiser is wrapped rightly, by how its network behaves; if not, what it probably is."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Measurer:
         batch: samples per run.
         conditions: keyword arguments of the network, ``learners.start.Conditions``; a sample's number
             is its seed.
-        advance: told the network evaluations (per sample) that were done or found done.
+        advance: called with the network evaluations (per sample) done, or found done in the store.
         world: ranks that share the work; None for the current ones.
 
     Ranks take whole batches, and what the batches give is added in their order: every figure has the

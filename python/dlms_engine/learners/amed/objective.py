@@ -18,7 +18,7 @@ from ...engine.rollout import rollout
 from ...engine.sampler import Sampler
 from ...models.denoiser import Denoiser, per_sample
 from ...policies.amed import AmedPolicy
-from ...policies.amed_formulas import Walk, asked_range
+from ...policies.amed_formulas import Walk, level_range
 from ...policies.amed_predictor import AmedPredictor, Choice
 from ...policies.static_table import mean_decisions
 from ...solvers import SOLVERS
@@ -54,7 +54,7 @@ class Amed:
         self.grid, fine = settings.grids(process)
         self._start = float(process.sigma(self.grid[0]))
         self._here = self.grid.to(denoiser.device)
-        self._asked = asked_range(process)
+        self._asked = level_range(process)
         self._teacher = settings.teacher_table(process, fine)
         size = feature_size(denoiser, shape, self.grid[0], cond) if settings.bottleneck else 64
         with torch.random.fork_rng(devices=[]):

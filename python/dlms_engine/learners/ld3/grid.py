@@ -18,7 +18,7 @@ Coordinate = Literal["lambda", "time"]
 
 
 class GridTimes(NamedTuple):
-    """float64 ``[N + 1]``, decreasing grid and the times the network is told."""
+    """float64 ``[N + 1]``, decreasing grid and the times the network is called with."""
 
     grid: Tensor
     network: Tensor

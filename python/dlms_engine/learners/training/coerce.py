@@ -16,11 +16,11 @@ def coerce(name: str, value: Any, hint: Any) -> Any:
     """``value`` as ``hint`` asks, where text or a list says it in another form.
 
     Text becomes a number (``"1e-3"``), a truth value (``"off"``), None (``"none"``) or a tuple
-    (``"0.5,1"``, and lists); a whole float becomes an int where one is asked. What is no number,
+    (``"0.5,1"``, and lists); a whole float becomes an int where one is expected. What is no number,
     truth value or tuple at all (names, tables, tensors) is handed on as it is: its class checks it.
 
     Raises:
-        ValueError: a number, truth value or tuple is asked and this is none.
+        ValueError: a number, truth value or tuple is expected and this is none.
     """
     try:
         return _convert(value, hint)

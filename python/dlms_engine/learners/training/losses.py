@@ -51,7 +51,7 @@ def last_step_distance(
 def bottleneck_features(denoiser: Denoiser, sigma: float) -> Callable[[Tensor], Tensor]:
     """``[B, ...]`` finished samples -> ``[B, F]``, the bottleneck at noise level ``sigma``.
 
-    No noise is added: the network is asked at a time whose sigma / alpha is ``sigma``, where its
+    No noise is added: the network is called at a time whose sigma / alpha is ``sigma``, where its
     features respond to structure and not to single pixels.
     """
     level = denoiser.process.inverse_sigma(torch.tensor(sigma, dtype=torch.float64, device="cpu"))

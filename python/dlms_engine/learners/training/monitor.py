@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Monitor(Protocol):
-    """Told the numbers of every update."""
+    """Receives the numbers of every update."""
 
     def log(self, update: int, numbers: Mapping[str, Any]) -> None:
         """``numbers``: scalars, lists of them, or mappings of these."""
