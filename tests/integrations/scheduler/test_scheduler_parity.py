@@ -270,3 +270,31 @@ def test_inverted_flows_step_towards_one() -> None:
     torch.testing.assert_close(own.sigmas, reference.sigmas, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(own.timesteps, reference.timesteps, rtol=1e-6, atol=1e-3)
     assert (ends[0] - ends[1]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("spacing", [None, "leading"])
+def test_what_a_pipeline_changed_on_its_scheduler_counts(spacing: str | None) -> None:
+    """Stable Diffusion sets steps_offset and clip_sample; both stayed listed as defaults, and were lost."""
+    pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
+    import tiny_pipelines as tiny
+
+    given = {} if spacing is None else {"timestep_spacing": spacing}
+    sources = {
+        "ddim": diffusers.DDIMScheduler(beta_schedule="scaled_linear", **given),
+        "unipc": diffusers.UniPCMultistepScheduler(beta_schedule="scaled_linear", **given),
+        "dpm_solver_pp": diffusers.DPMSolverMultistepScheduler(**given),
+    }
+    for solver, source in sources.items():
+        parts = {**tiny.sd().components, "scheduler": source}
+        pipe = diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False)
+        assert pipe.scheduler.config.steps_offset == 1
+        own = DLMSScheduler.from_config(pipe.scheduler.config, solver=solver)
+        ends = []
+        for scheduler in (pipe.scheduler, own):
+            scheduler.set_timesteps(4)
+            x = start()
+            for t in scheduler.timesteps:
+                x = scheduler.step(torch.sin(x), t, x, return_dict=False)[0]
+            ends.append(x)
+        assert own.timesteps.tolist() == pipe.scheduler.timesteps.tolist()
+        assert (ends[0] - ends[1]).abs().max() < TOLERANCE * ends[0].abs().max()

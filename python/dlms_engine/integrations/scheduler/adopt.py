@@ -65,6 +65,9 @@ READ_CLASSES = (
     "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler",
     "UniPCMultistepScheduler",
 )  # fmt: skip
+_OWN_CLASS = {
+    "ddim": "DDIM", "unipc": "UniPC", "dpm_solver_pp": "DPMSolverMultistep", "deis": "DEIS",
+}  # fmt: skip
 _BETAS = {
     "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
 }  # fmt: skip
@@ -92,8 +95,8 @@ def adopt(config: Mapping[str, Any], solver: str | None = None) -> dict[str, Any
     Raises:
         ValueError: a class, key or value whose meaning is not known.
     """
-    defaults = set(config.get("_use_default_values", ()))
     name = class_of(config)
+    defaults = _defaults(config, name, solver)
     _check(config, defaults, name)
     adopted = {k: config[k] for k in MODEL_KEYS if k in config}
     explicit = {k: config[k] for k in GRID_KEYS if k in config and k not in defaults}
@@ -113,6 +116,29 @@ def adopt(config: Mapping[str, Any], solver: str | None = None) -> dict[str, Any
     adopted |= explicit | _solver_options(config, defaults, solver)
     adopted.pop("use_flow_sigmas", None)  # FLUX pipelines drop the caller's sigmas where it is set
     return adopted
+
+
+def _defaults(config: Mapping[str, Any], name: str | None, solver: str | None) -> set[str]:
+    """Keys that were left to their defaults.
+
+    Stable Diffusion's pipelines change ``steps_offset`` and ``clip_sample`` of a scheduler they are
+    given, which stay listed as defaults: where the class is the solver's own, its values count.
+    """
+    listed = set(config.get("_use_default_values", ()))
+    if not name or not name.startswith(_OWN_CLASS.get(solver or "", "?")):
+        return listed
+    parameters = _parameters(name)
+    return {k for k in listed if k not in parameters or config.get(k) == parameters[k]}
+
+
+@functools.cache
+def _parameters(name: str) -> dict[str, Any]:
+    """Constructor arguments of a scheduler of diffusers and their defaults."""
+    import diffusers
+
+    cls = getattr(diffusers, name, None)
+    found = inspect.signature(cls).parameters if isinstance(cls, type) else {}
+    return {key: parameter.default for key, parameter in found.items()}
 
 
 # -- kinds of noise models -----------------------------------------------------------------------
@@ -239,7 +265,7 @@ def _check(config: Mapping[str, Any], defaults: set[str], name: str | None) -> N
         )
     if config.get("use_flow_sigmas"):
         kind = config.get("prediction_type")
-        if kind not in ("flow_prediction", "sample", None) and "prediction_type" not in defaults:
+        if kind not in ("flow_prediction", "sample", None):
             raise ValueError(
                 f"prediction_type is {kind!r} together with use_flow_sigmas, supported are "
                 "'flow_prediction' and 'sample'"
