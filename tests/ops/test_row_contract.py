@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from dlms_engine import ops
 from dlms_engine.ops import backends, layout, reference, schema
