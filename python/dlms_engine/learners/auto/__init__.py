@@ -8,10 +8,12 @@ never worse than the best handcrafted solver, whatever the model and however sho
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 from ...models.denoiser import Denoiser
-from ...policies.corrector import CorrectedPolicy
+from ...policies.corrector import CorrectedPolicy, Corrector, read_corrector
 from ...policies.distilled import DistilledSolver
 from ...solvers.table import SolverTable
 from ..entry import LearnerEntry
@@ -24,6 +26,7 @@ from .choose import AutoStage, choose_stage, measure_stages
 from .correct import fit_corrector
 from .every_row import fit_every_row
 from .gauss_newton import SEARCHED, GaussNewton, Targets
+from .progress import Progress
 from .report import report_lines, report_of, write_report
 from .settings import AutoSettings
 from .table import GeneralTable
@@ -48,6 +51,13 @@ class Auto:
         self.budget = Budget(parse_budget(settings.budget), problem)
         self.stages: list[AutoStage] = []
         self.history: list[dict[str, Any]] = []
+        fingerprint = {
+            "method": "auto", **plain(settings), "seed": options.seed,
+            "shape": list(problem.shape), **options.identity,
+        }  # fmt: skip
+        self.progress = Progress(
+            options.checkpoint, fingerprint, self.budget, resume=options.resume
+        )
 
     def say(self, line: str) -> None:
         if self.options.progress:
@@ -56,12 +66,18 @@ class Auto:
     def run(self) -> DistilledSolver:
         """All stages that the budget allows, and the choice among them."""
         start, exact = self.start()
+        targets = Targets(exact)
         try:
-            table, targets = self.table(start, exact)
+            table = self.table(start, targets)
             self.corrector(table, targets)
         except KeyboardInterrupt:
-            self.say("interrupted: choosing among what there is (interrupt again to give up)")
+            self.interrupted()
         return self.chosen(start, exact)
+
+    def interrupted(self) -> None:
+        """Nothing new is begun."""
+        self.budget.interrupted = True
+        self.say("interrupted: choosing among what there is (interrupt again to give up)")
 
     def start(self) -> tuple[Start, ExactSolution]:
         effort = None if self.settings.effort == "auto" else self.settings.effort
@@ -78,11 +94,13 @@ class Auto:
             )
         # learned errors are smaller than those of the start, and measured by the same solution
         exact.prove(start.ranking[0].rmse / 3)
+        self.progress.align("start")
         self._stage("base", start.best.table)
+        if self.progress.found is None:
+            self.progress.keep("start", {})
         return start, exact
 
-    def table(self, start: Start, exact: ExactSolution) -> tuple[SolverTable, Targets]:
-        targets = Targets(exact)
+    def table(self, start: Start, targets: Targets) -> SolverTable:
         fits = [
             GaussNewton(
                 self.problem,
@@ -92,59 +110,127 @@ class Auto:
             )
             for base in bases(start, self.settings.base == "best")
         ]
-        began = self.budget.share()
+        progress = self.progress
+        trial = fits[0].cost() * TRIAL * fits[0].first_samples
+        if progress.reached("trial 1"):
+            fits = fits[: len(progress.standing.fits)]
+        elif len(fits) > 1 and self.budget.left_until(TABLE_SHARE) < 4 * trial:
+            fits = fits[:1]  # too little to compare two on
+        if progress.reached("trial 1"):
+            self.say(f"resumed at {progress.standing.phase!r}")
+            targets(progress.standing.targets)
+            for number, state in enumerate(progress.standing.fits):
+                fits[number].restore(progress.tensors[f"fit{number}"].double(), state)
+        try:
+            fit = self._fit(fits, targets)
+        except KeyboardInterrupt:
+            self.interrupted()
+            fit = max(fits, key=lambda each: each.done)
+        table = fit.form.table(fit.parameters)
+        assert table is not None
+        self.history += fit.history
+        if fit.history:
+            self._stage("table", table)
+        return table
+
+    def _fit(self, fits: list[GaussNewton], targets: Targets) -> GaussNewton:
+        """A few iterations of each, the rest of the better one."""
+        progress, better = self.progress, 0
+        progress.align("trial 1")
+        if not progress.reached("trial 1"):
+            progress.standing.began = self.budget.share()
+        began = progress.standing.began
         for number, fit in enumerate(fits, 1):
             self.say(
                 f"table: {fit.form.size} parameters from {fit.form.base.label}, {fit.cost()} "
                 "evaluations a sample and iteration"
             )
             if len(fits) > 1:
+                progress.align(f"trial {number}")
                 until = began + max(0.0, TABLE_SHARE - began) * number / 4
-                fit.fit(self.budget, until, iterations=TRIAL, say=self.say)
-        fit = fits[0] if len(fits) == 1 else self._better(fits)
-        parameters = fit.fit(self.budget, TABLE_SHARE, say=self.say)
-        form = fit.form
-        self.history += fit.history
-        table = form.table(parameters)
-        assert table is not None
-        if fit.history:
-            self._stage("table", table)
-        return table, targets
+                keep = self._keeper(f"trial {number}", fits, targets)
+                fit.fit(self.budget, until, iterations=TRIAL, say=self.say, after=keep)
+        if progress.reached("fit"):
+            better = progress.standing.better
+        elif len(fits) > 1:
+            better = self._better(fits)
+        progress.align("fit")
+        keep = self._keeper("fit", fits, targets, better)
+        fits[better].fit(self.budget, TABLE_SHARE, say=self.say, after=keep)
+        return fits[better]
 
-    def _better(self, fits: list[GaussNewton]) -> GaussNewton:
-        """The fit with the smaller error on the training samples there are."""
+    def _keeper(
+        self, phase: str, fits: list[GaussNewton], targets: Targets, better: int = 0
+    ) -> Callable[[], None]:
+        def keep() -> None:
+            tensors = {f"fit{number}": fit.parameters for number, fit in enumerate(fits)}
+            states = [fit.state() for fit in fits]
+            self.progress.keep(phase, tensors, fits=states, targets=targets.count, better=better)
+
+        return keep
+
+    def _better(self, fits: list[GaussNewton]) -> int:
+        """Number of the fit with the smaller error on the training samples there are."""
         tables = [fit.form.table(fit.parameters) for fit in fits]
         count = min(SEARCHED, max(1, fits[0].targets.count))
         errors = fits[0].errors([table for table in tables if table is not None], count)
-        return fits[min(range(len(fits)), key=errors.__getitem__)]
+        return min(range(len(fits)), key=errors.__getitem__)
 
     def corrector(self, table: SolverTable, targets: Targets) -> None:
         if not self.settings.corrector:
             return
-        found = fit_corrector(
-            self.problem, table, targets, self.budget, CORRECTOR_SHARE,
-            features=self.settings.feature_phase, most=self.settings.samples, say=self.say,
-        )  # fmt: skip
+        found = self._one_corrector(table, targets)
         if found is None:
             return
         corrector, numbers = found
         self.history.append(numbers)
         self._stage("corrector", CorrectedPolicy(table, corrector))
         target = targets(int(numbers["samples"]))
+        self.progress.align("corrector")
         every = fit_every_row(
-            self.problem, table, corrector, target, self.budget, ROWS_SHARE, say=self.say
-        )
+            self.problem, table, corrector, target, self.budget, ROWS_SHARE,
+            say=self.say, interrupted=self.interrupted,
+        )  # fmt: skip
         if every is not None:
             policy, numbers = every
             self.history.append(numbers)
             self._stage("correctors", policy)
 
+    def _one_corrector(
+        self, table: SolverTable, targets: Targets
+    ) -> tuple[Corrector, dict[str, float]] | None:
+        """The last row's, trained or read back."""
+        if self.progress.reached("corrector"):
+            state = self.progress.standing.corrector
+            tensors = {
+                name.removeprefix("corrector."): value
+                for name, value in self.progress.tensors.items()
+                if name.startswith("corrector.")
+            }
+            self.progress.align("corrector")
+            corrector = read_corrector(tensors, state["settings"]).to(self.problem.device)
+            return corrector, state["numbers"]
+        found = fit_corrector(
+            self.problem, table, targets, self.budget, CORRECTOR_SHARE,
+            features=self.settings.feature_phase, most=self.settings.samples, say=self.say,
+        )  # fmt: skip
+        if found is not None and not self.budget.interrupted:
+            corrector, numbers = found
+            self.progress.keep(
+                "corrector",
+                {f"corrector.{key}": value for key, value in corrector.state_dict().items()},
+                corrector={"settings": asdict(corrector.settings), "numbers": numbers},
+                targets=targets.count,
+            )
+        return found
+
     def _stage(self, name: str, policy: SolverTable | CorrectedPolicy) -> None:
-        calls = sum(stage.calls for stage in self.stages)
-        seconds = sum(stage.seconds for stage in self.stages)
-        self.stages.append(
-            AutoStage(name, policy, self.budget.calls - calls, self.budget.seconds - seconds)
-        )
+        spent = self.progress.standing.stages
+        if name not in spent:
+            calls = sum(stage.calls for stage in self.stages)
+            seconds = sum(stage.seconds for stage in self.stages)
+            spent[name] = [self.budget.calls - calls, self.budget.seconds - seconds]
+        self.stages.append(AutoStage(name, policy, int(spent[name][0]), spent[name][1]))
 
     def chosen(self, start: Start, exact: ExactSolution) -> DistilledSolver:
         each = exact.table().nfe + len(self.stages) * (self.settings.nfe + 1)
@@ -153,6 +239,10 @@ class Auto:
             samples //= 2
         measure_stages(self.problem, exact, self.stages, samples)
         assert exact.proof is not None
+        smallest = min(float(stage.squares.mean()) ** 0.5 for stage in self.stages)
+        steps = exact.proof.steps
+        if self.budget.share() < 1 and exact.prove(smallest).steps != steps:
+            measure_stages(self.problem, exact, self.stages, samples)
         best = choose_stage(self.stages, exact.proof.disagreement)
         report = report_of(start, exact, self.stages, best, self.budget)
         for line in report_lines(report):

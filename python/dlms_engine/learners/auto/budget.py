@@ -46,6 +46,12 @@ class Budget:
     def __init__(self, limit: Limit, problem: SamplingProblem) -> None:
         self.limit, self.problem = limit, problem
         self._started, self._first = time.perf_counter(), problem.calls
+        self.interrupted = False
+
+    def set(self, calls: int, seconds: float) -> None:
+        """Goes on counting from ``calls`` and ``seconds``."""
+        self.problem.calls = self._first + calls
+        self._started = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:
@@ -56,7 +62,9 @@ class Budget:
         return self.problem.calls - self._first
 
     def share(self) -> float:
-        """What has been used, 0 to 1 and above."""
+        """What has been used, 0 to 1 and above; all of it after an interrupt."""
+        if self.interrupted:
+            return math.inf
         return max(self.seconds / self.limit.seconds, self.calls / self.limit.calls)
 
     def left(self) -> float:

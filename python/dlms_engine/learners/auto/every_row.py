@@ -31,7 +31,7 @@ BATCH_NUMBERS = 1024
 """Numbers of a batch, within these bounds: small batches get further with as many evaluations."""
 BACKWARD = 2
 """Evaluations that the backward pass of one counts as."""
-LEAST_UPDATES, MOST_UPDATES = 30, 6000
+LEAST_UPDATES, WANTED_UPDATES, MOST_UPDATES = 30, 300, 6000
 CHECKS = 12
 """How often the averaged parameters are measured on the samples kept apart."""
 MOST_HELD = 128
@@ -72,6 +72,7 @@ def fit_every_row(
     share: float,
     *,
     say: Callable[[str], None] = lambda line: None,
+    interrupted: Callable[[], None] | None = None,
 ) -> tuple[CorrectedPolicy, dict[str, float]] | None:
     """Trained correctors of all rows and their table; None where the phase is left out.
 
@@ -79,17 +80,20 @@ def fit_every_row(
         last: corrector of the last row, trained; it is not changed.
         target: exact ends of the samples 0 .. len(target) - 1; the last of them choose.
         share: of the budget that may be used when it is done.
+        interrupted: called at Ctrl-C, which then ends the training and keeps its best; None raises.
     """
     if table.nfe < 2 or not gives_gradients(problem):
         if table.nfe > 1:
             say("no correctors of earlier rows: the network gives no gradients")
         return None
-    each = (1 + BACKWARD) * table.nfe * batch_for(problem.shape)
+    each = (1 + BACKWARD) * table.nfe
     settings = widths_for(problem.shape, table.nfe, table.depth, last.settings)
-    if settings is None or budget.left_until(share) < LEAST_UPDATES * each:
+    left = min(budget.left_until(share), 1e12)
+    if settings is None or left < LEAST_UPDATES * LEAST_BATCH * each:
         return None
     say(f"correctors of all {table.nfe} rows, trained through the network")
     run = EveryRow(problem, table, last, settings, target)
+    run.batch = max(LEAST_BATCH, min(run.batch, int(left / (WANTED_UPDATES * each))))
     began = budget.share()
 
     def progress() -> float:
@@ -97,6 +101,11 @@ def fit_every_row(
 
     try:
         run.train(progress)
+    except KeyboardInterrupt:
+        if interrupted is None:
+            raise
+        interrupted()
+        run.keep_if_better()
     except RuntimeError as error:  # no memory for the pass, an operation without a derivative
         _log.warning("correctors of earlier rows: stopped after %d updates: %s", run.done, error)
     say(f"  RMSE {run.first:.5f} -> {run.best:.5f} on samples not fitted, {run.done} updates")
@@ -221,7 +230,7 @@ class EveryRow:
             done = max(progress(), self.done / MOST_UPDATES)
             if done - checked >= 1 / CHECKS or done >= 1:
                 checked = done
-                self._keep_if_better()
+                self.keep_if_better()
 
     def _update(self, optimiser: torch.optim.Optimizer, numbers: range, scale: float) -> None:
         with torch.enable_grad():
@@ -239,7 +248,8 @@ class EveryRow:
             for average, parameter in zip(self.averaged, self.trained, strict=True):
                 average.lerp_(parameter, 1 - weight)
 
-    def _keep_if_better(self) -> None:
+    def keep_if_better(self) -> None:
+        """Measures the averaged parameters on the samples kept apart."""
         present = self._copy()
         self._load(self.averaged)
         error = self._held_error()

@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ DAMPINGS = (1e-2, 1e-1, 1.0, 1e1)
 """Tried around the present damping, on the same samples."""
 SEARCHED = 64
 """Samples that dampings are compared on."""
+LEAST_RESIDUALS = 20
+"""A parameter, at least: nine images of 8x8 for fifty parameters fit their own noise."""
 LEAST_GAIN = 0.01
 """Relative fall of the error below which an iteration counts as idle."""
 
@@ -107,8 +110,11 @@ class GaussNewton:
     ) -> None:
         self.problem, self.form, self.targets = problem, form, targets
         self.most = samples_for(form.size, math.prod(problem.shape)) if most is None else most
+        self.least = max(4, math.ceil(LEAST_RESIDUALS * form.size / math.prod(problem.shape)))
+        self.most = max(self.most, self.least) if most is None else self.most
+        self.least = min(self.least, self.most)
         self.damping = 1e-1
-        self._used = 0
+        self._used = self._idle = 0
         self.parameters = form.zero()
         self.done = 0  # iterations
         self.history: list[dict[str, float]] = []
@@ -120,38 +126,61 @@ class GaussNewton:
         *,
         iterations: int = 14,
         say: Callable[[str], None] = lambda line: None,
+        after: Callable[[], None] = lambda: None,
     ) -> Tensor:
         """Goes on until ``iterations`` are done or ``share`` of the budget is used.
+
+        Args:
+            after: called after every iteration.
 
         Returns:
             the parameters, also kept in ``parameters``.
         """
         most = self.most
-        idle = 0
-        while self.done < iterations:
+        while self.done < iterations and not (self._idle >= 2 and self._used >= most):
             count = self._samples(self.done, most, budget, share)
             if count == 0 or budget.share() >= share:
                 say(f"  stopped by the budget after {self.done} iterations")
                 break
-            before, after, self.parameters = self._iterate(self.parameters, count)
+            before, reached, self.parameters = self._iterate(self.parameters, count)
             self.done += 1
-            self.history.append({"samples": count, "rmse_before": before, "rmse": after})
-            say(f"  iteration {self.done}: {count} samples, RMSE {before:.5f} -> {after:.5f}")
-            idle = idle + 1 if after > before * (1 - LEAST_GAIN) else 0
-            if idle >= 2 and count >= most:
-                break
+            self.history.append({"samples": count, "rmse_before": before, "rmse": reached})
+            say(f"  iteration {self.done}: {count} samples, RMSE {before:.5f} -> {reached:.5f}")
+            self._idle = self._idle + 1 if reached > before * (1 - LEAST_GAIN) else 0
+            after()
         return self.parameters
+
+    def state(self) -> dict[str, Any]:
+        """JSON values that with ``parameters`` make this fit go on."""
+        return {
+            "damping": self.damping,
+            "used": self._used,
+            "idle": self._idle,
+            "done": self.done,
+            "history": self.history,
+        }
+
+    def restore(self, parameters: Tensor, state: dict[str, Any]) -> None:
+        """Inverse of ``state``."""
+        self.parameters, self.damping, self.done = parameters, state["damping"], state["done"]
+        self._used, self._idle = state["used"], state["idle"]
+        self.history = list(state["history"])
+
+    @property
+    def first_samples(self) -> int:
+        """Of the first iteration."""
+        return min(self.most, max(16, self.most // 4))
 
     def _samples(self, iteration: int, most: int, budget: Budget, share: float) -> int:
         """Few at first, when any step helps; what the budget allows in the end."""
-        wanted = min(most, max(16, most // 4) * 2 ** (iteration // 2))
-        least = max(4, self._used // 2)  # fewer than before would fit their noise
+        wanted = min(most, max(self.least, self.first_samples * 2 ** (iteration // 2)))
+        least = max(self.least, self._used // 2)  # fewer than before would fit their noise
         have = self.targets.count
         cost = self.cost()
         left = budget.left_until(share)
         fresh = self.targets.cost
         while wanted > least and cost * wanted + fresh * max(0, wanted - have) > left:
-            wanted //= 2
+            wanted = max(least, wanted // 2)
         affordable = cost * wanted + fresh * max(0, wanted - have) <= left
         self._used = wanted if affordable else 0
         return self._used
