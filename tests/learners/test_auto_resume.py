@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dlms_engine import distill
 from dlms_engine.learners import auto
 from dlms_engine.learners.auto import every_row, gauss_newton
-from dlms_engine.learners.auto.progress import Progress
+from dlms_engine.learners.auto.progress import RunCheckpoint
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.distilled import DistilledSolver
 from dlms_engine.processes import RectifiedFlow
@@ -35,16 +35,16 @@ def run(path: Path, **changes: Any) -> DistilledSolver:
 
 
 def killed_after(phase: str, count: int, patch: pytest.MonkeyPatch, path: Path) -> None:
-    keep, seen = Progress.keep, []
+    keep, seen = RunCheckpoint.keep, []
 
-    def keep_and_die(self: Progress, at: str, *args: Any, **kwargs: Any) -> None:
+    def keep_and_die(self: RunCheckpoint, at: str, *args: Any, **kwargs: Any) -> None:
         keep(self, at, *args, **kwargs)
         seen.append(at)
         if seen.count(phase) == count:
             raise Killed
 
     with patch.context() as p, pytest.raises(Killed):
-        p.setattr(Progress, "keep", keep_and_die)
+        p.setattr(RunCheckpoint, "keep", keep_and_die)
         run(path)
 
 

@@ -26,7 +26,7 @@ from .choose import AutoStage, choose_stage, measure_stages
 from .correct import fit_corrector
 from .every_row import fit_every_row
 from .gauss_newton import SEARCHED, GaussNewton, Targets
-from .progress import Progress
+from .progress import RunCheckpoint
 from .report import report_lines, report_of, write_report
 from .settings import AutoSettings
 from .table import GeneralTable
@@ -55,7 +55,7 @@ class Auto:
             "method": "auto", **plain(settings), "seed": options.seed,
             "shape": list(problem.shape), **options.identity,
         }  # fmt: skip
-        self.progress = Progress(
+        self.progress = RunCheckpoint(
             options.checkpoint, fingerprint, self.budget, resume=options.resume
         )
 

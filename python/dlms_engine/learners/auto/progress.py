@@ -46,7 +46,7 @@ class Standing:
     stages: dict[str, list[float]] = field(default_factory=dict)
 
 
-class Progress:
+class RunCheckpoint:
     """Writes and reads the checkpoint of one run.
 
     Attributes:
