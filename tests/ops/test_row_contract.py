@@ -111,8 +111,10 @@ def test_compiles_whole_and_once():
         ops.fused_row_(network_input, None, x, ring, rows[1], network_input)
         return ops.fused_row(f, None, x, ring, rows[1])
 
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(two_rows, fullgraph=True, backend=counter)
     for seed in range(3):
         f, _, x, ring, row = make_case(2, False, False, torch.float32, shape=(2, 8))

@@ -5,62 +5,44 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
-import threading
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..processes import EDM, Process, RectifiedFlow
+from ..processes import Process
 from ..processes.base import as_level
 from ..support.versioned import Versioned
+from .preconditioning import (
+    BLIND_AT_NOISE,
+    PREDICTIONS,
+    TIME_INPUTS,
+    NetworkPrediction,
+    Preconditioning,
+    TimeInput,
+    check_positive,
+    coefficients,
+    time_function,
+    usual_prediction,
+)
+from .tap import FeatureTap, Owner, find_module, first_parameter, unwrap
 
-NetworkPrediction = Literal["data", "noise", "velocity", "flow", "reverse_flow", "edm"]
-PREDICTIONS = ("data", "noise", "velocity", "flow", "reverse_flow", "edm")
-BLIND_AT_NOISE = ("noise", "edm")
-"""Predictions that say nothing about the data where alpha = 0."""
-TimeInput = Callable[[Tensor], Tensor] | Literal["t", "reversed", "sigma", "log_sigma"]
-TIME_INPUTS = ("t", "reversed", "sigma", "log_sigma")
-
-
-class Preconditioning(NamedTuple):
-    """float64 coefficients, each shaped like the times they were asked for.
-
-    quantity = c_skip * x + c_out * network(c_in * x, c_noise)
-    """
-
-    c_skip: Tensor
-    c_out: Tensor
-    c_in: Tensor
-    c_noise: Tensor
-
-
-class FeatureTap:
-    """Forward hook that keeps a module's output, one for each thread; copies start empty."""
-
-    def __init__(self) -> None:
-        self._held = threading.local()
-
-    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        self._held.value = value
-
-    @property
-    def value(self) -> Tensor | None:
-        """Output of this thread's last call."""
-        return getattr(self._held, "value", None)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._held = threading.local()
-
-
-class Owner:
-    """Dies with the last Denoiser that shares a hook; shallow copies of a Denoiser share it."""
+__all__ = [
+    "BLIND_AT_NOISE",
+    "PREDICTIONS",
+    "TIME_INPUTS",
+    "Denoiser",
+    "NetworkPrediction",
+    "Preconditioning",
+    "TimeInput",
+    "find_module",
+    "per_sample",
+    "quantile",
+    "unwrap",
+    "usual_prediction",
+]
 
 
 class Denoiser(Versioned, nn.Module):
@@ -112,7 +94,7 @@ class Denoiser(Versioned, nn.Module):
         prediction = usual_prediction(process) if prediction is None else prediction
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {prediction!r}, expected one of {PREDICTIONS}")
-        _positive("sigma_data", sigma_data)
+        check_positive("sigma_data", sigma_data)
         if guidance_scale is not None and not (
             isinstance(guidance_scale, numbers.Real) and math.isfinite(guidance_scale)
         ):
@@ -134,7 +116,7 @@ class Denoiser(Versioned, nn.Module):
         self.unconditional = dict(unconditional or {})
         self.dynamic_thresholding = dynamic_thresholding
         self._moved: dict[Any, tuple[Tensor, int, Tensor]] = {}
-        self._time_input = _time_function(process, time_input, time_scale)
+        self._time_input = time_function(process, time_input, time_scale)
         self._tap = FeatureTap()
         self.features = features
         self._owner = Owner()
@@ -182,7 +164,7 @@ class Denoiser(Versioned, nn.Module):
         """Dtype of the network's parameters, None for a network without any."""
         if not isinstance(self.network, nn.Module):
             return None
-        parameter = _first_parameter(self.network)
+        parameter = first_parameter(self.network)
         return None if parameter is None else parameter.dtype
 
     def _noise_level(self, t: Tensor) -> Tensor:
@@ -198,38 +180,14 @@ class Denoiser(Versioned, nn.Module):
     def preconditioning(
         self, t: Tensor, prediction: Literal["data", "noise"] = "data"
     ) -> Preconditioning:
-        """Coefficients at times ``t`` (any shape, float64) for the ring quantity asked for.
-
-        Written out per case, without the cancellation of going through the data prediction.
-        """
+        """Coefficients at times ``t`` (any shape, float64) for the ring quantity asked for."""
         t = t.to(torch.float64)
         alpha, sigma = self.process.alpha(t), self.process.sigma(t)
         if self.prediction in BLIND_AT_NOISE:
             self._refuse_blind(alpha)
-        one, zero = torch.ones_like(alpha), torch.zeros_like(alpha)
-        c_in = one
-        if self.prediction == "edm":
-            var = (sigma / alpha) ** 2 + self.sigma_data**2
-            c_in = var.rsqrt() / alpha
-            if prediction == "data":
-                c_skip = self.sigma_data**2 / var / alpha
-                c_out = sigma / alpha * self.sigma_data * var.rsqrt()
-            else:
-                c_skip = sigma / (alpha**2 * var)
-                c_out = -self.sigma_data * var.rsqrt()
-        elif self.prediction == "data":
-            c_skip, c_out = (zero, one) if prediction == "data" else (1 / sigma, -alpha / sigma)
-        elif self.prediction == "noise":
-            c_skip, c_out = (1 / alpha, -sigma / alpha) if prediction == "data" else (zero, one)
-        elif self.prediction == "velocity":
-            norm = alpha**2 + sigma**2
-            c_skip, c_out = (alpha, -sigma) if prediction == "data" else (sigma, alpha)
-            c_skip, c_out = c_skip / norm, c_out / norm
-        else:
-            norm = alpha + sigma
-            c_skip, c_out = (one, -sigma) if prediction == "data" else (one, alpha)
-            sign = -1.0 if self.prediction == "reverse_flow" else 1.0
-            c_skip, c_out = c_skip / norm, sign * c_out / norm
+        c_skip, c_out, c_in = coefficients(
+            self.prediction, self.sigma_data, alpha, sigma, prediction
+        )
         return Preconditioning(c_skip, c_out, c_in, self._noise_level(t))
 
     def _refuse_blind(self, alpha: Tensor) -> None:
@@ -329,51 +287,6 @@ class Denoiser(Versioned, nn.Module):
         return self.predict(x, t, "data", **cond)
 
 
-def _positive(name: str, value: Any) -> None:
-    if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
-        raise ValueError(f"{name} is {value!r}, expected a finite number > 0")
-
-
-class NamedTime:
-    """A time argument by name, as a function of t that can be copied and pickled."""
-
-    def __init__(self, process: Process, name: str, scale: float) -> None:
-        self.process, self.name, self.scale = process, name, scale
-
-    def __call__(self, t: Tensor) -> Tensor:
-        if self.name == "t":
-            return self.scale * t
-        if self.name == "reversed":
-            return self.scale * (1 - t)
-        ratio = self.process.sigma_over_alpha(t)
-        return self.scale * (ratio if self.name == "sigma" else torch.log(ratio))
-
-
-def _time_function(
-    process: Process, given: TimeInput | None, scale: float | None
-) -> Callable[[Tensor], Tensor] | None:
-    if scale is not None:
-        _positive("time_scale", scale)
-    if isinstance(given, str):
-        if given not in TIME_INPUTS:
-            raise ValueError(
-                f"time_input is {given!r}, expected a function of t or one of {TIME_INPUTS}"
-            )
-        return NamedTime(process, given, 1.0 if scale is None else float(scale))
-    if scale is not None:
-        raise ValueError(
-            f"time_scale is {scale}: it goes with a time_input by name, one of {TIME_INPUTS}"
-        )
-    return given
-
-
-def usual_prediction(process: Process) -> NetworkPrediction:
-    """What networks on ``process`` mostly return."""
-    if isinstance(process, EDM):
-        return "edm"
-    return "flow" if isinstance(process, RectifiedFlow) else "noise"
-
-
 def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """Casts a scalar or ``[B]`` coefficient to ``like``'s dtype, broadcastable over ``[B, ...]``."""
     value = value.to(device=like.device, dtype=like.dtype)
@@ -390,46 +303,3 @@ def quantile(values: Tensor, q: float) -> Tensor:
     position = q * last
     low = min(int(position), last)
     return torch.lerp(ordered[:, low], ordered[:, min(low + 1, last)], position - low)
-
-
-def unwrap(output: Any) -> Tensor:
-    """The tensor in what a network returned: itself, ``.sample`` or the first of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, tuple):
-        return cast(Tensor, output[0])
-    sample = getattr(output, "sample", None)
-    if isinstance(sample, Tensor):
-        return sample
-    raise TypeError(f"network returned {type(output).__name__}, expected a tensor or .sample")
-
-
-def _first_parameter(module: nn.Module) -> nn.Parameter | None:
-    """The first floating-point parameter; in every run, so not by ``parameters()``, ten times slower."""
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.is_floating_point():
-            return parameter
-    for child in module._modules.values():
-        found = None if child is None else _first_parameter(child)
-        if found is not None:
-            return found
-    return None
-
-
-def find_module(network: Any, path: str) -> nn.Module:
-    """The module at ``path``, or the only one whose path ends in ``.path``."""
-    if not isinstance(network, nn.Module):
-        raise ValueError(
-            f"features={path!r} needs an nn.Module network, got {type(network).__name__}"
-        )
-    named: dict[str, nn.Module] = dict(network.named_modules())
-    if path in named:
-        return named[path]
-    ends = [name for name in named if name.endswith("." + path)]
-    if len(ends) != 1:
-        near = [name for name in named if name.count(".") <= 1 and name][:12]
-        raise ValueError(
-            f"features={path!r} names {len(ends)} modules of the network, expected one; "
-            f"top modules: {near}"
-        )
-    return named[ends[0]]

@@ -27,7 +27,8 @@ from torch.utils import _pytree as pytree
 
 from ...learners import distill
 from ...learners.registry import learner
-from ...models.denoiser import Denoiser, FeatureTap, find_module
+from ...models.denoiser import Denoiser, find_module
+from ...models.tap import FeatureTap
 from ...support.files import replacing
 from ...support.parallel import World
 from ..diffusers import DLMSScheduler

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...models.denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NamedTime, NetworkPrediction
+from ...models.denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NetworkPrediction
+from ...models.preconditioning import NamedTime
 from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
 
 _LEVELS = (0.15, 0.5, 1.0, 2.0, 5.0)

@@ -1,0 +1,77 @@
+"""A network's modules and outputs: the tap at its bottleneck, its tensor, its first parameter."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+
+class FeatureTap:
+    """Forward hook that keeps a module's output, one for each thread; copies start empty."""
+
+    def __init__(self) -> None:
+        self._held = threading.local()
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+        self._held.value = value
+
+    @property
+    def value(self) -> Tensor | None:
+        """Output of this thread's last call."""
+        return getattr(self._held, "value", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._held = threading.local()
+
+
+class Owner:
+    """Dies with the last Denoiser that shares a hook; shallow copies of a Denoiser share it."""
+
+
+def find_module(network: Any, path: str) -> nn.Module:
+    """The module at ``path``, or the only one whose path ends in ``.path``."""
+    if not isinstance(network, nn.Module):
+        raise ValueError(
+            f"features={path!r} needs an nn.Module network, got {type(network).__name__}"
+        )
+    named: dict[str, nn.Module] = dict(network.named_modules())
+    if path in named:
+        return named[path]
+    ends = [name for name in named if name.endswith("." + path)]
+    if len(ends) != 1:
+        near = [name for name in named if name.count(".") <= 1 and name][:12]
+        raise ValueError(
+            f"features={path!r} names {len(ends)} modules of the network, expected one; "
+            f"top modules: {near}"
+        )
+    return named[ends[0]]
+
+
+def unwrap(output: Any) -> Tensor:
+    """The tensor in what a network returned: itself, ``.sample`` or the first of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple):
+        return cast(Tensor, output[0])
+    sample = getattr(output, "sample", None)
+    if isinstance(sample, Tensor):
+        return sample
+    raise TypeError(f"network returned {type(output).__name__}, expected a tensor or .sample")
+
+
+def first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """The first floating-point parameter; in every run, so not by ``parameters()``, ten times slower."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.is_floating_point():
+            return parameter
+    for child in module._modules.values():
+        found = None if child is None else first_parameter(child)
+        if found is not None:
+            return found
+    return None
