@@ -10,6 +10,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -156,6 +157,42 @@ def test_snapshot_becomes_a_denoiser(case: str, tmp_path: Any) -> None:
     with torch.no_grad():
         assert torch.equal(load_edm(converted).network(x, noise, labels), expected)
     assert read_snapshot(converted).settings == dict(settings)
+
+
+def as_numpy(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as the training script leaves them: numbers of a data set's arrays are numpy's."""
+
+    def number(value: Any) -> Any:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return value
+        return np.int64(value) if isinstance(value, int) else np.float64(value)
+
+    return {
+        k: [number(v) for v in value] if isinstance(value, list) else number(value)
+        for k, value in settings.items()
+    }
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("case", CASES)
+def test_snapshots_hold_numpy_scalars_and_dtypes(
+    case: str, protocol: int, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every snapshot written with the official code was refused for them."""
+    network, settings = make(case)
+    path = tmp_path / "network.pkl"
+    dumps = pickle.dumps
+    monkeypatch.setattr(pickle, "dumps", lambda value: dumps(value, protocol=protocol))
+    raw = snapshot_bytes(network, as_numpy(settings))
+    strings = [arg for _, arg, _ in pickletools.genops(raw) if isinstance(arg, str)]
+    assert any("scalar" in text for text in strings) and any("dtype" in text for text in strings)
+    path.write_bytes(raw)
+    assert read_snapshot(path).settings == settings
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    labels = torch.tensor([1, 3]) if settings.get("label_dim") else None
+    with torch.no_grad():
+        expected = network(x, torch.tensor([0.3, -1.0]), labels)
+        assert torch.equal(load_edm(path).network(x, torch.tensor([0.3, -1.0]), labels), expected)
 
 
 def test_published_sizes() -> None:

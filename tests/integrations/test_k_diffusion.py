@@ -291,3 +291,24 @@ def test_the_node_pack_is_complete() -> None:
         if kind is not None:
             asked = kind.INPUT_TYPES()
             assert set(node["inputs"]) == {*asked["required"], *asked["optional"]}
+
+
+def test_the_workflows_picture_shows_every_node(tmp_path: Any) -> None:
+    """docs/images/comfyui-workflow.png is drawn from the workflow by scripts/draw_workflow.py."""
+    pytest.importorskip("matplotlib")
+    import importlib.util
+    import json
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[2]
+    where = importlib.util.spec_from_file_location("drawn", root / "scripts/draw_workflow.py")
+    assert where is not None and where.loader is not None
+    module = importlib.util.module_from_spec(where)
+    where.loader.exec_module(module)
+    workflow = json.loads(module.WORKFLOW.read_text())
+    boxes = module.place(workflow)
+    assert set(boxes) == set(workflow)
+    for name, node in workflow.items():  # every link runs to the right
+        assert all(boxes[source][0] < boxes[name][0] for source in module.links(node).values())
+    module.draw(workflow, tmp_path / "again.png")
+    assert (tmp_path / "again.png").stat().st_size > 10_000 and module.PICTURE.exists()

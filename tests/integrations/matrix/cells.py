@@ -7,12 +7,13 @@ from typing import Any
 
 import images
 import torch
+import variants
 import videos
 from images import Case
 
 from dlms_engine.integrations.diffusers import DLMSScheduler, accelerate
 
-CASES: dict[str, Case] = {**images.CASES, **videos.CASES}
+CASES: dict[str, Case] = {**images.CASES, **videos.CASES, **variants.CASES}
 STEPS = 4
 CLOSE = 2e-5  # of the largest value: float32 arithmetic in another order
 

@@ -274,7 +274,7 @@ def test_inverted_flows_step_towards_one() -> None:
 
 @pytest.mark.parametrize("spacing", [None, "leading"])
 def test_what_a_pipeline_changed_on_its_scheduler_counts(spacing: str | None) -> None:
-    """Stable Diffusion sets steps_offset and clip_sample; both stayed listed as defaults, and were lost."""
+    """Stable Diffusion sets steps_offset and clip_sample: listed as defaults still, they were lost."""
     pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
     import tiny_pipelines as tiny
 
