@@ -20,7 +20,7 @@ scheduler, with `DLMSScheduler` step by step, and accelerated (`unipc`, 4 steps,
 
 - **own solver**: `DLMSScheduler` with the solver of the pipeline's own scheduler against that scheduler,
   largest difference relative to the largest value. A dash: the engine has no such solver. Multistep flow
-  schedulers of diffusers truncate the times they pass to the network to integers; here they keep the fraction.
+  schedulers of diffusers cut the times they pass to the network to integers; here the fraction is kept.
 - **accelerated**: the worst of the three calls against step by step.
 - **loop**: whether the engine runs the loop from the second call on, or why it stays step by step.
 
