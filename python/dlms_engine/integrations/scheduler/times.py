@@ -125,8 +125,8 @@ def _finish(
         end = last * (1 - TINY)
     grid = torch.cat([times, torch.tensor([end], dtype=torch.float64)])
     if not bool((grid.diff() < 0).all()):
-        told = [f"{t:.6g}" for t in model.timestep(times).tolist()]
-        shown = ", ".join(told if len(told) < 12 else [*told[:4], "...", *told[-4:]])
+        values = [f"{t:.6g}" for t in model.timestep(times).tolist()]
+        shown = ", ".join(values if len(values) < 12 else [*values[:4], "...", *values[-4:]])
         raise ValueError(
             f"timesteps are [{shown}], expected strictly decreasing values above that of the end, "
             f"{float(model.timestep(grid[-1:])):.6g}"
