@@ -24,7 +24,7 @@ from dlms_engine.lab.comparison.contestants import BuildsOn, Contestant
 from dlms_engine.lab.comparison.page import draw, markdown, page
 from dlms_engine.lab.record.measure import Entry, Measurer
 from dlms_engine.lab.record.store import Store
-from dlms_engine.policies.distilled import DistilledSolver
+from dlms_engine.policies.distilled import DistilledSolver, load_solver
 from dlms_engine.support.files import only_one
 
 pytest.importorskip("torchmetrics")
@@ -50,6 +50,16 @@ def run(folder: Path, who: list[Contestant], nfes: tuple[int, ...] = (3,)) -> di
         held.denoiser, held.features, held.reference, held.shape, who, folder, settings,
         progress=False,
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_auto_is_given_the_budget(tmp_path: Path) -> None:
+    who = dataclasses.replace(CONTESTANTS["auto"], settings={"budget": "1h", "effort": "lean"})
+    found = run(tmp_path, [who])
+    (row,) = [row for row in found["rows"] if row["solver"] == "auto"]
+    report = load_solver(tmp_path / "solvers" / "auto-3.safetensors").report
+    assert 0 < report["calls"] <= 3 * SIZES["budget"]  # planted: an hour would be more
+    assert row["forward"] >= report["calls"] / 2
 
 
 def test_calls_are_those_of_the_network() -> None:
@@ -144,7 +154,7 @@ def test_page_stands_alone(tmp_path: Path) -> None:
 
 def test_names_and_mistakes(tmp_path: Path) -> None:
     assert {c.method for c in choose(None, None)} == {
-        "dlms", "amed", "ld3", "dode", "gits", "free_table",
+        "auto", "dlms", "amed", "ld3", "dode", "gits", "free_table",
     }  # fmt: skip
     assert [c.label for c in choose(["ld3", "dode"], None)] == ["ld3", "dode"]
     for study in STUDIES:

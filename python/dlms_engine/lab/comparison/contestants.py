@@ -54,6 +54,7 @@ class Contestant:
             taken as they are, since a closed form or a search does not profit from the rest.
         trajectories: for a learner that does not scale; None is the learner's own default.
         batch: trajectories an update; the probe that measures its cost takes multiples of it.
+        budgeted: True for a learner that is given the budget itself and keeps to it.
     """
 
     label: str
@@ -63,6 +64,7 @@ class Contestant:
     scales: bool = True
     trajectories: int | None = None
     batch: int = 32
+    budgeted: bool = False
 
 
 IPNDM = BuildsOn("ipndm", order=4, afs="dockhorn")
@@ -84,6 +86,7 @@ def _contestants() -> dict[str, Contestant]:
     searched = {"solver": "ddim", "gamma": [0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15]}
     midpoint = BuildsOn("dpm_solver_2", grid="time_uniform", afs="odd")
     return {
+        "auto": Contestant("auto", "auto", scales=False, budgeted=True),
         "dlms": _of_preset("dlms", "dlms-embedded", base=IPNDM),
         "dlms-local": _of_preset("dlms-local", "dlms-embedded-local", base=IPNDM),
         "dlms-literal": _of_preset(
@@ -110,7 +113,7 @@ def _contestants() -> dict[str, Contestant]:
 CONTESTANTS = _contestants()
 """name -> contestant, with the settings chosen on the embedded model."""
 
-STANDARD = ("dlms", "amed", "amed-plugin", "ld3", "dode", "gits", "free_table")
+STANDARD = ("auto", "dlms", "amed", "amed-plugin", "ld3", "dode", "gits", "free_table")
 """Who takes part unless others are named."""
 
 

@@ -111,6 +111,9 @@ class Workshop:
         output: Path | None,
         advance: Callable[[int], None] | None = None,
     ) -> tuple[Policy, Calls]:
+        settings = dict(contestant.settings)
+        if contestant.budgeted:
+            settings["budget"] = f"{self.budget}calls"
         with counted(self.denoiser.network, advance) as calls:
             solver = distill(
                 self.denoiser,
@@ -123,7 +126,7 @@ class Workshop:
                 progress=False,
                 seed=self.seed,
                 feature_network=self.features,
-                **contestant.settings,
+                **settings,
             )
         return solver.policy, calls
 
@@ -132,7 +135,7 @@ class Workshop:
         key = {
             **described,
             "nfe": nfe,
-            "budget": self.budget if contestant.scales else None,
+            "budget": self.budget if contestant.scales or contestant.budgeted else None,
             "seed": self.seed,
             "model": self._model,
             "conditions": conditions_digest(read_conditions(self.conditions)),
