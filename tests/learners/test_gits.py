@@ -14,11 +14,13 @@ from torch import Tensor
 from dlms_engine import grids, solvers
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
+from dlms_engine.learners.gits.choice import JUDGED, standard_students
 from dlms_engine.learners.gits.objective import Chord, Gits, shortest_path
 from dlms_engine.learners.gits.settings import GitsSettings
 from dlms_engine.learners.presets import PRESETS
 from dlms_engine.learners.registry import preset
 from dlms_engine.learners.settings import split_settings
+from dlms_engine.learners.start import ExactSolution, SamplingProblem, rmse, run_tables
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.distilled import load_solver
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
@@ -251,9 +253,34 @@ def test_searched_grid_beats_the_handcrafted_one() -> None:
     assert report["rmse"] < 0.9 * float((base - exact).square().mean().sqrt())
 
 
+@pytest.mark.parametrize("process", [RectifiedFlow(), VP()], ids=lambda p: p.name)
+def test_never_worse_than_its_solver_on_a_standard_grid(process: Process) -> None:
+    """On flows and VP the searched grid was up to ten times worse than the uniform one."""
+    _, denoiser = problem(process)
+    ends = {}
+    for candidates in ("all", "searched"):
+        solver = distill(
+            denoiser, "gits", nfe=4, shape=SHAPE, trajectories=16, points=21, batch=16,
+            candidates=candidates,
+        )  # fmt: skip
+        ends[candidates] = solver.policy
+    p = SamplingProblem(denoiser, SHAPE)
+    exact = ExactSolution(p)
+    exact.prove(0.01)
+    standard = standard_students(process, GitsSettings(nfe=4))
+    assert {name.partition("/")[0] for name in standard} >= {"time_uniform"}
+    fresh = range(1 << 24, (1 << 24) + 256)
+    for numbers, slack in ((range(JUDGED), 1.01), (fresh, 1.25)):  # an error has its own error
+        found = run_tables(p, [*ends.values(), *standard.values()], numbers)
+        every, searched, *others = (rmse(end, exact.solve(numbers)) for end in found)
+        assert every <= slack * min(others)
+        assert every < searched  # planted: the search alone is worse here
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"candidates": "some"}, "candidates is 'some'"),
         ({"solver": "euler"}, "solver is 'euler'"),
         ({"teacher": "none"}, "teacher is 'none'"),
         ({"metric": "bdev"}, "metric is 'bdev'"),

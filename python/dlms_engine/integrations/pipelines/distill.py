@@ -230,6 +230,8 @@ def distill_pipeline(
         settings.setdefault("bottleneck", False)
     if learner(method).afs and not denoiser.network.call.scaled:
         settings.setdefault("afs", False)  # the pipeline could not run it step by step
+    if method == "gits" and not denoiser.network.call.scaled:
+        settings.setdefault("candidates", "searched")  # nor a standard grid with it
     solver = distill(
         denoiser, method, nfe=nfe, shape=shape, trajectories=trajectories, output=output, **settings
     )

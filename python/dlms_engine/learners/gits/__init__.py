@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
 from ...support.parallel import World
@@ -9,6 +11,7 @@ from .. import presets
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
+from .choice import nearest_to_exact
 from .objective import Gits
 from .settings import GitsSettings
 
@@ -34,8 +37,20 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         "seed": options.seed,
         "shape": list(shape),
     }
-    best = {"score": report["rmse"], "set": f"gamma={report['gamma']:g}", "indices": indices}
-    return DistilledSolver(search.student(indices), "gits", described, report["tried"], best)
+    chosen = f"gamma={report['gamma']:g}"
+    best: dict[str, Any] = {"score": report["rmse"], "set": chosen, "indices": indices}
+    table = search.student(indices)
+    if settings.candidates == "all":
+        searched = {
+            f"gamma={entry['gamma']:g}, {entry['indices']}": search.student(entry["indices"])
+            for entry in report["tried"]
+        }
+        name, table, rows = nearest_to_exact(
+            denoiser, shape, searched, settings, seed=options.seed, cond=options.cond
+        )
+        score = min(row["rmse"] for row in rows)
+        best = {"score": score, "set": name, "indices": indices, "grids": rows}
+    return DistilledSolver(table, "gits", described, report["tried"], best)
 
 
 GITS = LearnerEntry(

@@ -33,6 +33,9 @@ class GitsSettings:
         gamma: weight gamma^k of the k-th jump's cost. Several are tried and the one whose student
             ends nearest to the teacher is kept.
         batch: trajectories at a time.
+        candidates: "all" also tries the student on every standard grid, with and without an
+            analytical first step, and keeps what ends nearest to the exact solution; "searched"
+            (published) takes the search's own best.
     """
 
     nfe: int = 5
@@ -47,6 +50,7 @@ class GitsSettings:
     metric: Metric = "dev"
     gamma: float | Sequence[float] = 1.15
     batch: int = 64
+    candidates: Literal["all", "searched"] = "all"
 
     def __post_init__(self) -> None:
         for name in ("solver", "teacher"):
@@ -56,6 +60,8 @@ class GitsSettings:
                 )
         if self.metric not in ("dev", "l1", "l2"):
             raise ValueError(f"metric is {self.metric!r}, expected 'dev', 'l1' or 'l2'")
+        if self.candidates not in ("all", "searched"):
+            raise ValueError(f"candidates is {self.candidates!r}, expected 'all' or 'searched'")
         if not self.gammas or not all(g > 0 for g in self.gammas):
             raise ValueError(f"gamma is {self.gamma!r}, expected positive numbers")
         if (self.nfe + int(self.afs)) % self._cost:

@@ -44,6 +44,7 @@ _GITS: dict[str, Any] = {
     "teacher": "ipndm",
     "teacher_order": 4,
     "metric": "dev",
+    "candidates": "searched",
     "gamma": 1.15,
     "points": 61,
     "trajectories": 256,

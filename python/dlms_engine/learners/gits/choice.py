@@ -1,0 +1,76 @@
+"""The searched grids beside the standard ones, judged by where the student ends.
+
+The search sees Euler jumps along the teacher's trajectory, not the student; on flows and discrete
+times it can place times at which the student is ten times worse than on a uniform grid. So every
+grid that was tried and every standard one, with and without an analytical first step, is run, and
+the one that ends nearest to the model's exact solution is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...models.denoiser import Denoiser
+from ...processes import Process
+from ...solvers import SOLVERS, make_solver
+from ...solvers.registry import standard_grids
+from ...solvers.table import SolverTable
+from ..start import ExactSolution, SamplingProblem, rmse, run_tables
+from .settings import GitsSettings
+
+JUDGED = 128
+"""Samples that grids are compared on."""
+
+
+def standard_students(process: Process, settings: GitsSettings) -> dict[str, SolverTable]:
+    """The student on every standard grid with ``settings.nfe`` evaluations, by name."""
+    stages = SOLVERS[settings.solver].evaluations_per_step
+    options: dict[str, Any] = dict(settings.options)
+    if settings.order is not None:
+        options["order"] = settings.order
+    found = {}
+    for name, grid in standard_grids(process).items():
+        for afs in (False, True):
+            steps, odd = divmod(settings.nfe + int(afs), stages)
+            if odd or steps < 1:
+                continue
+            try:
+                table = make_solver(
+                    settings.solver, process, grid(process, steps), **options, afs=afs
+                )
+            except ValueError:  # a grid that starts or ends where this solver cannot
+                continue
+            if table.nfe == settings.nfe:
+                found[f"{name}/afs-dockhorn" if afs else name] = table
+    return found
+
+
+def nearest_to_exact(
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    searched: dict[str, SolverTable],
+    settings: GitsSettings,
+    *,
+    seed: int,
+    cond: Any = None,
+) -> tuple[str, SolverTable, list[dict[str, Any]]]:
+    """(name, table, all with their errors) of the grid whose end is nearest to the exact one."""
+    problem = SamplingProblem(denoiser, shape, cond or None, seed=seed)
+    tables = {**searched, **standard_students(problem.process, settings)}
+    exact = ExactSolution(problem)
+    exact.prove()
+    numbers = range(JUDGED)
+
+    def errors() -> list[float]:
+        ends = run_tables(problem, list(tables.values()), numbers)
+        target = exact.solve(numbers)
+        return [rmse(end, target) for end in ends]
+
+    found = errors()
+    assert exact.proof is not None
+    steps = exact.proof.steps
+    if exact.prove(min(found)).steps != steps:
+        found = errors()
+    rows = [{"grid": name, "rmse": error} for name, error in zip(tables, found, strict=True)]
+    best = min(tables, key=lambda name: found[list(tables).index(name)])
+    return best, tables[best], rows
