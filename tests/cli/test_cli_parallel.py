@@ -77,6 +77,7 @@ def test_the_record_is_written_once_and_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "2" / "record.md").exists()
 
 
+@pytest.mark.slow
 def test_distill_writes_once_and_resumes_by_itself_when_started_again(tmp_path: Path) -> None:
     """A process that dies once (a stand-in network kills it) costs nothing but time."""
     settings = ("batch=8", "validation_samples=4", "validation_steps=8", "checkpoint_seconds=0")

@@ -78,6 +78,7 @@ def test_one_command_from_a_pipeline_to_a_scheduler(
     assert "push_to_hub" in hub and callable(DLMSScheduler.push_to_hub)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from marks import slow
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -91,7 +92,7 @@ def interrupting(trainer: Any, after: int) -> type:
     return Interrupting
 
 
-@pytest.mark.parametrize("changes", [{}, LARGE], ids=["embedded", "cifar10-32"])
+@pytest.mark.parametrize("changes", [{}, slow(LARGE)], ids=["embedded", "cifar10-32"])
 def test_interrupted_run_resumes_bit_exactly(
     changes: dict[str, Any],
     trainer: Any,
@@ -122,6 +123,7 @@ def test_interrupted_run_resumes_bit_exactly(
     assert (out / "loss.png").exists()
 
 
+@pytest.mark.slow
 def test_a_lost_step_is_seen(trainer: Any, archive: Path, tmp_path: Path) -> None:
     """The planted fault of the test above: draws that are not a function of the step."""
     trainer.train(arguments(archive, tmp_path / "whole", **LARGE))

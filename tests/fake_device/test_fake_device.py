@@ -18,7 +18,7 @@ FOLDER = Path(__file__).parent
     [
         ("test_paths.py", "test_sample or updates-dlms or scheduler or noise"),
         slow("test_paths.py", "test"),
-        ("test_planted.py", "test"),
+        slow("test_planted.py", "test"),
     ],
 )
 def test_on_the_stand_in_device(name: str, only: str) -> None:

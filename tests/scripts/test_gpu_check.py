@@ -146,8 +146,8 @@ def run(tmp_path: Path, *groups: runner.Group, budget: float = 60.0, reserve: fl
 
 CHILD = """
 import subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", "import time, pathlib; time.sleep(3); "
-                  "pathlib.Path('outlived').touch()"])
+subprocess.Popen([sys.executable, "-c", "import time, pathlib\\nwhile not "
+                  "pathlib.Path('ended').exists(): time.sleep(0.1)\\npathlib.Path('outlived').touch()"])
 time.sleep(60)
 """
 
@@ -165,7 +165,8 @@ def test_a_kill_loses_one_stage(tmp_path):
     states, report = run(tmp_path, group, cores=1)
     assert states == {"hangs": "out of time", "fails": "failed (3)", "good": "passed"}
     assert report.reports() == {"good": {"checks": []}}
-    time.sleep(3)
+    (tmp_path / "ended").touch()  # a child that is still there answers
+    time.sleep(2)
     assert not (tmp_path / "outlived").exists()
     with tarfile.open(tmp_path / "out" / "gpu_check_logs.tar.gz") as archive:
         assert sorted(archive.getnames()) == ["fails.log", "good.log", "hangs.log"]
