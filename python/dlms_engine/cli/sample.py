@@ -91,7 +91,8 @@ def sample(
     parts = [numbers[start : start + batch] for start in range(0, len(numbers), batch)]
 
     def draw(part: list[int]) -> Tensor:
-        return sampler.sample(part, held.shape, **condition_rows(held, part))
+        images: Tensor = sampler.sample(part, held.shape, **condition_rows(held, part))
+        return images
 
     images = torch.cat(_shared(draw, parts, held.shape))
     seconds = time.perf_counter() - started

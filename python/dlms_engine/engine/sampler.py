@@ -321,7 +321,8 @@ class Sampler(Versioned, nn.Module):
             inputs |= {f"plan/{k}": v for k, v in self._plan(x.device)._asdict().items()}
             options = (*options, self.policy.depth)
         # Read where they lie, and copied there before the run if they lie elsewhere.
-        branch = self.denoiser.unconditional if self.denoiser.guidance_scale is not None else {}
+        guided = self.denoiser.guidance_scale is not None
+        branch = self.denoiser.unconditional if guided else dict[str, Tensor]()
         values = {k: cond[k] for k in branch if isinstance(cond.get(k), Tensor)}
         read = (self.denoiser.unconditional_like(k, v) for k, v in values.items())
         options = (*options, *((t.data_ptr(), t.shape, t.dtype) for t in read))
@@ -370,7 +371,8 @@ def seeded_noise(
     if rng not in ("cpu", "device"):
         raise ValueError(f"rng is {rng!r}, expected 'cpu' or 'device'")
     whole = [_seed(s) for s in seeds]
-    if not (isinstance(scale, numbers.Real | Tensor) and 0 <= float(scale) < math.inf):
+    value: object = scale
+    if not (isinstance(value, numbers.Real | Tensor) and 0 <= float(value) < math.inf):
         raise ValueError(f"scale is {scale!r}, expected a finite number >= 0")
     if not whole:
         return torch.empty((0, *shape), dtype=dtype, device=device)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
-import numbers
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, cast
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 
 from ..processes import Process
 from ..processes.base import as_level
+from ..support.values import is_finite_number
 from ..support.versioned import Versioned
 from .preconditioning import (
     BLIND_AT_NOISE,
@@ -95,9 +94,7 @@ class Denoiser(Versioned, nn.Module):
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {prediction!r}, expected one of {PREDICTIONS}")
         check_positive("sigma_data", sigma_data)
-        if guidance_scale is not None and not (
-            isinstance(guidance_scale, numbers.Real) and math.isfinite(guidance_scale)
-        ):
+        if guidance_scale is not None and not is_finite_number(guidance_scale):
             raise ValueError(f"guidance_scale is {guidance_scale!r}, expected a finite number")
         if guidance_scale is not None and not unconditional:
             raise ValueError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..processes import EDM, Process, RectifiedFlow
+from ..support.values import is_finite_number
 
 NetworkPrediction = Literal["data", "noise", "velocity", "flow", "reverse_flow", "edm"]
 PREDICTIONS = ("data", "noise", "velocity", "flow", "reverse_flow", "edm")
@@ -71,7 +70,7 @@ def coefficients(
 
 
 def check_positive(name: str, value: Any) -> None:
-    if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+    if not (is_finite_number(value) and value > 0):
         raise ValueError(f"{name} is {value!r}, expected a finite number > 0")
 
 

@@ -32,6 +32,7 @@ class VPDiscrete(Process):
         if (betas is None) == (alphas_cumprod is None):
             raise ValueError("VPDiscrete: give exactly one of betas and alphas_cumprod")
         key, given = ("betas", betas) if betas is not None else ("alphas_cumprod", alphas_cumprod)
+        assert given is not None
         values = as_float64(given).detach().cpu()
         if values.ndim != 1 or len(values) < 2:
             raise ValueError(

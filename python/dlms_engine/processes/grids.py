@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..support.values import is_finite_number
 from . import EDM, VP, Process, RectifiedFlow, VPDiscrete, as_float64
 
 
@@ -110,7 +111,7 @@ def shifted(
     """
     if not isinstance(process, RectifiedFlow):
         raise ValueError(f"shifted grid: process is {type(process).__name__}, expected a flow")
-    if not (isinstance(shift, numbers.Real) and shift > 0 and math.isfinite(shift)):
+    if not (is_finite_number(shift) and shift > 0):
         raise ValueError(f"shift is {shift!r}, expected a finite number > 0")
     high, low, s = _setup(process, steps, t_max, t_min)
     first, last = (t / (shift - (shift - 1) * t) for t in (high, low))
@@ -180,7 +181,7 @@ def integer(name: str, value: Any, low: int, high: float = math.inf) -> int:
 
 
 def _check_rho(rho: float) -> None:
-    if not (isinstance(rho, numbers.Real) and rho > 0 and math.isfinite(rho)):
+    if not (is_finite_number(rho) and rho > 0):
         raise ValueError(f"rho is {rho!r}, expected a finite number > 0")
 
 

@@ -111,7 +111,7 @@ class Measurer:
         process = denoiser.process
         start = torch.tensor(process.t_max, dtype=torch.float64)
         self._scale = float(process.sigma(start))
-        self._model = [network_digest(denoiser.network), network_digest(features)]
+        self._model: list[str | None] = [network_digest(denoiser.network), network_digest(features)]
         if self.conditions is not None:
             self._model.append(conditions_digest(self.conditions))
 
