@@ -1,7 +1,7 @@
 # One command each; every target sets itself up in .venv (a second call is quick).
 #
 #   make demo     distil a five-evaluation sampler and compare it with handcrafted ones (CPU)
-#   make test     every test that runs without a GPU
+#   make test     the tests that run without a GPU, but for the slow ones
 #   make test-all the slow ones too (every pipeline, a thousand configs), on several Pythons and torches
 #   make wheel    one wheel, installed into a fresh environment and tried
 #   make lint     ruff, mypy --strict, clang-format
