@@ -135,8 +135,11 @@ def parse(sass: str) -> dict[str, list[Instruction]]:
     return kernels
 
 
-def round_trips(code: list[Instruction]) -> float:
+def round_trips(code: list[Instruction], only_memory: bool = False) -> float:
     """Length of the slowest path that stores something, in round trips to memory.
+
+    With ``only_memory`` everything else takes no time: a whole number, how often a load waits for
+    another.
 
     Both directions of every branch are walked; a path that calls a subroutine (the division of 64-bit
     numbers) is left out, and a branch back is taken once.
@@ -154,7 +157,7 @@ def round_trips(code: list[Instruction]) -> float:
             if steps > MAX_STEPS:
                 raise ValueError(f"more than {MAX_STEPS} steps: too many paths to walk")
             here = code[thread.position]
-            _issue(thread, here)
+            _issue(thread, here, only_memory)
             if here.operation == "EXIT" and not here.conditional:
                 if thread.stores:
                     slowest = max(slowest, thread.time)
@@ -194,15 +197,16 @@ def _hopeless(thread: _Thread, seen: dict[int, list[_Thread]]) -> bool:
     return False
 
 
-def _issue(thread: _Thread, here: Instruction) -> None:
+def _issue(thread: _Thread, here: Instruction, only_memory: bool) -> None:
     for board in range(6):
         if here.waits >> board & 1:
             thread.time = max(thread.time, thread.boards[board])
     if here.sets < 6:
-        release = thread.time + here.latency
+        slow = not only_memory or here.latency == ROUND_TRIP
+        release = thread.time + (here.latency if slow else 0)
         thread.boards[here.sets] = max(thread.boards[here.sets], release)
     thread.stores += here.operation == "STG"
-    thread.time += max(1, here.stall)
+    thread.time += 0 if only_memory else max(1, here.stall)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -83,19 +83,29 @@ BACKWARD = {"num_warps": 8, "maxnreg": 128}
 
 @triton.jit  # type: ignore[untyped-decorator]
 def history(  # type: ignore[no-untyped-def]
-    ring, row, slot, total, inside, first: tl.constexpr, depth: tl.constexpr, block: tl.constexpr
+    ring,
+    row,
+    slot,
+    total,
+    inside,
+    first: tl.constexpr,
+    depth: tl.constexpr,
+    block: tl.constexpr,
+    every: tl.constexpr = False,
 ):
     """(b_k, m_{n-k}) for first <= k < min(first + GROUP, depth), as two tuples.
 
-    A weight of exactly zero: masked off, so the slot is not read.
+    A weight of exactly zero: masked off, so the slot is not read; with ``every`` it is.
     """
     weights = ()
     past = ()
     for k in tl.static_range(first, min(first + GROUP, depth)):
         b = tl.load(row + 6 + k)
         at = ((slot - k + depth) % depth).to(tl.int64) * total
-        # Broadcast first: the interpreter loses the type of a scalar comparison when it is broadcast.
-        wanted = inside & (tl.broadcast_to(b, [block]) != 0)
+        wanted = inside
+        if not every:
+            # Broadcast first: the interpreter loses the type of a scalar comparison otherwise.
+            wanted = inside & (tl.broadcast_to(b, [block]) != 0)
         # Triton has no unpacking.
         weights = weights + (b,)  # type: ignore[assignment]  # noqa: RUF005
         past = past + (tl.load(ring + at, mask=wanted, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
@@ -176,9 +186,51 @@ def fused_row_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def dot(u, v):  # type: ignore[no-untyped-def]
-    """Sum of u * v in float64. The tree is fixed by the block's shape."""
-    return tl.sum(u.to(tl.float64) * v.to(tl.float64), axis=0)
+def product(u, v):  # type: ignore[no-untyped-def]
+    """U * v in float64, to be summed."""
+    return u.to(tl.float64) * v.to(tl.float64)
+
+
+@triton.jit
+def add_two(a0, a1, b0, b1):  # type: ignore[no-untyped-def]
+    """Two sums at once."""
+    return a0 + b0, a1 + b1
+
+
+@triton.jit
+def add_four(a0, a1, a2, a3, b0, b1, b2, b3):  # type: ignore[no-untyped-def]
+    """Four sums at once."""
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+if knobs.runtime.interpret:
+
+    @triton.jit
+    def sums(products):  # type: ignore[no-untyped-def]
+        """The sum of each; the interpreter walks through a reduction of several number by number."""
+        found = ()
+        for i in tl.static_range(len(products)):
+            found = found + (tl.sum(products[i], axis=0),)  # type: ignore[assignment]  # noqa: RUF005
+        return found
+
+else:
+
+    @triton.jit
+    def sums(products):  # type: ignore[no-untyped-def]
+        """The sum of each, by a tree that the block's shape fixes.
+
+        Four go through the warps' exchanges together, or each would wait for the one before it.
+        """
+        found = ()
+        for i in tl.static_range(0, len(products) - len(products) % 4, 4):
+            four = (products[i], products[i + 1], products[i + 2], products[i + 3])
+            found = found + tl.reduce(four, 0, add_four)
+        done: tl.constexpr = len(products) - len(products) % 4
+        if len(products) - done >= 2:
+            found = found + tl.reduce((products[done], products[done + 1]), 0, add_two)
+        if len(products) % 2 == 1:
+            found = found + (tl.sum(products[len(products) - 1], axis=0),)  # type: ignore[assignment]  # noqa: RUF005
+        return found
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -208,67 +260,84 @@ def fused_row_backward_kernel(  # type: ignore[no-untyped-def]
 
     A program never spans two samples, so a sample's sums depend on its own size alone.
     """
-    program = tl.program_id(0).to(tl.int64)
-    sample = program // blocks
-    lane = (program - sample * blocks) * BLOCK + tl.arange(0, BLOCK)
+    program = tl.program_id(0)
+    sample = program // blocks  # in 32 bits: 64 are a long subroutine
+    lane = (program - sample * blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = lane < n
-    at = sample * n + lane
-    row = row_ptr + sample * row_stride
-    partial = partial_ptr + program * (6 + DEPTH)
+    at = sample.to(tl.int64) * n + lane
+    row = row_ptr + sample.to(tl.int64) * row_stride
+    partial = partial_ptr + program.to(tl.int64) * (6 + DEPTH)
 
-    x = tl.load(x_ptr + at, mask=inside, other=0.0)
-    f = tl.load(f_ptr + at, mask=inside, other=0.0).to(x.dtype)
-    f_cond = f
-    if GUIDED:
-        f_cond = tl.load(f_cond_ptr + at, mask=inside, other=0.0).to(x.dtype)
-    grad_input = tl.load(grad_input_ptr + at, mask=inside, other=0.0).to(x.dtype)
-    grad_next = tl.load(grad_x_next_ptr + at, mask=inside, other=0.0)
-    grad_m = tl.load(grad_m_ptr + at, mask=inside, other=0.0)
+    # All loads before their first use and before any store, as in the forward kernel.
     slot = ring_slot(tl.load(row + 5), DEPTH)
     c_skip = tl.load(row)
     c_out = tl.load(row + 1)
     a = tl.load(row + 2)
+    c_in = tl.load(row + 3)
     guidance = tl.load(row + 4)
     b0 = tl.load(row + 6)
+    x = tl.load(x_ptr + at, mask=inside, other=0.0)
+    f = tl.load(f_ptr + at, mask=inside, other=0.0)
+    f_cond = f
+    if GUIDED:
+        f_cond = tl.load(f_cond_ptr + at, mask=inside, other=0.0)
+    grad_input = tl.load(grad_input_ptr + at, mask=inside, other=0.0)
+    grad_next = tl.load(grad_x_next_ptr + at, mask=inside, other=0.0)
+    grad_m = tl.load(grad_m_ptr + at, mask=inside, other=0.0)
+    weights, past = history(ring_ptr + at, row, slot, total, inside, 1, DEPTH, BLOCK, True)
 
+    f = f.to(x.dtype)
+    f_cond = f_cond.to(x.dtype)
+    grad_input = grad_input.to(x.dtype)
     output = mixed_branches(f, f_cond, guidance, GUIDED)
     m = mul(c_skip, x) + mul(c_out, output)
     x_next = mul(a, x)
     x_next = tl.where(b0 != 0, x_next + mul(b0, m), x_next)
-    grad_next += mul(tl.load(row + 3), grad_input)
+    grad_next += mul(c_in, grad_input)
     grad_m += mul(b0, grad_next)
     grad_output = mul(c_out, grad_m)
     tl.store(grad_x_ptr + at, mul(a, grad_next) + mul(c_skip, grad_m), mask=inside)
-    tl.store(partial, dot(grad_m, x))
-    tl.store(partial + 1, dot(grad_m, output))
-    tl.store(partial + 2, dot(grad_next, x))
     grad_f = grad_output
+    products = (product(grad_m, x), product(grad_m, output), product(grad_next, x))
     if GUIDED:
         scaled = mul(guidance, grad_output)
         grad_f = grad_output - scaled
         grad_f_cond = to_network(scaled, grad_f_cond_ptr.dtype.element_ty)
         tl.store(grad_f_cond_ptr + at, grad_f_cond, mask=inside)
-        tl.store(partial + 4, dot(grad_output, f_cond - f))
-    else:
-        tl.store(partial + 4, 0.0)
+        products = products + (product(grad_output, f_cond - f),)  # type: ignore[assignment]  # noqa: RUF005
     tl.store(grad_f_ptr + at, to_network(grad_f, grad_f_ptr.dtype.element_ty), mask=inside)
-    tl.store(partial + 5, 0.0)
-    tl.store(partial + 6, dot(grad_next, m))
+    products = products + (product(grad_next, m),)  # type: ignore[assignment]  # noqa: RUF005
 
     unread = tl.zeros([BLOCK], x.dtype)  # x_next reads m itself, not the slot it will go to
     tl.store(grad_ring_ptr + slot.to(tl.int64) * total + at, unread, mask=inside)
-    for k in tl.static_range(1, DEPTH):
-        b = tl.load(row + 6 + k)
-        past_at = ((slot - k + DEPTH) % DEPTH).to(tl.int64) * total + at
-        past = tl.load(ring_ptr + past_at, mask=inside, other=0.0)
-        # The gradient to a zero weight reads its slot, or learning could never leave zero; what is
-        # not finite there counts as zero.
-        finite = (past - past) == 0
-        past = tl.where((tl.broadcast_to(b, [BLOCK]) != 0) | finite, past, 0.0)
-        x_next = tl.where(b != 0, x_next + mul(b, past), x_next)
-        tl.store(grad_ring_ptr + past_at, mul(b, grad_next), mask=inside)
-        tl.store(partial + 6 + k, dot(grad_next, past))
-    tl.store(partial + 3, dot(grad_input, x_next))
+    for first in tl.static_range(1, DEPTH, GROUP):
+        if first > 1:
+            weights, past = history(
+                ring_ptr + at, row, slot, total, inside, first, DEPTH, BLOCK, True
+            )
+        for i in tl.static_range(len(past)):
+            b = weights[i]
+            # The gradient to a zero weight reads its slot, or learning could never leave zero; what
+            # is not finite there counts as zero.
+            finite = (past[i] - past[i]) == 0
+            value = tl.where((tl.broadcast_to(b, [BLOCK]) != 0) | finite, past[i], 0.0)
+            x_next = tl.where(b != 0, x_next + mul(b, value), x_next)
+            past_at = ((slot - first - i + DEPTH) % DEPTH).to(tl.int64) * total + at
+            tl.store(grad_ring_ptr + past_at, mul(b, grad_next), mask=inside)
+            products = products + (product(grad_next, value),)  # type: ignore[assignment]  # noqa: RUF005
+    products = products + (product(grad_input, x_next),)  # type: ignore[assignment]  # noqa: RUF005
+
+    coefficients = sums(products)
+    for i in tl.static_range(3):
+        tl.store(partial + i, coefficients[i])
+    tl.store(partial + 3, coefficients[len(products) - 1])
+    if GUIDED:
+        tl.store(partial + 4, coefficients[3])
+    else:
+        tl.store(partial + 4, 0.0)
+    tl.store(partial + 5, 0.0)
+    for k in tl.static_range(DEPTH):
+        tl.store(partial + 6 + k, coefficients[3 + GUIDED + k])
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -128,6 +128,7 @@ def test_waits_are_counted_on_the_slowest_path():
         ("EXIT", 7, 0),
     )
     assert 1.0 < serial_waits.round_trips(straight) < 1.1
+    assert serial_waits.round_trips(straight, only_memory=True) == 1.0
     branch = code(
         ("LDG.E R1, [R2.64]", 0, 0),
         ("@P0 BRA 0x40", 7, 1),
@@ -137,6 +138,7 @@ def test_waits_are_counted_on_the_slowest_path():
         ("EXIT", 7, 0),
     )
     assert 2.0 < serial_waits.round_trips(branch) < 2.1
+    assert serial_waits.round_trips(branch, only_memory=True) == 2.0
     with pytest.raises(ValueError, match="no path"):
         serial_waits.round_trips(code(("LDG.E R1, [R2.64]", 0, 0), ("EXIT", 7, 1)))
 
@@ -207,11 +209,17 @@ FAULTS = {
         "product = libdevice.mul_rn(a, b)",
     ),
     "waits": (r', "maxnreg": 64', ""),
+    "waits, backward": (  # a coefficient that is loaded after something was stored
+        r"tl\.store\(grad_x_ptr \+ at, (.*), mask=inside\)",
+        r"tl.store(grad_x_ptr + at, \1, mask=inside)\n    a = tl.load(row + 2 + slot)\n"
+        r"    grad_next += mul(tl.load(row + 2 + a.to(tl.int32)), grad_input)",
+    ),
 }
 WORDS = {
     "contracted": "fused multiply-adds",
     "flushed": "flush denormals",
     "waits": "serial waits for memory",
+    "waits, backward": "backward<fp32,fp32,3>: 3.00 serial waits for memory",
 }
 
 
@@ -234,11 +242,11 @@ def test_a_faulty_triton_kernel_would_be_found(tmp_path, fault):
         "import pathlib, compile_triton as c\n"
         f"c.ROOT = pathlib.Path({str(tmp_path)!r})\n"
         "device = c.load_device()\n"
-        "label, kernel, signature, constants = c.variants(device)[6]\n"
+        f"label, kernel, signature, constants = c.variants(device)[{5 if 'backward' in fault else 6}]\n"
         "options = c.options(device, label)\n"
         "asm = c.compile_one(kernel, signature, constants, 90, options).asm\n"
-        f"code = asm['cubin' if {fault == 'waits'} else 'ptx']\n"
-        f"print(c.{fault}(label, code))\n"
+        f"code = asm['cubin' if {'waits' in fault} else 'ptx']\n"
+        f"print(c.{fault.split(',')[0]}(label, code))\n"
     )
     done = run_script(["-c", code])
     assert WORDS[fault] in done.stdout, done.stdout + done.stderr

@@ -7,7 +7,9 @@ import torch
 from marks import slow
 from torch import Tensor, nn
 
-from dlms_engine import Denoiser, distill
+from dlms_engine import Denoiser, Sampler, distill, grids, ops, solvers
+from dlms_engine.engine import sampler
+from dlms_engine.engine.cuda_graph_cache import GraphCache
 from dlms_engine.learners.training.conditioned import conditioned
 from dlms_engine.processes import EDM
 
@@ -78,3 +80,27 @@ def test_one_row_for_all_or_a_refusal(method: str) -> None:
         assert distill(
             denoiser, method, nfe=4, shape=(2,), cond=cond, trajectories=4, points=12
         ).nfe == 4  # fmt: skip
+
+
+def test_a_captured_run_takes_the_rows_of_its_batch_as_inputs(captured, monkeypatch) -> None:
+    """Rows chosen while a graph is captured were the rows of every later batch."""
+    monkeypatch.setattr(sampler, "GRAPHS", GraphCache())
+    monkeypatch.setattr(Sampler, "_captures", lambda self, place, watched: True)
+    network = Labelled()
+    del network.seen  # a list that grows in every run keeps a network from being captured
+    network.forward = lambda x, t, label: torch.tanh(x / (1 + t[:, None])) + label  # type: ignore
+    made = conditioned(Denoiser(network, EDM(), "data"), {"label": torch.eye(2)}, "dlms")
+    table = solvers.ddim(made.process, grids.polynomial(made.process, 3))
+    run = Sampler(made, table, backend="eager")
+    outcomes = []
+    for first in (0, 1, 2):
+        made.first_sample(first)
+        noise = torch.ones(1, 2)
+        found = run._run_graph(noise.clone(), torch.float32, ops.select("eager", noise.device), {})
+        expected = run._run_plain(
+            run._steps(noise, {}), noise, torch.float32, ops.select("eager", noise.device), None
+        )
+        assert torch.equal(found, expected)
+        outcomes.append(found)
+    assert captured.made == 1
+    assert torch.equal(outcomes[0], outcomes[2]) and not torch.equal(outcomes[0], outcomes[1])

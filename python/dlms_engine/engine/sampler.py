@@ -314,6 +314,7 @@ class Sampler(Versioned, nn.Module):
         Rows and noise levels are inputs of the graph: other tables of this depth and length replay
         the same capture.
         """
+        cond = {**self.denoiser.batch_conditions(len(x)), **cond}
         given_cond, fixed, rebuild = split_tensors(cond)
         inputs = {"x": x, **given_cond}
         options: tuple[Any, ...] = (backend.name, self.dtype, guidance(self.denoiser), fixed)

@@ -201,6 +201,13 @@ class Denoiser(Versioned, nn.Module):
 
     # -- calls ------------------------------------------------------------------------------
 
+    def batch_conditions(self, batch: int) -> dict[str, Any]:
+        """Keyword arguments of the network that the denoiser itself gives to the next batch.
+
+        A captured run takes them as inputs; everywhere else ``network_output`` adds them.
+        """
+        return {}
+
     def network_output(
         self, network_input: Tensor, c_noise: Tensor, **cond: Any
     ) -> Tensor | tuple[Tensor, Tensor]:

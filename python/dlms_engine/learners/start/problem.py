@@ -47,8 +47,8 @@ class SamplingProblem:
         self.process = denoiser.process
         self.shape = tuple(shape)
         self.seed = seed
-        self.conditions = read_conditions(conditions)
         self.device = denoiser.device
+        self.conditions = on_device(read_conditions(conditions), self.device)
         self.calls = 0
         self._scale = float(self.process.sigma(self.process.t_max))
 
@@ -99,6 +99,17 @@ def read_conditions(conditions: Conditions) -> Any:
     if not loaded:
         raise ValueError(f"conditions: {conditions} holds no tensors")
     return loaded
+
+
+def on_device(conditions: Any, device: torch.device) -> Any:
+    """``conditions`` (no file) with tensors on ``device``: given ones once, a callable's each time."""
+
+    def moved(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+
+    if not callable(conditions):
+        return moved(conditions) if conditions else conditions
+    return lambda numbers: moved(conditions(numbers))
 
 
 def rows_of(conditions: Any, numbers: Sequence[int], copies: int = 1) -> dict[str, Any]:

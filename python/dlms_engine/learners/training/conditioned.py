@@ -8,10 +8,20 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...models.denoiser import Denoiser
-from ..start.problem import Conditions, read_conditions, rows_of
+from ..start.problem import Conditions, on_device, read_conditions, rows_of
 
 PER_SAMPLE = ("dlms", "amed", "free_table")
 """Methods that tell the denoiser which samples a batch holds, besides "auto"."""
+
+
+class _Batch:
+    """Which samples come next. No ``__dict__``: the key of a captured run does not follow it."""
+
+    __slots__ = ("first", "names")
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.names: frozenset[str] | None = None
 
 
 class ConditionedDenoiser(Denoiser):
@@ -26,18 +36,26 @@ class ConditionedDenoiser(Denoiser):
     def __init__(self, denoiser: Denoiser, conditions: Any) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(denoiser.__dict__)
-        self._conditions = conditions
-        self._first = 0
+        self._conditions = on_device(conditions, denoiser.device)
+        self._batch = _Batch()
 
     def first_sample(self, number: int) -> None:
         """Number of the first sample of the next batches; learners call it."""
-        self._first = number
+        self._batch.first = number
+
+    def batch_conditions(self, batch: int) -> dict[str, Any]:
+        """As ``Denoiser.batch_conditions``."""
+        first = self._batch.first
+        rows = rows_of(self._conditions, range(first, first + batch))
+        self._batch.names = frozenset(rows)
+        return rows
 
     def network_output(
         self, network_input: Tensor, c_noise: Tensor, **cond: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        numbers = range(self._first, self._first + len(network_input))
-        rows = rows_of(self._conditions, numbers)
+        names = self._batch.names
+        given = names is not None and names <= cond.keys()  # by a captured run, as its inputs
+        rows = {} if given else self.batch_conditions(len(network_input))
         return super().network_output(network_input, c_noise, **{**rows, **cond})
 
 
@@ -45,8 +63,7 @@ def conditioned(denoiser: Denoiser, conditions: Conditions, method: str) -> Deno
     """``denoiser`` with ``conditions``; itself without any.
 
     Raises:
-        ValueError: a condition for every sample where ``method``, or a run on a GPU, knows only one
-            for all.
+        ValueError: a condition for every sample where ``method`` knows only one for all.
     """
     values = read_conditions(conditions)
     if not values:
@@ -54,10 +71,9 @@ def conditioned(denoiser: Denoiser, conditions: Conditions, method: str) -> Deno
     varied = not isinstance(values, Mapping) or any(
         isinstance(v, Tensor) and v.ndim and len(v) > 1 for v in values.values()
     )
-    device = denoiser.device
-    if varied and (method not in PER_SAMPLE or device.type != "cpu"):
+    if varied and method not in PER_SAMPLE:
         raise ValueError(
-            f"method {method!r} on {device.type} takes one condition for all samples, tensors "
-            "[1, ...]: use method 'auto' for a condition of every sample"
+            f"method {method!r} takes one condition for all samples, tensors [1, ...]: use one of "
+            f"{', '.join(('auto', *PER_SAMPLE))} for a condition of every sample"
         )
     return ConditionedDenoiser(denoiser, values)
