@@ -186,7 +186,7 @@ def fused_row_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def product(u, v):  # type: ignore[no-untyped-def]
+def wide_product(u, v):  # type: ignore[no-untyped-def]
     """U * v in float64, to be summed."""
     return u.to(tl.float64) * v.to(tl.float64)
 
@@ -298,15 +298,15 @@ def fused_row_backward_kernel(  # type: ignore[no-untyped-def]
     grad_output = mul(c_out, grad_m)
     tl.store(grad_x_ptr + at, mul(a, grad_next) + mul(c_skip, grad_m), mask=inside)
     grad_f = grad_output
-    products = (product(grad_m, x), product(grad_m, output), product(grad_next, x))
+    products = (wide_product(grad_m, x), wide_product(grad_m, output), wide_product(grad_next, x))
     if GUIDED:
         scaled = mul(guidance, grad_output)
         grad_f = grad_output - scaled
         grad_f_cond = to_network(scaled, grad_f_cond_ptr.dtype.element_ty)
         tl.store(grad_f_cond_ptr + at, grad_f_cond, mask=inside)
-        products = products + (product(grad_output, f_cond - f),)  # type: ignore[assignment]  # noqa: RUF005
+        products = products + (wide_product(grad_output, f_cond - f),)  # type: ignore[assignment]  # noqa: RUF005
     tl.store(grad_f_ptr + at, to_network(grad_f, grad_f_ptr.dtype.element_ty), mask=inside)
-    products = products + (product(grad_next, m),)  # type: ignore[assignment]  # noqa: RUF005
+    products = products + (wide_product(grad_next, m),)  # type: ignore[assignment]  # noqa: RUF005
 
     unread = tl.zeros([BLOCK], x.dtype)  # x_next reads m itself, not the slot it will go to
     tl.store(grad_ring_ptr + slot.to(tl.int64) * total + at, unread, mask=inside)
@@ -324,8 +324,8 @@ def fused_row_backward_kernel(  # type: ignore[no-untyped-def]
             x_next = tl.where(b != 0, x_next + mul(b, value), x_next)
             past_at = ((slot - first - i + DEPTH) % DEPTH).to(tl.int64) * total + at
             tl.store(grad_ring_ptr + past_at, mul(b, grad_next), mask=inside)
-            products = products + (product(grad_next, value),)  # type: ignore[assignment]  # noqa: RUF005
-    products = products + (product(grad_input, x_next),)  # type: ignore[assignment]  # noqa: RUF005
+            products = products + (wide_product(grad_next, value),)  # type: ignore[assignment]  # noqa: RUF005
+    products = products + (wide_product(grad_input, x_next),)  # type: ignore[assignment]  # noqa: RUF005
 
     coefficients = sums(products)
     for i in tl.static_range(3):

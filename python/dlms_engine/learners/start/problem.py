@@ -48,7 +48,7 @@ class SamplingProblem:
         self.shape = tuple(shape)
         self.seed = seed
         self.device = denoiser.device
-        self.conditions = on_device(read_conditions(conditions), self.device)
+        self.conditions = conditions_on(read_conditions(conditions), self.device)
         self.calls = 0
         self._scale = float(self.process.sigma(self.process.t_max))
 
@@ -101,7 +101,7 @@ def read_conditions(conditions: Conditions) -> Any:
     return loaded
 
 
-def on_device(conditions: Any, device: torch.device) -> Any:
+def conditions_on(conditions: Any, device: torch.device) -> Any:
     """``conditions`` (no file) with tensors on ``device``: given ones once, a callable's each time."""
 
     def moved(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...models.denoiser import Denoiser
-from ..start.problem import Conditions, on_device, read_conditions, rows_of
+from ..start.problem import Conditions, conditions_on, read_conditions, rows_of
 
 PER_SAMPLE = ("dlms", "amed", "free_table")
 """Methods that tell the denoiser which samples a batch holds, besides "auto"."""
@@ -36,7 +36,7 @@ class ConditionedDenoiser(Denoiser):
     def __init__(self, denoiser: Denoiser, conditions: Any) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(denoiser.__dict__)
-        self._conditions = on_device(conditions, denoiser.device)
+        self._conditions = conditions_on(conditions, denoiser.device)
         self._batch = _Batch()
 
     def first_sample(self, number: int) -> None:
