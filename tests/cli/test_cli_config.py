@@ -64,6 +64,18 @@ def test_the_file_says_options_and_settings(file: Path, capsys: pytest.CaptureFi
     assert settings["teacher"] == {"interpolation": 1, "order": 3, "keep_history": False}
 
 
+def test_a_byte_order_mark_is_no_part_of_the_file(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Editors on Windows begin UTF-8 files with one: the first key was unknown."""
+    want = shown(capsys, "--config", file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().lstrip())
+    assert shown(capsys, "--config", file) == want
+    held = file.with_suffix(".json")
+    held.write_bytes(b"\xef\xbb\xbf" + json.dumps(want).encode())
+    assert shown(capsys, "--config", held) == want
+
+
 def test_the_command_line_wins(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--nfe", 4, "--set", "lr=2e-3", "--set", "teacher.order=2")
     for arguments in (("--config", file, *more), (*more, "--config", file)):

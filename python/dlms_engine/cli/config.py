@@ -63,7 +63,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         ImportError: PyYAML is needed and missing.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin with a mark
     except OSError as error:
         raise ValueError(f"config: {path} cannot be read: {error.strerror}") from error
     try:

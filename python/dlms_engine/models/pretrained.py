@@ -155,7 +155,8 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: keys that this version does not know.
     """
-    config = cast(dict[str, Any], json.loads((path / "config.json").read_text(encoding="utf-8")))
+    text = (path / "config.json").read_text(encoding="utf-8-sig")
+    config = cast(dict[str, Any], json.loads(text))
     unknown = sorted(set(config) - _KEYS)
     if unknown:
         raise ValueError(f"{path / 'config.json'} has {unknown}, expected {sorted(_KEYS)}")

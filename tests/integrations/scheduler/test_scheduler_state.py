@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
-from dlms_engine import grids, solvers  # noqa: E402
+from dlms_engine import grids, processes, solvers  # noqa: E402
 from dlms_engine.engine.sampler import Sampler  # noqa: E402
 from dlms_engine.integrations.diffusers import DLMSScheduler  # noqa: E402
 from dlms_engine.models.denoiser import Denoiser  # noqa: E402
+from dlms_engine.policies.distilled import save_solver  # noqa: E402
 from dlms_engine.policies.dlms import Designer, DesignerPolicy, DesignerSettings  # noqa: E402
 
 CONFIG = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -276,6 +278,24 @@ def test_learned_solver_is_saved_beside_the_config(tmp_path: Any) -> None:
     by_path = DLMSScheduler(**CONFIG, solver=str(tmp_path / "dlms_solver.safetensors"))
     assert torch.equal(in_pipeline(own, network, 4), in_pipeline(by_path, network, 4))
     assert copy.deepcopy(loaded).solver.nfe == 4
+
+
+def test_a_config_names_no_file_of_this_machine(tmp_path: Any) -> None:
+    """A config is downloaded: a path in it would be opened wherever it points."""
+    path = tmp_path / "elsewhere" / "solver.safetensors"
+    path.parent.mkdir()
+    save_solver(path, solvers.ddim(processes.EDM(), grids.polynomial(processes.EDM(), 3)))
+    DLMSScheduler(**CONFIG).save_pretrained(tmp_path / "scheduler")
+    config = tmp_path / "scheduler" / "scheduler_config.json"
+    held = json.loads(config.read_text())
+    for named in (str(path), "../elsewhere/solver.safetensors", "dlms_solver.safetensors"):
+        config.write_text(json.dumps(held | {"solver": named}))
+        with pytest.raises((ValueError, OSError), match="the config's solver is|dlms_solver"):
+            DLMSScheduler.from_pretrained(tmp_path / "scheduler")
+        with pytest.raises(ValueError, match="the config's solver is"):
+            DLMSScheduler.from_config(json.loads(config.read_text()))
+    config.write_text(json.dumps(held))
+    DLMSScheduler.from_pretrained(tmp_path / "scheduler")  # planted: without the path it loads
 
 
 def test_learned_solver_refuses_what_it_was_not_made_for() -> None:

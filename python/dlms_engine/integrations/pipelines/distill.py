@@ -283,7 +283,7 @@ def _texts(prompts: str | Path | Sequence[str] | None) -> list[str] | None:
     if prompts is None:
         return None
     if isinstance(prompts, (str, Path)):
-        prompts = Path(prompts).read_text(encoding="utf-8").splitlines()
+        prompts = Path(prompts).read_text(encoding="utf-8-sig").splitlines()
     texts = [line.strip() for line in prompts if line.strip()]
     if not texts:
         raise ValueError("prompts are empty, expected at least one line")

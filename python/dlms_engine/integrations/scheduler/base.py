@@ -14,6 +14,7 @@ try:
 except ImportError as exc:
     raise ImportError("schedulers need diffusers: pip install 'dlms-engine[diffusers]'") from exc
 
+from ...solvers import SOLVERS
 from ...support.versioned import Versioned
 from .adopt import adopt, is_foreign
 from .flow_times import static_shift
@@ -22,6 +23,16 @@ from .runner import SOLVER_FILE, Runner, Source, load_source
 from .runs import SchedulerRun, SchedulerRuns
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+
+
+def _refuse_path(solver: Any) -> None:
+    """A config is someone else's data: it may name a solver, not a place on this machine."""
+    if isinstance(solver, str) and solver not in SOLVERS:
+        beside = " (from_pretrained(folder) reads the one beside the JSON)"
+        raise ValueError(
+            f"the config's solver is {solver!r}, expected one of {sorted(SOLVERS)}; a solver file is "
+            f"given as solver=path{beside if solver == SOLVER_FILE else ''}"
+        )
 
 
 class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
@@ -107,7 +118,12 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
 
         ``solver`` is anything the constructor takes. The grid stays that of the other scheduler,
         its defaults included. With a learned solver, clipping is only done when asked for here.
+
+        Raises:
+            ValueError: the config itself names a file; only a caller may.
         """
+        if isinstance(config, dict) and "solver" not in kwargs and not is_foreign(config):
+            _refuse_path(config.get("solver"))
         if isinstance(config, dict) and is_foreign(config):
             kwargs.setdefault("solver", "dpm_solver_pp")
             kwargs["solver"] = source = load_source(kwargs["solver"])
