@@ -88,7 +88,9 @@ def decoupled_times(
     values = process.lambda_(grid) if coordinate == "lambda" else grid
     if limit is None:
         limit = window * float(values.detach().diff().abs().min())
-    moved = values[1:-1] + offsets.clamp(-limit, limit)
+    # as a tensor: torch 2.14 passes no gradient where numbers leave no room at all
+    bound = offsets.new_tensor(limit)
+    moved = values[1:-1] + offsets.clamp(-bound, bound)
     inner = process.inverse_lambda(moved) if coordinate == "lambda" else moved
     return torch.cat([grid[:1], inner, grid[-1:]])
 
