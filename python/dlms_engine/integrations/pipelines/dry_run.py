@@ -218,15 +218,19 @@ class DryRun:
         Raises:
             NotReplayed: this run is not what the recorded one was.
         """
-        for flag, reason in zip(torch.stack(self._flags).tolist() if self._flags else [],
-                                self._reasons, strict=True):  # fmt: skip
+        # All at once: every read is a wait for the device.
+        parts = (*self._flags, *self._products)
+        flat = [part.reshape(-1).to(parts[-1].device, torch.float64) for part in parts]
+        read = list(torch.cat(flat).cpu().split([len(part) for part in flat])) if flat else []
+        for flag, reason in zip(read, self._reasons, strict=False):
             if not flag:
                 raise NotReplayed(reason)
         limit = tolerance(*self.program.dtypes)
         begin, end = self.program.rows
         rows = []
-        for n, products in zip(range(begin, end), self._products, strict=True):
-            here = products.cpu()
+        products = zip(self._products, read[len(self._flags) :], strict=True)
+        for n, (there, values) in zip(range(begin, end), products, strict=True):
+            here = values.to(there.dtype).reshape(there.shape)
             solved = solve_weights(here)
             if misfit(here, solved) > limit:
                 raise NotReplayed("the outputs are not mixed linearly before the scheduler's step")
