@@ -114,7 +114,7 @@ class Auto:
         trial = fits[0].cost() * TRIAL * fits[0].first_samples
         if progress.reached("trial 1"):
             fits = fits[: len(progress.standing.fits)]
-        elif len(fits) > 1 and self.budget.left_until(TABLE_SHARE) < 4 * trial:
+        elif len(fits) > 1 and self.budget.left_until(self.table_share) < 4 * trial:
             fits = fits[:1]  # too little to compare two on
         if progress.reached("trial 1"):
             self.say(f"resumed at {progress.standing.phase!r}")
@@ -133,6 +133,11 @@ class Auto:
             self._stage("table", table)
         return table
 
+    @property
+    def table_share(self) -> float:
+        """Of the budget, by the end of the table's fit: the correctors' too where there are none."""
+        return TABLE_SHARE if self.settings.corrector else ROWS_SHARE
+
     def _fit(self, fits: list[GaussNewton], targets: Targets) -> GaussNewton:
         """A few iterations of each, the rest of the better one."""
         progress, better = self.progress, 0
@@ -147,7 +152,7 @@ class Auto:
             )
             if len(fits) > 1:
                 progress.align(f"trial {number}")
-                until = began + max(0.0, TABLE_SHARE - began) * number / 4
+                until = began + max(0.0, self.table_share - began) * number / 4
                 keep = self._keeper(f"trial {number}", fits, targets)
                 fit.fit(self.budget, until, iterations=TRIAL, say=self.say, after=keep)
         if progress.reached("fit"):
@@ -156,7 +161,7 @@ class Auto:
             better = self._better(fits)
         progress.align("fit")
         keep = self._keeper("fit", fits, targets, better)
-        fits[better].fit(self.budget, TABLE_SHARE, say=self.say, after=keep)
+        fits[better].fit(self.budget, self.table_share, say=self.say, after=keep)
         return fits[better]
 
     def _keeper(
