@@ -234,7 +234,6 @@ def test_demo_runs_resumes_and_draws(
     pytest.importorskip("matplotlib")
     from dlms_engine.cli import demo
 
-    monkeypatch.setattr(demo, "ACCURATE_NFE", 12)
     monkeypatch.setattr(demo, "SLOW_SECONDS", 0.0)
     sizes = ("--budget", "600calls", "--samples", 8, "--seeds", "0-3", "--nfe", 3)
     arguments = ("demo", "--model", model, "--folder", tmp_path / "out", *sizes)

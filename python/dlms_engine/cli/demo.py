@@ -22,13 +22,12 @@ from .common import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..learners.start import Start
+    from ..learners.start import Proof, Start
     from ..policies.distilled import DistilledSolver
 
 NFE = 5
 DEMO_GUIDANCE: float | None = None
 """Guidance scale of the emoji model in the demo: a class for every sample, at one call an evaluation."""
-ACCURATE_NFE = 40
 FIRST_MEASURED = 200_000
 """Of the samples that are measured beside those of the picture."""
 SLOW_SECONDS = 0.002
@@ -81,12 +80,13 @@ def demo(
         f"best without training\n{twice} network calls": doubled.best.table,
     }
     measured = [*shown, *range(FIRST_MEASURED, FIRST_MEASURED + max(0, samples - len(shown)))]
-    accurate = accurate_samples(loaded, measured)
+    accurate = accurate_samples(loaded, measured, doubled.proof)
     images = {title: sampled(loaded, policy, measured) for title, policy in entries.items()}
     labels = [solver.method, start.best.label, doubled.best.label]
     rows = _rows(entries, labels, images, accurate)
     sentence = _sentence(rows, nfe)
-    pictures = _draw(images, accurate, len(shown), rows, solver, folder, sentence)
+    title = f"accurate\n{doubled.proof.steps} network calls"
+    pictures = _draw(images, (title, accurate), len(shown), rows, solver, folder, sentence)
     seconds = time.perf_counter() - started
     facts = {
         "model": name,
@@ -185,22 +185,9 @@ def _recommended(
     )  # fmt: skip
 
 
-def accurate_samples(model: Model, seeds: list[int]) -> Tensor:
-    """The exact solution of every seed, to the picture's precision."""
-    import torch
-
-    from ..engine.sampler import seeded_noise
-    from ..learners.training.validation import exact_solution
-
-    process = model.denoiser.process
-    sigma = float(process.sigma(process.t_max))
-    parts = []
-    for first in range(0, len(seeds), BATCH):
-        part = seeds[first : first + BATCH]
-        noise = seeded_noise(part, model.shape, sigma, device=model.denoiser.device)
-        cond = condition_rows(model, part)
-        parts.append(exact_solution(model.denoiser, noise, ACCURATE_NFE, **cond).cpu())
-    return torch.cat(parts)
+def accurate_samples(model: Model, seeds: list[int], proof: Proof) -> Tensor:
+    """The exact solution of every seed, as it was proved."""
+    return sampled(model, proof.table(model.denoiser.process), seeds)
 
 
 def _rows(
@@ -231,7 +218,7 @@ def _sentence(rows: list[dict[str, Any]], nfe: int) -> str:
 
 def _draw(
     images: Mapping[str, Tensor],
-    accurate: Tensor,
+    accurate: tuple[str, Tensor],
     shown: int,
     rows: list[dict[str, Any]],
     solver: DistilledSolver,
@@ -240,7 +227,7 @@ def _draw(
 ) -> list[Path]:
     from ..lab.demo_pictures import compared, learning_curve
 
-    first = (f"accurate\n{ACCURATE_NFE} network calls", accurate[:shown])
+    first = accurate[0], accurate[1][:shown]
     others = {title: found[:shown] for title, found in images.items()}
     pictures = [compared(first, others, folder / "samples.png", caption=sentence)]
     errors = learning_errors(solver.history)

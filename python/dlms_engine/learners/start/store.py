@@ -15,7 +15,7 @@ from .problem import SamplingProblem
 from .search import Candidate, MeasuredCandidate, Start, handcrafted_candidates
 
 _log = logging.getLogger("dlms_engine")
-_FORMAT = "dlms_engine.start/1"
+_FORMAT = "dlms_engine.start/2"
 TOLERANCE = 1e-3
 """Largest relative difference of a model's answers on two machines."""
 
