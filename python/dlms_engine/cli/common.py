@@ -168,17 +168,16 @@ def is_image(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and shape[0] in (1, 3)
 
 
-def condition_rows(model: Model, seeds: Sequence[int]) -> dict[str, Any]:
-    """The network's keywords for these samples, on its device; see ``learners.start.Conditions``."""
-    if model.conditions is None:
-        return {}
-    import torch
+def condition_rows(
+    model: Model, seeds: Sequence[int], device: torch.device | None = None
+) -> dict[str, Any]:
+    """The network's keywords for these samples, on its device or another; see
+    ``learners.start.Conditions``.
+    """
+    from ..learners.start.problem import conditions_on, read_conditions, rows_of
 
-    from ..learners.start.problem import read_conditions, rows_of
-
-    rows = rows_of(read_conditions(model.conditions), seeds)
-    device = model.denoiser.device
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in rows.items()}
+    conditions = read_conditions(model.conditions)
+    return rows_of(conditions_on(conditions, device or model.denoiser.device), seeds)
 
 
 def distance_features(model: Model) -> nn.Module:

@@ -74,8 +74,7 @@ def export(
     sampler = Sampler(held.denoiser, policy).to(device)
     noise = torch.zeros(batch or 2, *held.shape, device=device)
     started = time.perf_counter()
-    cond = condition_rows(held, range(len(noise)))
-    cond = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in cond.items()}
+    cond = condition_rows(held, range(len(noise)), noise.device)
     export_sampler(
         sampler,
         noise,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-_NAMES = ("unet", "transformer", "prior", "decoder")
+from ..scheduler.origin import find_network
 
 
 def network_of(pipe: Any) -> nn.Module:
@@ -15,8 +15,7 @@ def network_of(pipe: Any) -> nn.Module:
     Raises:
         ValueError: it has none.
     """
-    for name in _NAMES:
-        network = getattr(pipe, name, None)
-        if isinstance(network, nn.Module):
-            return network
-    raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer")
+    network = find_network(pipe)
+    if network is None:
+        raise ValueError(f"{type(pipe).__name__} has neither a unet nor a transformer")
+    return network

@@ -44,7 +44,7 @@ def pipeline_facts(
     return {
         "class": type(pipe).__name__,
         "model": _model_of(pipe),
-        "weights": _weights(_network_of(pipe)),
+        "weights": _weights(find_network(pipe)),
         "latents": list(shape),
         "guidance_scale": guidance_scale,
         "nfe": nfe,
@@ -79,7 +79,7 @@ class OriginCheck:
             self._differs("latents", list(shape[1:]), list)
 
     def _model(self, pipe: Any) -> None:
-        network, wanted = _network_of(pipe), self._origin.get("weights")
+        network, wanted = find_network(pipe), self._origin.get("weights")
         if network is None or not isinstance(wanted, list):
             return
         found = _weights(network)
@@ -129,7 +129,8 @@ def _scales(variables: Mapping[str, Any], pipe: Any) -> list[float]:
     ]
 
 
-def _network_of(pipe: Any) -> nn.Module | None:
+def find_network(pipe: Any) -> nn.Module | None:
+    """What a pipeline denoises with, a compiled one included; None where it has no such part."""
     for name in _NAMES:
         network = getattr(pipe, name, None)
         if isinstance(network, nn.Module):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.sampler import Sampler, seeded_noise
-from ...learners.start.problem import Conditions, read_conditions, rows_of
+from ...learners.start.problem import Conditions, conditions_on, read_conditions, rows_of
 from ...learners.training.identity import conditions_digest
 from ...learners.training.validation import accurate_table
 from ...models.denoiser import Denoiser
@@ -103,7 +103,8 @@ class Measurer:
         self.features = features
         self.shape = shape
         self.batch = batch
-        self.conditions = read_conditions(conditions)
+        given = read_conditions(conditions)
+        self.conditions = conditions_on(given, denoiser.device)
         self._store = store
         self._advance = advance
         self._width: int | None = None
@@ -112,8 +113,8 @@ class Measurer:
         start = torch.tensor(process.t_max, dtype=torch.float64)
         self._scale = float(process.sigma(start))
         self._model: list[str | None] = [network_digest(denoiser.network), network_digest(features)]
-        if self.conditions is not None:
-            self._model.append(conditions_digest(self.conditions))
+        if given is not None:
+            self._model.append(conditions_digest(given))
 
     def accurate_table(self, nfe: int) -> SolverTable:
         """What "accurate" and "exact" mean here: ``validation.accurate_table``, proved off EDM."""
@@ -216,9 +217,7 @@ class Measurer:
 
     def _run(self, sampler: Sampler, seeds: range) -> Tensor:
         noise = self._noise(seeds)
-        rows = rows_of(self.conditions, seeds)
-        cond = {k: v.to(noise.device) if isinstance(v, Tensor) else v for k, v in rows.items()}
-        x = sampler(noise, **cond)
+        x = sampler(noise, **rows_of(self.conditions, seeds))
         assert isinstance(x, Tensor)
         self._advance(sampler.nfe * len(noise))
         return x

@@ -2,8 +2,8 @@
 
 The start is measured, a general table is fitted by Gauss-Newton steps, a corrector is trained on its
 runs, then one after every row; on samples none of them has seen, the simplest that is not beaten is
-kept. So the result is
-never worse than the best handcrafted solver, whatever the model and however short the run.
+kept. So the result is never worse than the best handcrafted solver, whatever the model and however
+short the run.
 """
 
 from __future__ import annotations
@@ -113,14 +113,13 @@ class Auto:
         progress = self.progress
         trial = fits[0].cost() * TRIAL * fits[0].first_samples
         if progress.reached("trial 1"):
-            fits = fits[: len(progress.standing.fits)]
-        elif len(fits) > 1 and self.budget.left_until(self.table_share) < 4 * trial:
-            fits = fits[:1]  # too little to compare two on
-        if progress.reached("trial 1"):
             self.say(f"resumed at {progress.standing.phase!r}")
+            fits = fits[: len(progress.standing.fits)]
             targets(progress.standing.targets)
             for number, state in enumerate(progress.standing.fits):
                 fits[number].restore(progress.tensors[f"fit{number}"].double(), state)
+        elif len(fits) > 1 and self.budget.left_until(self.table_share) < 4 * trial:
+            fits = fits[:1]  # too little to compare two on
         try:
             fit = self._fit(fits, targets)
         except KeyboardInterrupt:

@@ -56,13 +56,19 @@ def initial_corrector(settings: CorrectorSettings, runs: Runs, target: Tensor) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         corrector = Corrector(settings)
-    newest = runs.outputs[: settings.outputs]
-    parts = [runs.end, newest[0]]
-    parts += [a - b for a, b in itertools.pairwise(newest)]
-    deviations = [max(float(part.std()), 1e-12) for part in parts]
-    corrector.scales.copy_(torch.tensor(deviations, device="cpu"))
-    corrector.gain.fill_(max(float((target - runs.end).std()), 1e-12))
+    scale_to(corrector, runs.end, runs.outputs, float((target - runs.end).std()))
     return corrector.to(runs.end.device)
+
+
+def scale_to(corrector: Corrector, x: Tensor, outputs: list[Tensor], error: float) -> None:
+    """Scales a corrector's inputs to unit deviation on these states and outputs, its own output to
+    ``error``.
+    """
+    newest = outputs[: corrector.settings.outputs]
+    inputs = [x, newest[0], *(a - b for a, b in itertools.pairwise(newest))]
+    deviations = [max(float(each.std()), 1e-12) for each in inputs]
+    corrector.scales.copy_(torch.tensor(deviations, device="cpu"))
+    corrector.gain.fill_(max(error, 1e-12))
 
 
 def train_corrector(

@@ -9,7 +9,6 @@ with a word. It starts at the table with the last row's corrector, and the table
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +20,7 @@ from ...policies.corrector import CorrectedPolicy, Corrector, CorrectorSettings
 from ...solvers.table import SolverTable
 from ..start import SamplingProblem
 from .budget import Budget
-from .correct import LARGEST, settings_for
+from .correct import LARGEST, scale_to, settings_for
 from .runs import RUN_BATCH, batches, states_of
 
 _log = logging.getLogger("dlms_engine")
@@ -179,10 +178,7 @@ class EveryRow:
             torch.manual_seed(0)
             parts = [Corrector(each) for each in settings]
         for part, (x, outputs) in zip(parts, states, strict=True):
-            newest = outputs[: part.settings.outputs]
-            inputs = [x, newest[0], *(a - b for a, b in itertools.pairwise(newest))]
-            part.scales.copy_(torch.tensor([max(float(i.std()), 1e-12) for i in inputs]))
-            part.gain.fill_(max(error, 1e-12))
+            scale_to(part, x, outputs, error)
         parts[-1].load_state_dict(last.state_dict())
         return [part.to(self.target.device).requires_grad_() for part in parts]
 

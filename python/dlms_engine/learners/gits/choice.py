@@ -61,8 +61,9 @@ def nearest_to_exact(
     exact.prove()
     numbers = range(JUDGED)
 
+    ends = run_tables(problem, list(tables.values()), numbers)
+
     def errors() -> list[float]:
-        ends = run_tables(problem, list(tables.values()), numbers)
         target = exact.solve(numbers)
         return [rmse(end, target) for end in ends]
 
@@ -72,5 +73,5 @@ def nearest_to_exact(
     if exact.prove(min(found)).steps != steps:
         found = errors()
     rows = [{"grid": name, "rmse": error} for name, error in zip(tables, found, strict=True)]
-    best = min(tables, key=lambda name: found[list(tables).index(name)])
+    best = min(zip(found, tables, strict=True), key=lambda pair: pair[0])[1]
     return best, tables[best], rows
