@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -204,33 +202,6 @@ def test_command_writes_table_page_and_json(
         main([*words, "--study=ablation"])
     assert stop.value.code
     assert "not both" in capsys.readouterr().err
-
-
-COMPARE = """
-import json, sys
-from pathlib import Path
-sys.path[:0] = json.loads(sys.argv[2])
-import test_compare
-print(json.dumps(test_compare.run(Path(sys.argv[1]), [test_compare.DODE]), sort_keys=True))
-"""
-
-
-@pytest.mark.slow
-def test_two_comparisons_in_one_folder_agree(tmp_path: Path) -> None:
-    """One of two died: the solver was being distilled by the other."""
-    here = Path(__file__).parent
-    command = [sys.executable, "-c", COMPARE, str(tmp_path / "both")]
-    command.append(json.dumps([str(here), str(here.parent.parent)]))
-    both = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    told = [process.communicate(timeout=240)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    alone = run(tmp_path / "alone", [DODE])
-    for text in told:
-        rows = json.loads(text)["rows"]
-        for row, expected in zip(rows, alone["rows"], strict=True):
-            assert {k: v for k, v in row.items() if "seconds" not in k} == {
-                k: v for k, v in expected.items() if "seconds" not in k
-            }
 
 
 def test_a_solver_that_another_comparison_is_making_is_waited_for(
