@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 def command(folder: Path, *more: object) -> list[object]:
     return [
         "distill", "--pipeline", folder / "model", "--prompts", folder / "prompts.txt", "--nfe", 3,
-        "--guidance-scale", 2.5, "--trajectories", 24, *QUICK, *CALL, *more,
+        "--guidance-scale", 2.5, "--trajectories", 24, "--method", "dlms", *QUICK, *CALL, *more,
     ]  # fmt: skip
 
 
@@ -207,7 +207,18 @@ def test_unconditional_pipeline_needs_no_prompts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny.unconditional("DDPM").save_pretrained(tmp_path / "model")
-    asked = ["distill", "--pipeline", tmp_path / "model", "--nfe", 2, "--trajectories", 8, *QUICK]
+    asked = [
+        "distill",
+        "--pipeline",
+        tmp_path / "model",
+        "--nfe",
+        2,
+        "--trajectories",
+        8,
+        "--method",
+        "dlms",
+        *QUICK,
+    ]
     told = [*asked, "--output", tmp_path / "solver"]
     (tmp_path / "prompts.txt").write_text("a cat")
     assert "takes no prompts" in complaint(capsys, *told, "--prompts", tmp_path / "prompts.txt")

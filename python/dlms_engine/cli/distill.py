@@ -81,7 +81,7 @@ def distill_command(
     if preset is None and pipeline is None and model == "embedded" and method == "dlms":
         preset = "dlms-embedded"
     if method is None and preset is None:
-        method = "auto" if pipeline is None else "dlms"
+        method = "auto"
     method, trajectories, settings = _settings(context, method or "", preset, trajectories, set_)
     if budget is not None:
         if method != "auto":

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..models.denoiser import Denoiser
+from ..policies.corrector import CorrectedPolicy, Corrector, Correctors
 from ..processes import EDM, Process, RectifiedFlow
 from ..solvers.policy import Policy, policy_of
 from .scheduler import tables
@@ -70,13 +71,13 @@ def sample_dlms(
     flow = samples_a_flow(model) if flow is None else flow
     noise_model = _noise_model(levels, flow)
     source = load_source(solver)
+    begin, correctors = 0, None
     if isinstance(source, str):
         rows = _named(source, noise_model.process, levels, solver_order, solver_options)
-        begin = 0
     else:
-        rows, begin = _learned(source, flow, levels)
+        rows, begin, correctors = _learned(source, flow, levels)
     plan = make_plan(rows, noise_model, begin)
-    state = State(plan)
+    state = State(plan, correctors)
     ones = x.new_ones(x.shape[0])
     asked = rows.times.to(device=x.device, dtype=x.dtype)
     scale = plan.c_in[begin]
@@ -235,13 +236,29 @@ def _rows_of(policy: Policy) -> Rows:
     return policy_rows(policy)
 
 
-def _learned(source: Any, flow: bool, levels: Tensor) -> tuple[Rows, int]:
-    """The solver's rows in this model's state space, and the row to begin with."""
+class _OverAlpha(Correctors):
+    """Correctors of a state that is carried divided by alpha ``[rows]``."""
+
+    def __init__(self, correctors: Correctors, alpha: Tensor) -> None:
+        super().__init__([cast(Corrector, part) for part in correctors.parts], len(alpha))
+        self._alpha: list[float] = alpha.tolist()
+
+    def forward(self, n: int, x: Tensor, outputs: list[Tensor]) -> Tensor:
+        return super().forward(n, x * self._alpha[n], outputs) / self._alpha[n]
+
+
+def _learned(source: Any, flow: bool, levels: Tensor) -> tuple[Rows, int, Correctors | None]:
+    """The solver in this model's state space: rows, the row to begin with, what follows them."""
     policy = policy_of(source)
+    correctors: Correctors | None = None
+    if isinstance(policy, CorrectedPolicy):
+        correctors, policy = policy.correctors, policy.rows
     process: Process = policy.process
     if flow != isinstance(process, RectifiedFlow):
         raise ValueError(f"the solver was made for {process!r}, the model is flow={flow}")
     rows, own = _rows_of(policy), solver_sigmas(source)
+    if correctors is not None and not flow:
+        correctors = _OverAlpha(correctors, process.alpha(rows.levels[1:]))
     begin = len(own) - len(levels)
     if begin < 0 or not torch.allclose(own[begin:], levels, rtol=1e-3, atol=1e-4):
         raise ValueError(
@@ -250,7 +267,11 @@ def _learned(source: Any, flow: bool, levels: Tensor) -> tuple[Rows, int]:
         )
     if not flow:
         rows = _exploding(rows, process)
-    return (late_start(rows, begin) if begin else rows), begin
+    if not begin:
+        return rows, 0, correctors
+    if correctors is not None:
+        _log.warning("the run begins at step %d: the solver's correctors are left out", begin)
+    return late_start(rows, begin), begin, None
 
 
 def _exploding(rows: Rows, process: Process) -> Rows:

@@ -30,8 +30,8 @@ class LearnerEntry:
             number is no setting but an argument of the run.
         samples: its default where it is no setting.
         defaults: where it differs from ``TrainerSettings``.
-        afs: whether its solvers begin with an analytical first step unless set otherwise, which
-            rescales the first network input.
+        afs: whether its solvers may rescale the first network input, as an analytical first step
+            does, unless the setting ``afs`` says otherwise.
         presets: name -> settings of a paper or a model, among them ``trajectories``.
     """
 

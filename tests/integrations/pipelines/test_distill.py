@@ -25,6 +25,7 @@ TINY = {
     "validation_steps": 4,
     "validate_every": 0,
     "progress": False,
+    "method": "dlms",
 }
 CASES: dict[str, Any] = {
     "sd": (tiny.sd, lambda n: {**tiny.sd_inputs(n), **SIZE}),

@@ -16,10 +16,12 @@ import videos
 from tiny_pipelines import embeddings
 
 from dlms_engine import solvers
+from dlms_engine.cli.outcome import start_value
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.integrations.diffusers import DLMSScheduler
 from dlms_engine.integrations.pipelines import branch_calls
-from dlms_engine.integrations.pipelines.distill import pipeline_denoiser
+from dlms_engine.integrations.pipelines.distill import distill_pipeline, pipeline_denoiser
+from dlms_engine.integrations.pipelines.prompt_network import SwitchedNetwork
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 SIZE = {"height": 16, "width": 16, "num_frames": 5}
@@ -34,14 +36,14 @@ def given(prompts: int) -> dict[str, Any]:
     }
 
 
-def both(prompts: int) -> tuple[torch.Tensor, torch.Tensor]:
+def both(prompts: int, make: Any = videos.wan, **extra: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """The pipeline's latents, and those of the engine's sampler on the pipeline's denoiser."""
-    pipe = videos.wan()
-    denoiser, shape = pipeline_denoiser(pipe, **given(prompts), guidance_scale=GUIDANCE)
+    pipe, asked = make(), {**given(prompts), "guidance_scale": GUIDANCE, **extra}
+    denoiser, shape = pipeline_denoiser(pipe, **asked)
     pipe.scheduler = DLMSScheduler.from_config(pipe.scheduler.config, solver="unipc")
     noise = torch.randn(prompts, *shape, generator=torch.Generator().manual_seed(5))
-    asked = {**given(prompts), "latents": noise, "guidance_scale": GUIDANCE}
-    expected = pipe(**asked, num_inference_steps=4, output_type="latent").frames
+    asked = {**asked, "latents": noise, "num_inference_steps": 4}
+    expected = pipe(**asked, output_type="latent").frames
     grid = pipe.scheduler._runner._times.grid
     table = solvers.unipc(denoiser.process, grid, order=2)
     return expected, Sampler(denoiser, table)(noise)
@@ -64,7 +66,70 @@ def test_branches_the_wrong_way_round_are_seen(monkeypatch: Any) -> None:
     assert (expected - found).abs().max() > 1e-2 * expected.abs().max()
 
 
-def test_two_networks_are_refused() -> None:
+TWO: dict[str, dict[str, Any]] = {
+    "one scale": {},
+    "two scales": {"guidance_scale_2": 2.0},
+    "unguided": {"guidance_scale": 1.0},
+}
+
+
+@pytest.mark.parametrize("scales", TWO)
+def test_two_networks_are_one(scales: str) -> None:
+    """Wan 2.2: refused with guidance; without, the first network was taken for all times."""
+    expected, found = both(2, videos.wan_two, **TWO[scales])
+    assert (expected - found).abs().max() < 2e-5 * expected.abs().max()
+
+
+def test_experts_the_wrong_way_round_are_seen(monkeypatch: Any) -> None:
+    """Planted fault."""
+    honest = SwitchedNetwork._mixed
+    monkeypatch.setattr(
+        SwitchedNetwork, "_mixed", lambda self, k, *rest: honest(self, 1 - k, *rest)
+    )
+    expected, found = both(2, videos.wan_two)
+    assert (expected - found).abs().max() > 1e-2 * expected.abs().max()
+
+
+def test_samples_on_both_sides_of_the_boundary() -> None:
+    """One batch, each sample at its own time: the expert of that time, and its prompt."""
+    denoiser, shape = pipeline_denoiser(videos.wan_two(), **given(3), guidance_scale=GUIDANCE)
+    x = torch.randn(5, *shape, generator=torch.Generator().manual_seed(5))
+    times = torch.tensor([0.95, 0.2, 0.875, 0.8, 0.99], dtype=torch.float64)
+    together = denoiser.predict(x, times)
+    for n in range(5):
+        denoiser.first_sample(n)
+        alone = denoiser.predict(x[n : n + 1], times[n])
+        assert torch.allclose(alone, together[n : n + 1], rtol=0, atol=1e-5)
+
+
+def test_a_network_that_is_not_used_is_said() -> None:
     pipe = videos.wan_two()
-    with pytest.raises(ValueError, match="other networks in other steps"):
-        pipeline_denoiser(pipe, **given(2), guidance_scale=GUIDANCE)
+    pipe.register_to_config(boundary_ratio=1.1)
+    with pytest.raises(ValueError, match="one of its networks is not used"):
+        pipeline_denoiser(pipe, **given(1), guidance_scale=GUIDANCE)
+
+
+def test_training_with_two_networks_keeps_or_improves(tmp_path: Path) -> None:
+    """Untrained it is the handcrafted solver; the file says both networks' scales and the switch."""
+    settings = {"trajectories": 6, "batch": 2, "validation_samples": 2, "validation_steps": 8,
+                "progress": False, "method": "dlms", "nfe": 3}  # fmt: skip
+    asked = {**given(2), "guidance_scale_2": 2.0}
+    pipe = videos.wan_two()
+    scheduler = distill_pipeline(
+        pipe, guidance_scale=GUIDANCE, pipeline_arguments=asked, **settings
+    )
+    solver = scheduler.solver
+    assert solver.best["score"] <= start_value("dlms", solver.history)
+    origin = solver.settings["pipeline"]
+    assert (origin["guidance_scale"], origin["guidance_scale_2"]) == (GUIDANCE, 2.0)
+    assert origin["boundary"] == 0.875
+    pipe.scheduler = scheduler
+    run = {**asked, "guidance_scale": GUIDANCE, "num_inference_steps": 3, "output_type": "latent"}
+    assert bool(pipe(**run).frames.isfinite().all())
+
+
+def test_channels_joined_to_the_latents_are_refused() -> None:
+    """Image-to-video: the network takes 36 channels and gives 16; it failed inside the solver."""
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(7))
+    with pytest.raises(ValueError, match="more than the latents"):
+        pipeline_denoiser(videos.wan_image(), **given(1), image=image, guidance_scale=GUIDANCE)

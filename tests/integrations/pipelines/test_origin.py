@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 SIZE = {"height": 16, "width": 16}
 TINY = {
     "trajectories": 4, "batch": 2, "validation_samples": 2, "validation_steps": 4, "validate_every": 0,
-    "progress": False, "afs": False,
+    "progress": False, "afs": False, "method": "dlms",
 }  # fmt: skip
 
 

@@ -23,11 +23,11 @@ from torch.utils import _pytree as pytree
 
 from ...support.files import replacing
 from ..scheduler.probe import ProbeLoop, first_argument
-from .branch_calls import joined_branches
+from .branch_calls import boundary_of, joined_branches, switched_branches
 from .networks import network_of
 
 _log = logging.getLogger("dlms_engine")
-_FORMAT = "dlms_engine.prompts/2"
+_FORMAT = "dlms_engine.prompts/3"
 GROUP = 8  # prompts encoded together
 WITHOUT_BATCH = ("txt_ids", "img_ids", "image_rotary_emb")
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "class_labels")
@@ -55,6 +55,8 @@ class NetworkCall:
         timestep: what the scheduler called the time of that call.
         scaled: whether the pipeline lets the scheduler scale the network's input, as an analytical
             first step needs.
+        boundary: of two networks, the scheduler's time from which up the first is called.
+        guidance_2: the second network's scale.
     """
 
     args: tuple[Any, ...]
@@ -64,6 +66,8 @@ class NetworkCall:
     guidance: float | None
     timestep: float
     scaled: bool
+    boundary: float | None = None
+    guidance_2: float | None = None
 
 
 def is_batched(path: str, leaf: Any, count: int) -> bool:
@@ -82,6 +86,9 @@ def capture(pipe: Any, arguments: dict[str, Any]) -> NetworkCall:
     Raises:
         RuntimeError: the pipeline ended without calling its network.
     """
+    boundary = boundary_of(pipe)
+    if boundary is not None:
+        return _switched(pipe, arguments, boundary)
     loop = _Capture(network_of(pipe))
     loop.install()
     try:
@@ -139,6 +146,25 @@ def _separate(pipe: Any, arguments: dict[str, Any], count: int) -> NetworkCall:
         guidance=guidance,
         timestep=float(pipe.scheduler.timesteps.tolist()[0]),
         scaled=pipe.scheduler.scaled_input,
+    )
+
+
+def _switched(pipe: Any, arguments: dict[str, Any], boundary: float) -> NetworkCall:
+    """The call of a pipeline with a network for early and one for late times."""
+    count = _prompts_of(arguments)
+    if count is None:
+        raise ValueError(f"{type(pipe).__name__} with two networks needs prompts or prompt_embeds")
+    args, kwargs, scales = switched_branches(pipe, arguments, count, boundary)
+    return NetworkCall(
+        args,
+        kwargs,
+        prompts=count,
+        branches=2 if scales[0] is not None else 1,
+        guidance=scales[0],
+        timestep=float(pipe.scheduler.timesteps.tolist()[0]),
+        scaled=pipe.scheduler.scaled_input,
+        boundary=boundary,
+        guidance_2=scales[1],
     )
 
 
@@ -239,7 +265,7 @@ def _stacked(values: list[Tensor], branches: int) -> Tensor:
 
 def _fingerprint(pipe: Any, arguments: dict[str, Any]) -> str:
     """Changes with the prompts, the arguments and the text encoders' weights."""
-    total = hashlib.sha256(type(pipe).__name__.encode())
+    total = hashlib.sha256(f"{type(pipe).__name__} {boundary_of(pipe)}".encode())
     for name in sorted(arguments):
         total.update(name.encode())
         value = arguments[name]

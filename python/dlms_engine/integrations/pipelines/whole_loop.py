@@ -115,9 +115,13 @@ class WholeLoop:
             "first_scale": torch.tensor(plan.c_in[begin], dtype=self.dtype, device=device),
         }
         self.depth = plan.depth
+        self.correctors = runner.correctors
+        if self.correctors is not None:
+            self.correctors.to(device)
         options = (str(self.program.order), str(self._shapes()), str(self.scales))
         plain = tuple(sorted((name, repr(value)) for name, value in self.inputs.plain.items()))
-        networks = nn.ModuleList(list(self.modules.values()))
+        learned = [] if self.correctors is None else [self.correctors]
+        networks = nn.ModuleList([*self.modules.values(), *learned])
         x = run_captured(cache, networks, (*options, plain), self._body, tensors)
         return x.to(self.sample_dtype)
 
@@ -154,7 +158,12 @@ class WholeLoop:
                 for branch in self._branches(slot, n, latents, inputs)
             ]
             f, f_cond = self._mixed(n - begin, branches, x, inputs["weights"])
-            fused_row_(f, f_cond, x, ring, inputs["rows"][n - begin], network_input)
+            row = inputs["rows"][n - begin]
+            fused_row_(f, f_cond, x, ring, row, network_input)
+            if self.correctors is not None and n >= self.correctors.first:
+                kept = range(min(n + 1, self.depth))
+                x = self.correctors(n, x, [ring[(n - k) % self.depth] for k in kept])
+                network_input.copy_(row[layout.C_IN] * x)
         return x
 
     def _branches(

@@ -33,22 +33,29 @@ def origin_of(source: Any) -> dict[str, Any]:
 
 
 def pipeline_facts(
-    pipe: Any, shape: tuple[int, ...], guidance_scale: float | None, nfe: int
+    pipe: Any,
+    shape: tuple[int, ...],
+    guidance_scale: float | None,
+    nfe: int,
+    guidance_scale_2: float | None = None,
 ) -> dict[str, Any]:
     """What a solver's settings say of the pipeline it was distilled for.
 
     Args:
         shape: of one sample's latents, as the scheduler sees them.
         guidance_scale: None without guidance.
+        guidance_scale_2: of a second network.
     """
-    return {
+    facts = {
         "class": type(pipe).__name__,
         "model": _model_of(pipe),
-        "weights": _weights(find_network(pipe)),
+        "weights": _weights(_networks(pipe)),
         "latents": list(shape),
         "guidance_scale": guidance_scale,
         "nfe": nfe,
     }
+    two = {"boundary": _boundary(pipe), "guidance_scale_2": guidance_scale_2}
+    return facts | {key: value for key, value in two.items() if value is not None}
 
 
 class OriginCheck:
@@ -66,12 +73,17 @@ class OriginCheck:
         if pipe is None:
             return
         self._differs("class", type(pipe).__name__, str)
+        self._differs("boundary", _boundary(pipe), float)
         self._model(pipe)
-        wanted = self._origin.get("guidance_scale")
-        if isinstance(wanted, (int, float)) and scales:
-            near = min(scales, key=lambda s: abs(s - wanted))
+        for key in ("guidance_scale", "guidance_scale_2"):
+            wanted = self._origin.get(key)
+            if not isinstance(wanted, (int, float)) or not scales:
+                continue
+            near = scales[
+                min(range(len(scales)), key=[abs(s - wanted) for s in scales].__getitem__)
+            ]
             if abs(near - wanted) > 1e-6 * max(abs(wanted), 1.0):
-                self._say("guidance_scale", wanted, near)
+                self._say(key, wanted, near)
 
     def latents(self, shape: tuple[int, ...]) -> None:
         """The latents' shape ``[B, ...]`` at a run's first step."""
@@ -79,17 +91,19 @@ class OriginCheck:
             self._differs("latents", list(shape[1:]), list)
 
     def _model(self, pipe: Any) -> None:
-        network, wanted = find_network(pipe), self._origin.get("weights")
-        if network is None or not isinstance(wanted, list):
+        networks, wanted = _networks(pipe), self._origin.get("weights")
+        if not networks or not isinstance(wanted, list):
             return
-        found = _weights(network)
+        found = _weights(networks)
         alike = len(found) == len(wanted) and all(
             isinstance(w, (int, float)) and math.isclose(w, f, rel_tol=2e-2, abs_tol=1e-3)
             for w, f in zip(wanted, found, strict=True)
         )
         if not alike:
             name = str(self._origin.get("model") or "another model")
-            self._say("model", name, f"{_model_of(pipe) or type(network).__name__}, other weights")
+            self._say(
+                "model", name, f"{_model_of(pipe) or type(networks[0]).__name__}, other weights"
+            )
 
     def _differs(self, key: str, found: Any, kind: type) -> None:
         wanted = self._origin.get(key)
@@ -120,7 +134,8 @@ def calling_pipeline(scheduler: Any) -> tuple[Any, list[float]]:
 
 
 def _scales(variables: Mapping[str, Any], pipe: Any) -> list[float]:
-    named = {k: v for k, v in variables.items() if k.endswith(("guidance_scale", "cfg_scale"))}
+    ends = ("guidance_scale", "guidance_scale_2", "cfg_scale")
+    named = {k: v for k, v in variables.items() if k.endswith(ends)}
     named["own"] = getattr(pipe, "_guidance_scale", None)
     return [
         float(v)
@@ -138,6 +153,18 @@ def find_network(pipe: Any) -> nn.Module | None:
     return None
 
 
+def _networks(pipe: Any) -> list[nn.Module]:
+    """What a pipeline denoises with: two networks where it switches them by time."""
+    second = getattr(pipe, "transformer_2", None)
+    return [n for n in (find_network(pipe), second) if isinstance(n, nn.Module)]
+
+
+def _boundary(pipe: Any) -> float | None:
+    """Where two networks are switched, as a share of the training times."""
+    ratio = getattr(getattr(pipe, "config", None), "boundary_ratio", None)
+    return float(ratio) if isinstance(ratio, (int, float)) else None
+
+
 def _model_of(pipe: Any) -> str:
     """The name under which the pipeline was loaded: ``owner/name`` or its folder's own name."""
     config = getattr(pipe, "config", None)
@@ -147,12 +174,12 @@ def _model_of(pipe: Any) -> str:
 
 
 @torch.no_grad()
-def _weights(network: nn.Module | None) -> list[float]:
+def _weights(networks: list[nn.Module]) -> list[float]:
     """The middle number of ``WEIGHTS`` parameters, evenly spread, to three digits.
 
     They are the same in half precision; a fine-tuned model differs in some of them.
     """
-    parameters = [] if network is None else [p for p in network.parameters() if p.numel()]
+    parameters = [p for network in networks for p in network.parameters() if p.numel()]
     if not parameters:
         return []
     places = [parameters[i * len(parameters) // WEIGHTS] for i in range(WEIGHTS)]

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 VALUES = (1.0, 3.0)  # the probe's two branches; exact in half precision
 
 
-class NotPlain(RuntimeError):
+class NotPlain(ValueError):
     """The pipeline does more than guidance between the network and the scheduler."""
 
 
@@ -115,9 +115,12 @@ class ProbeLoop:
         """Factor from the scheduler's times to the network's: FLUX divides by 1000.
 
         Raises:
-            NotPlain: neither 1 nor 1 / levels.
+            NotPlain: neither 1 nor 1 / levels, or parts of a sample have times of their own.
         """
-        given = float(torch.as_tensor(self.given_time()).reshape(-1)[0])
+        times = torch.as_tensor(self.given_time()).reshape(-1)
+        if bool((times != times[0]).any()):
+            raise NotPlain("the network is called with several times at once")
+        given = float(times[0])
         for scale in (1.0, 1.0 / levels):
             # half-precision pipelines hand over rounded times; ours are not rounded
             if abs(given - timestep * scale) <= 1e-2 * abs(timestep * scale):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ops import layout
+from ...policies.corrector import CorrectedPolicy, Correctors
 from ...solvers import SOLVERS
 from ...solvers.policy import Policy, PolicyRun, policy_of
 from ...solvers.table import SolverTable
@@ -30,6 +32,7 @@ from .tables import named_table, solver_options
 from .times import Times, run_times, vector
 from .watch import Watch
 
+_log = logging.getLogger("dlms_engine")
 SolverLike = Any  # Policy | DistilledSolver
 Source = str | SolverLike
 SOLVER_FILE = "dlms_solver.safetensors"
@@ -72,6 +75,7 @@ class Runner:
         timesteps: ``[steps]`` what the network is told; int64 where all are whole, else float32.
         levels: ``[steps + 1]`` float64 process times of the states.
         sigmas: ``[steps + 1]`` float32: sigma / alpha of the states, or a flow's sigma.
+        correctors: what follows the rows of a learned solver, if anything does.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Runner:
         self._model = model
         self._watch = watch
         self._policy: Policy | None = None
+        self.correctors: Correctors | None = None
         self._times: Times | None = None
         self._name = source if isinstance(source, str) else None
         if self._name is not None:
@@ -144,6 +149,8 @@ class Runner:
     def _learned(self, source: SolverLike, steps: int | None, timesteps: Any, sigmas: Any) -> Rows:
         policy = policy_of(source)
         self._model.check(policy.process)
+        if isinstance(policy, CorrectedPolicy):
+            self.correctors, policy = policy.correctors, policy.rows
         table = policy.static_table()
         rows = policy_rows(policy) if table is None else table_rows(table)
         self._policy = policy if policy.needs_features else None
@@ -194,7 +201,14 @@ class Runner:
             )
         if index:
             self._policy = None  # its first steps are gone: its nominal rows go on
-        self._state = State(self._plan)
+            self._without_correctors(index)
+        self._state = State(self._plan, self.correctors)
+
+    def _without_correctors(self, index: int) -> None:
+        """They were trained on whole runs: after a late start the rows go on alone, which is said."""
+        if self.correctors is not None:
+            self.correctors = None
+            _log.warning("the run begins at step %d: the solver's correctors are left out", index)
 
     def _late(self, index: int) -> Rows:
         rows, times = self._whole, self._times

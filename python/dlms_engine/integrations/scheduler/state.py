@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import ops
 from ...ops import layout
+from ...policies.corrector import Correctors
 from .plan import StartRows
 
 Clip = Callable[[Tensor], Tensor]
@@ -22,10 +23,14 @@ class State:
     ``advance`` takes the pipeline's latents and gives the next ones. Wherever the pipeline hands back
     the numbers it was given, the float32 state behind them is used and no rounding accumulates; any
     other number (a callback's, an inpainting blend's) replaces the state, however it got there.
+
+    Args:
+        correctors: what follows the rows of a learned solver, if anything does.
     """
 
-    def __init__(self, plan: StartRows) -> None:
+    def __init__(self, plan: StartRows, correctors: Correctors | None = None) -> None:
         self.plan = plan
+        self._correctors = correctors
         self._x: Tensor | None = None
         self._ring: Tensor | None = None
         self._rows: list[Tensor] = []
@@ -58,6 +63,9 @@ class State:
             f, row = self._clipped(n, f, x, row, clip, keep_noise)
         latents = torch.empty_like(f)
         backend(f, None, x, ring, row, latents)
+        if self._correctors is not None and n >= self._correctors.first:
+            latents = self._corrected(n, x, list(ring.unbind(0)))
+            x.copy_(latents)
         return latents.to(sample.dtype)
 
     # -- the state -------------------------------------------------------------------------------
@@ -80,6 +88,8 @@ class State:
     def _begin(self, sample: Tensor) -> tuple[Tensor, Tensor, ops.Backend]:
         dtype = torch.float64 if sample.dtype == torch.float64 else torch.float32
         x = sample.to(dtype=dtype, memory_format=torch.contiguous_format, copy=True)
+        if self._correctors is not None:
+            self._correctors.to(x.device)
         ring = torch.empty((self.plan.depth, *x.shape), dtype=dtype, device=x.device)
         backend = ops.select("auto", x.device)
         self._rows = list(self.plan.packed.to(device=x.device, dtype=dtype).unbind(0))
@@ -93,8 +103,16 @@ class State:
         x_next, m, _ = ops.fused_row(f, None, x, ring, row)
         slots = list(ring.unbind(0))
         slots[n % self.plan.depth] = m
+        if self._correctors is not None:
+            x_next = self._corrected(n, x_next, slots)
         self._x, self._ring = x_next, torch.stack(slots)
         return x_next
+
+    def _corrected(self, n: int, x: Tensor, slots: list[Tensor]) -> Tensor:
+        """The state after row ``n`` with its corrector's residual; outputs come newest first."""
+        assert self._correctors is not None
+        kept = range(min(n + 1, self.plan.depth))
+        return self._correctors(n, x, [slots[(n - k) % self.plan.depth] for k in kept])
 
     def _clipped(
         self, n: int, f: Tensor, x: Tensor, row: Tensor, clip: Clip, keep_noise: bool

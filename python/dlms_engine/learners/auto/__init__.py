@@ -19,7 +19,7 @@ from ...solvers.table import SolverTable
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
-from ..start import Candidate, ExactSolution, SamplingProblem, Start, find_start
+from ..start import Candidate, Effort, ExactSolution, SamplingProblem, Start, find_start
 from ..start.search import candidate_of
 from .budget import Budget, parse_budget
 from .choose import AutoStage, choose_stage, measure_stages
@@ -31,7 +31,7 @@ from .report import report_lines, report_of, write_report
 from .settings import AutoSettings
 from .table import GeneralTable
 
-__all__ = ["AUTO", "Auto", "AutoSettings"]
+__all__ = ["AUTO", "Auto", "AutoSettings", "effort_of"]
 
 TABLE_SHARE, CORRECTOR_SHARE, ROWS_SHARE = 0.35, 0.55, 0.9
 """Of the budget, by the end of the table's fit, of the corrector's and of all rows' correctors'."""
@@ -80,17 +80,18 @@ class Auto:
         self.say("interrupted: choosing among what there is (interrupt again to give up)")
 
     def start(self) -> tuple[Start, ExactSolution]:
-        effort = None if self.settings.effort == "auto" else self.settings.effort
-        if effort is None and self.budget.limit.calls < LEAN_BELOW:
-            effort = "lean"
+        effort = effort_of(self.settings)
         output = self.options.output
         store = None if output is None else output.with_suffix(".start.json")
         start, exact = find_start(
-            self.problem, self.settings.nfe, effort=effort, store=store, say=self.say
-        )
+            self.problem, self.settings.nfe, effort=effort, store=store, say=self.say,
+            afs=self.settings.afs,
+        )  # fmt: skip
         if self.settings.base != "best":
             start = start.with_base(
-                candidate_of(self.problem.process, start.nfe, self.settings.base)
+                candidate_of(
+                    self.problem.process, start.nfe, self.settings.base, afs=self.settings.afs
+                )
             )
         # learned errors are smaller than those of the start, and measured by the same solution
         exact.prove(start.ranking[0].rmse / 3)
@@ -104,7 +105,7 @@ class Auto:
         fits = [
             GaussNewton(
                 self.problem,
-                GeneralTable(base, self.settings.depth),
+                GeneralTable(base, self.settings.depth, self.settings.afs),
                 targets,
                 self.settings.samples,
             )
@@ -263,6 +264,13 @@ class Auto:
         return DistilledSolver(best.policy, "auto", described, self.history, score)
 
 
+def effort_of(settings: AutoSettings) -> Effort | None:
+    """Of the search for the start; None leaves it to the network's speed."""
+    if settings.effort != "auto":
+        return settings.effort
+    return "lean" if parse_budget(settings.budget).calls < LEAN_BELOW else None
+
+
 def bases(start: Start, several: bool) -> list[Candidate]:
     """Where the table's fit starts: the best solver and, for a few iterations, the best of another
     kind of step, as what is best untrained is not always best trained.
@@ -289,4 +297,4 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     return Auto(problem, settings, options).run()
 
 
-AUTO = LearnerEntry("auto", _run, AutoSettings, trajectories="samples")
+AUTO = LearnerEntry("auto", _run, AutoSettings, trajectories="samples", afs=True)

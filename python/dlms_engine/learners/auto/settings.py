@@ -25,6 +25,8 @@ class AutoSettings:
         corrector: whether a small residual after the last row is tried.
         feature_phase: whether it is also trained on the feature distance, where the denoiser taps
             features.
+        afs: whether the first network input may be rescaled: by an analytical first step among the
+            bases, and by the table's fit. Pipelines that do not scale it themselves cannot run that.
         held_out: samples that choose among the stages, never trained on.
     """
 
@@ -36,6 +38,7 @@ class AutoSettings:
     depth: int | None = None
     corrector: bool = True
     feature_phase: bool = True
+    afs: bool = True
     held_out: int = 256
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ class GeneralTable:
     Args:
         base: the handcrafted solver that the zero vector gives.
         depth: outputs a row may weigh; None for all up to six evaluations, else four.
+        scaled: whether the start may be scaled.
 
     Attributes:
         groups: name -> slice of the parameters: ``grid`` (interior times, in units of the smaller
@@ -41,7 +42,7 @@ class GeneralTable:
             ``state`` (in units of a row's first-order weight) and ``scale``.
     """
 
-    def __init__(self, base: Candidate, depth: int | None = None) -> None:
+    def __init__(self, base: Candidate, depth: int | None = None, scaled: bool = True) -> None:
         self.base = base
         self.process = process = base.table.process
         table = base.table.detach()
@@ -60,7 +61,7 @@ class GeneralTable:
             "times": self.nfe,
             "outputs": len(self._places),
             "state": self.nfe,
-            "scale": 1,
+            "scale": int(scaled),
         }
         self.groups: dict[str, slice] = {}
         first = 0
@@ -89,7 +90,7 @@ class GeneralTable:
             table,
             a=table.a + state_unit * part["state"],
             b=b,
-            initial_scale=table.initial_scale * torch.exp(part["scale"][0]),
+            initial_scale=table.initial_scale * torch.exp(part["scale"].sum()),
             name="auto",
             options=options,
         )

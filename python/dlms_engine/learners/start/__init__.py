@@ -26,6 +26,7 @@ from .store import keep_start, kept_start
 __all__ = [
     "Candidate",
     "Conditions",
+    "Effort",
     "ExactSolution",
     "MeasuredCandidate",
     "Proof",
@@ -39,6 +40,8 @@ __all__ = [
     "rmse",
     "rmse_with_error",
     "run_tables",
+    "seconds_of_one",
+    "start_effort",
 ]
 
 LEAN_ABOVE = 0.05
@@ -52,6 +55,7 @@ def find_start(
     effort: Effort | None = None,
     store: Path | None = None,
     say: Report = lambda line: None,
+    afs: bool = True,
 ) -> tuple[Start, ExactSolution]:
     """The best handcrafted solver of ``nfe`` evaluations and the exact solution it was measured by.
 
@@ -60,28 +64,29 @@ def find_start(
             lean where one evaluation of one sample takes more than 50 ms.
         store: file that keeps the result; one that is there and fits the model is used.
         say: is called with a line of text as the search goes on.
+        afs: whether solvers with an analytical first step are among the candidates.
     """
     if effort is None:
-        effort = "lean" if _seconds(problem) > LEAN_ABOVE else "full"
+        effort = start_effort(seconds_of_one(problem))
     plan = plan_for(problem.process, nfe, effort)
     exact = ExactSolution(problem, samples=plan.proof_samples, first_steps=plan.first_steps)
-    found = kept_start(store, problem, nfe)
+    found = kept_start(store, problem, nfe, afs)
     if found is not None:
         exact.restore(found.proof)
         say(f"start: {found.best.label}, kept in {store}")
         return found, exact
     started, calls = time.perf_counter(), problem.calls
-    count = len(handcrafted_candidates(problem.process, nfe, effort))
+    count = len(handcrafted_candidates(problem.process, nfe, effort, afs=afs))
     say(
         f"start: {count} handcrafted solvers of {nfe} evaluations, about "
         f"{cost(problem.process, nfe, effort):,} evaluations of one sample"
     )
     exact.prove()
-    ranking = Search(problem, exact, nfe, effort, say).run()
+    ranking = Search(problem, exact, nfe, effort, say, afs=afs).run()
     proof = exact.prove(ranking[0].rmse)
     start = Start(nfe, tuple(ranking), proof, problem.calls - calls, time.perf_counter() - started)
     say(proof.line())
-    keep_start(store, problem, start)
+    keep_start(store, problem, start, afs)
     return start, exact
 
 
@@ -126,7 +131,12 @@ def recommend(
     return start
 
 
-def _seconds(problem: SamplingProblem) -> float:
+def start_effort(seconds: float) -> Effort:
+    """The effort of the search where one evaluation of one sample takes ``seconds``."""
+    return "lean" if seconds > LEAN_ABOVE else "full"
+
+
+def seconds_of_one(problem: SamplingProblem) -> float:
     """Of one evaluation of one sample, in a batch of two, after one to warm up."""
     numbers = range(2)
     x = problem.noise(numbers)

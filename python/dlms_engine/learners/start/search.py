@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...processes import Process, as_float64
 from ...solvers import make_solver
+from ...solvers.common import Afs
 from ...solvers.registry import SOLVERS, handcrafted
 from ...solvers.table import SolverTable
 from .exact import EXACT_SHARE, ExactSolution, Proof
@@ -141,9 +142,12 @@ class Start:
         }
 
 
-def handcrafted_candidates(process: Process, nfe: int, effort: Effort = "full") -> list[Candidate]:
-    """Every solver, grid and analytical first step of ``nfe`` evaluations."""
-    every = [Candidate(label, table) for label, table in handcrafted(process, nfe)]
+def handcrafted_candidates(
+    process: Process, nfe: int, effort: Effort = "full", *, afs: bool = True
+) -> list[Candidate]:
+    """Every solver, grid and, with ``afs``, analytical first step of ``nfe`` evaluations."""
+    kinds: tuple[Afs, ...] = (False, "dockhorn") if afs else (False,)
+    every = [Candidate(label, table) for label, table in handcrafted(process, nfe, afs=kinds)]
     if effort == "full":
         return every
     return [
@@ -153,13 +157,13 @@ def handcrafted_candidates(process: Process, nfe: int, effort: Effort = "full") 
     ]
 
 
-def candidate_of(process: Process, nfe: int, label: str) -> Candidate:
+def candidate_of(process: Process, nfe: int, label: str, *, afs: bool = True) -> Candidate:
     """The handcrafted solver called ``label``.
 
     Raises:
         ValueError: none of that many evaluations is.
     """
-    every = handcrafted_candidates(process, nfe)
+    every = handcrafted_candidates(process, nfe, afs=afs)
     for candidate in every:
         if candidate.label == label:
             return candidate
@@ -207,11 +211,18 @@ class Search:
     """Number of the first sample, apart from those of proof, training and validation."""
 
     def __init__(
-        self, problem: SamplingProblem, exact: ExactSolution, nfe: int, effort: Effort, say: Report
+        self,
+        problem: SamplingProblem,
+        exact: ExactSolution,
+        nfe: int,
+        effort: Effort,
+        say: Report,
+        *,
+        afs: bool = True,
     ) -> None:
         self.problem, self.exact, self.nfe = problem, exact, nfe
         self.plan, self.say = plan_for(problem.process, nfe, effort), say
-        self._left = handcrafted_candidates(problem.process, nfe, effort)
+        self._left = handcrafted_candidates(problem.process, nfe, effort, afs=afs)
         if not self._left:
             raise ValueError(f"no handcrafted solver makes exactly {nfe} evaluations")
         self._squares: dict[str, list[float]] = {c.label: [] for c in self._left}

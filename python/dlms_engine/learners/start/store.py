@@ -15,28 +15,31 @@ from .problem import SamplingProblem
 from .search import Candidate, MeasuredCandidate, Start, handcrafted_candidates
 
 _log = logging.getLogger("dlms_engine")
-_FORMAT = "dlms_engine.start/2"
+_FORMAT = "dlms_engine.start/3"
 TOLERANCE = 1e-3
 """Largest relative difference of a model's answers on two machines."""
 
 
-def keep_start(path: Path | None, problem: SamplingProblem, start: Start) -> None:
+def keep_start(path: Path | None, problem: SamplingProblem, start: Start, afs: bool = True) -> None:
     """Writes ``start`` to ``path``, if there is one."""
     if path is None:
         return
-    described = {"format": _FORMAT, **_key(problem, start.nfe), **start.record()}
+    described = {"format": _FORMAT, **_key(problem, start.nfe, afs), **start.record()}
     described["answers"] = _answers(problem)
     with replacing(path) as partial:
         partial.write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 
-def kept_start(path: Path | None, problem: SamplingProblem, nfe: int) -> Start | None:
+def kept_start(
+    path: Path | None, problem: SamplingProblem, nfe: int, afs: bool = True
+) -> Start | None:
     """The start in ``path``; None if it is not there, not readable or of another model."""
     if path is None or not path.exists():
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found["format"] != _FORMAT or any(found[k] != v for k, v in _key(problem, nfe).items()):
+        key = _key(problem, nfe, afs)
+        if found["format"] != _FORMAT or any(found[k] != v for k, v in key.items()):
             return None
         if not _same(found["answers"], _answers(problem)):
             _log.info("%s is of another model: measured anew", path)
@@ -59,10 +62,11 @@ def _start(found: dict[str, Any], problem: SamplingProblem) -> Start:
     return Start(found["nfe"], tuple(ranking), Proof(**proof), found["calls"], found["seconds"])
 
 
-def _key(problem: SamplingProblem, nfe: int) -> dict[str, Any]:
+def _key(problem: SamplingProblem, nfe: int, afs: bool) -> dict[str, Any]:
     guidance = problem.denoiser.guidance_scale
     return {
         "nfe": nfe,
+        "afs": afs,
         "process": problem.process.config(),
         "shape": list(problem.shape),
         "guidance": guidance,

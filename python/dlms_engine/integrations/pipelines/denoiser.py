@@ -1,0 +1,151 @@
+"""A pipeline's network as a denoiser: its prompts, its guidance and its time unit."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ...models.denoiser import Denoiser
+from ...support.files import replacing
+from ..diffusers import DLMSScheduler
+from ..scheduler.probe import first_argument
+from .prompt_calls import NetworkCall, network_of, prompt_calls
+from .prompt_network import PipelineNetwork, SwitchedNetwork
+
+_log = logging.getLogger("dlms_engine")
+
+
+class PipelineDenoiser(Denoiser):
+    """A ``Denoiser`` whose samples have numbers, and whose exact solutions can be kept in a folder."""
+
+    folder: Path | None = None
+
+    def first_sample(self, number: int) -> None:
+        """Tells which training sample the next batches begin with; learners call it."""
+        self.network.first = number
+
+    def kept_solution(self, noise: Tensor, steps: int, solve: Callable[[], Tensor]) -> Tensor:
+        """``solve()`` for start noise ``[B, ...]``, or what it gave in an earlier run.
+
+        A file is used if start noise, prompts, guidance and weights are those it was made with.
+        """
+        if self.folder is None:
+            return solve()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        key = self._key(noise, steps)
+        path = self.folder / f"latents-{key[:16]}.safetensors"
+        if path.exists():
+            try:
+                return load_file(path)["exact"].to(noise)
+            except (OSError, KeyError, safetensors.SafetensorError) as exc:
+                _log.warning("%s cannot be read (%s): made anew", path, exc)
+        exact = solve()
+        with replacing(path) as partial:
+            save_file({"noise": noise.contiguous(), "exact": exact.contiguous()}, partial)
+        return exact
+
+    def _key(self, noise: Tensor, steps: int) -> str:
+        """Changes with everything the exact solution depends on (16 values of each parameter)."""
+        network = self.network
+        told = [noise, *network.batched.values()]
+        told += [p.detach().reshape(-1)[:16] for p in network.parameters()]
+        model = f"{steps} {self.guidance_scale} {self.process!r}"
+        if isinstance(network, SwitchedNetwork):
+            model += f" {network.call.guidance} {network.call.guidance_2} {network.call.boundary}"
+        total = hashlib.sha256(model.encode())
+        for tensor in told:
+            total.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+        return total.hexdigest()
+
+
+def pipeline_denoiser(
+    pipe: Any,
+    prompts: Sequence[str] | None = None,
+    *,
+    guidance_scale: float | None = None,
+    features: str | None = None,
+    folder: str | Path | None = None,
+    **arguments: Any,
+) -> tuple[PipelineDenoiser, tuple[int, ...]]:
+    """A denoiser of ``pipe``'s network with prompts and guidance, and one sample's shape.
+
+    Args:
+        pipe: a loaded diffusers pipeline (SD, SDXL, SD3, FLUX, Wan, unconditional); two networks
+            that are switched by time (Wan 2.2) are one network here.
+        prompts: encoded once, by the pipeline itself; None for unconditional pipelines, or with
+            ``prompt_embeds`` among the arguments.
+        guidance_scale: None leaves the pipeline's default.
+        features: bottleneck module, for solvers that read it.
+        folder: keeps the prompts' embeddings and the exact solutions of the validation.
+        arguments: for the pipeline's call (``height``, ``width``, ``negative_prompt``, ...).
+    """
+    asked = {"num_inference_steps": 2, **arguments}
+    if guidance_scale is not None:
+        asked["guidance_scale"] = guidance_scale
+    original = pipe.scheduler
+    scheduler = DLMSScheduler.from_config(original.config, solver="ddim")
+    pipe.scheduler = scheduler
+    try:
+        call = prompt_calls(pipe, prompts, asked, folder)
+    finally:
+        pipe.scheduler = original
+    model = DLMSScheduler.from_config(original.config).noise_model
+    if model.sign < 0:
+        raise ValueError(
+            f"{type(pipe).__name__}: networks that predict the negative (EDM v-prediction, inverted "
+            "flows) run handcrafted solvers only; distilling for them is not supported"
+        )
+    network, scale = _network(pipe, call, model.levels)
+    mixed = isinstance(network, SwitchedNetwork)
+    denoiser = PipelineDenoiser(
+        network,
+        model.process,
+        model.denoiser.prediction,
+        features=features,
+        guidance_scale=None if mixed else call.guidance,
+        unconditional={"guided": torch.ones(1)} if call.branches == 2 and not mixed else None,
+        time_input=lambda t: model.timestep(t) * scale,
+    )
+    denoiser.folder = None if folder is None else Path(folder)
+    shape = tuple(first_argument(call.args, call.kwargs).shape[1:])
+    _check_output(pipe, denoiser, shape)
+    return denoiser, shape
+
+
+@torch.no_grad()
+def _check_output(pipe: Any, denoiser: PipelineDenoiser, shape: tuple[int, ...]) -> None:
+    """One call: pipelines that join channels or tokens to the latents are found by their output.
+
+    Raises:
+        ValueError: the network's output is not shaped like its input.
+    """
+    x = torch.zeros(1, *shape, device=denoiser.device, dtype=denoiser.network_dtype)
+    level = denoiser._noise_level(torch.tensor(denoiser.process.t_max, dtype=torch.float64))
+    given = denoiser.network_output(x, level)
+    found = tuple((given if isinstance(given, Tensor) else given[0]).shape)
+    if found != tuple(x.shape):
+        raise ValueError(
+            f"{type(pipe).__name__}'s network takes {tuple(x.shape)} and gives {found}: it is given "
+            "more than the latents, and distilling for such pipelines is not supported; run a "
+            "handcrafted solver there"
+        )
+
+
+def _network(pipe: Any, call: NetworkCall, levels: int) -> tuple[PipelineNetwork, float]:
+    """The network with its prompts, and the factor from the scheduler's times to its own."""
+    if call.boundary is None:
+        network = PipelineNetwork(network_of(pipe), call)
+        return network, network.time_scale(levels)
+    experts = (pipe.transformer, pipe.transformer_2)
+    switched = SwitchedNetwork(experts, call)
+    scale = switched.time_scale(levels)
+    switched.boundary = call.boundary * scale
+    return switched, scale
