@@ -1,5 +1,7 @@
 #include "key_kinds.h"
 
+#include <structmember.h>
+
 #include <cstring>
 #include <string>
 #include <unordered_map>
@@ -13,6 +15,7 @@ struct Types {
   PyTypeObject* module;
   PyTypeObject* tensor;
   std::unordered_map<PyTypeObject*, Kind> kinds; // under the GIL
+  std::unordered_map<PyTypeObject*, std::vector<Member>> members;
 
   Types() {
     module = type("torch.nn", "Module");
@@ -44,6 +47,13 @@ Kind look_at(PyTypeObject* type) {
       py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__module__", py::str(""));
   const std::string from = py::isinstance<py::str>(module) ? std::string(py::str(module)) : "";
   const std::string name = type->tp_name;
+  if (type == &PySet_Type || type == &PyFrozenSet_Type || name == "collections.deque")
+    return Kind::kUnordered;
+  if (type->tp_as_buffer != nullptr && type->tp_as_buffer->bf_getbuffer != nullptr &&
+      (type == &PyByteArray_Type || from == "array" || starts_with(from, "numpy")))
+    return Kind::kBuffer;
+  if (type == &PyComplex_Type || type == &PyRange_Type || type == &PySlice_Type)
+    return Kind::kPlainObject; // by what they hold
   if (name == "torch.device") return Kind::kByText;
   if (name == "torch.dtype" || name == "torch.layout" || name == "torch.memory_format" ||
       from == "builtins" || PyType_IsSubtype(type, &PyType_Type))
@@ -53,6 +63,19 @@ Kind look_at(PyTypeObject* type) {
   if (from == "torch" || starts_with(from, "torch.") || starts_with(from, "_"))
     return Kind::kOpaque;
   return Kind::kPlainObject;
+}
+
+std::vector<Member> look_for_members(PyTypeObject* type) {
+  std::vector<Member> found;
+  for (const py::handle base : py::handle(reinterpret_cast<PyObject*>(type)).attr("__mro__"))
+    for (const auto& [name, item] : py::dict(base.attr("__dict__"))) {
+      if (!PyObject_TypeCheck(item.ptr(), &PyMemberDescr_Type)) continue;
+      if (starts_with(py::str(name), "__")) continue; // of the interpreter
+      const PyMemberDef* field = reinterpret_cast<PyMemberDescrObject*>(item.ptr())->d_member;
+      const bool reference = field->type == T_OBJECT || field->type == T_OBJECT_EX;
+      found.push_back({field->offset, reference ? nullptr : item.inc_ref().ptr()});
+    }
+  return found;
 }
 
 // Told apart by the address of their interned names.
@@ -106,6 +129,13 @@ Kind kind_of(PyObject* object) {
   Py_INCREF(type); // the address must not become another type's
   kinds.emplace(type, kind);
   return kind;
+}
+
+const std::vector<Member>& members_of(PyTypeObject* type) {
+  auto& members = types().members; // kind_of() keeps the type
+  const auto found = members.find(type);
+  if (found != members.end()) return found->second;
+  return members.emplace(type, look_for_members(type)).first->second;
 }
 
 Attribute attribute_of(PyObject* name) {

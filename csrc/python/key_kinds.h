@@ -17,11 +17,21 @@ enum class Kind {
   kTensor,
   kFunction,
   kMethod,
-  kByText
+  kByText,
+  kUnordered, // sets, queues: their items
+  kBuffer     // numpy's arrays and numbers, bytearrays: their bytes
 };
 
 // Looked up by type; types are looked at once.
 Kind kind_of(PyObject* object);
+
+// What an object holds outside of its dict: __slots__, and the fields of objects made in C, such as
+// a partial's function.
+struct Member {
+  Py_ssize_t offset;    // where in it a reference lies
+  PyObject* descriptor; // of anything else; null for a reference
+};
+const std::vector<Member>& members_of(PyTypeObject* type);
 
 // The attributes that every nn.Module has.
 enum class Attribute { kOther, kParameters, kBuffers, kModules, kIgnored };

@@ -7,29 +7,8 @@ namespace py = pybind11;
 namespace dlms {
 namespace {
 
-constexpr int kCuda = 2;             // kDLCUDA
-constexpr int kDepth = 6;            // nested containers of an attribute
-constexpr int kObjectDepth = 2;      // how deep in them objects are looked into
-constexpr Py_ssize_t kLongest = 512; // entries of a container that are looked at
-
-enum Tag : char {
-  kNone = 1,
-  kBool,
-  kInt,
-  kFloat,
-  kText,
-  kBytes,
-  kSequence,
-  kMapping,
-  kTensor,
-  kModule,
-  kFunction,
-  kObject,
-  kSeen,
-  kLong, // a container too long to look at
-  kDeep,
-  kPlain, // a number or text among the moving parts
-};
+constexpr int kCuda = 2;  // kDLCUDA
+constexpr int kDepth = 6; // nested containers of an attribute
 
 } // namespace
 
@@ -132,61 +111,6 @@ void Writer::input(PyObject* name, PyObject* item) {
   out_->put(raw.shape, sizeof(int64_t) * raw.ndim);
 }
 
-void Writer::function(PyObject* object, int depth) {
-  auto* self = reinterpret_cast<PyFunctionObject*>(object);
-  tag(kFunction);
-  pointer(self->func_code);
-  if (recipe_ != nullptr) {
-    for (PyObject* const* part :
-        {&self->func_code, &self->func_closure, &self->func_defaults, &self->func_kwdefaults})
-      recipe_->slot(part);
-  }
-  if (!seen_.insert(object)) return;
-  if (PyObject* closure = self->func_closure; closure == nullptr) {
-    tag(kNone);
-  } else {
-    if (recipe_ != nullptr) recipe_->tuple(closure);
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(closure); ++i) {
-      PyObject* const* item = reinterpret_cast<PyTupleObject*>(closure)->ob_item + i;
-      PyObject* const* inside = &reinterpret_cast<PyCellObject*>(*item)->ob_ref;
-      if (recipe_ != nullptr) recipe_->slot(item);
-      if (recipe_ != nullptr && *inside == nullptr) recipe_->slot(inside);
-      if (*inside != nullptr) value(*inside, depth + 1, inside);
-    }
-  }
-  for (PyObject* const* part : {&self->func_defaults, &self->func_kwdefaults}) {
-    if (*part == nullptr) {
-      tag(kNone);
-    } else {
-      value(*part, depth + 1, part);
-    }
-  }
-}
-
-void Writer::method(PyObject* object, int depth) {
-  auto* self = reinterpret_cast<PyMethodObject*>(object);
-  tag(kFunction);
-  pointer(self->im_func);
-  if (recipe_ != nullptr) {
-    recipe_->slot(&self->im_func);
-    recipe_->slot(&self->im_self);
-  }
-  value(self->im_self, depth + 1, &self->im_self);
-}
-
-// An attention processor, an adapter's settings, a partial: its type and what it holds.
-void Writer::object(PyObject* object, Kind kind, int depth) {
-  tag(kObject);
-  pointer(Py_TYPE(object));
-  if (recipe_ != nullptr) recipe_->type(object);
-  if (kind == Kind::kOpaque || depth > kObjectDepth || !seen_.insert(object)) return;
-  const auto dict = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(object, nullptr));
-  if (!dict) return PyErr_Clear(); // an object without attributes of its own
-  if (!PyDict_Check(dict.ptr())) return impossible();
-  if (recipe_ != nullptr) recipe_->holder(object, dict.ptr());
-  mapping(dict.ptr(), depth);
-}
-
 // The settings that most modules have: written at once. False: something else.
 bool Writer::scalar(PyObject* item) {
   if (item == Py_None) {
@@ -257,6 +181,8 @@ void Writer::value(PyObject* item, int depth, PyObject* const* where) {
     case Kind::kFunction: return function(item, depth);
     case Kind::kMethod: return method(item, depth);
     case Kind::kByAddress: tag(kObject); return pointer(item);
+    case Kind::kUnordered: return items(item, depth);
+    case Kind::kBuffer: return buffer(item);
     case Kind::kByText:
       if (where != nullptr) impossible();
       return text(py::str(py::handle(item)).ptr());

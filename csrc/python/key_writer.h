@@ -13,6 +13,29 @@
 
 namespace dlms {
 
+constexpr Py_ssize_t kLongest = 512; // entries of a container that are looked at
+
+// What comes next in a key.
+enum Tag : char {
+  kNone = 1,
+  kBool,
+  kInt,
+  kFloat,
+  kText,
+  kBytes,
+  kSequence,
+  kMapping,
+  kTensor,
+  kModule,
+  kFunction,
+  kObject,
+  kSeen,
+  kLong, // a container too long to look at
+  kDeep,
+  kPlain, // a number or text among the moving parts
+  kItems,
+};
+
 // What it is given goes to two streams: `settled` has what can only change together with a dict or
 // an address that a Recipe checks, `moving` the rest: where tensors lie, numbers in lists and
 // closures.
@@ -54,6 +77,9 @@ class Writer : public MovingParts {
   void function(PyObject* object, int depth);
   void method(PyObject* object, int depth);
   void object(PyObject* object, Kind kind, int depth);
+  void members(PyObject* object, int depth);
+  void items(PyObject* object, int depth);
+  void buffer(PyObject* object);
   void module(PyObject* object);
   void attribute(PyObject* name, PyObject* object);
   void tensors(PyObject* dict, bool parameters);

@@ -178,6 +178,7 @@ def kills(count: int, names: Iterable[str] = COMMANDS) -> dict[str, Any]:
                 parts = found.keys() | whole[name].keys()
                 first = sorted(k for k in parts if found.get(k) != whole[name].get(k))[:3]
                 different.append({"command": name, "trial": trial, "parts": first})
+                print(different[-1], file=sys.stderr)
             trial += 1
             print(f"{killed.total()} kills, {len(different)} different", file=sys.stderr)
     return {"kills": killed.total(), "of": dict(killed), "runs": trial, "different": different}

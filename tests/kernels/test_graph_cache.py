@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import copy
+import dataclasses
+import decimal
+import enum
+import functools
 import pickle
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.modules.module as every_module
 from torch import Tensor, nn
 
 from dlms_engine.engine import cuda_graph_cache
@@ -111,6 +118,13 @@ class Processor:
         self.scale = scale
 
 
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
 class Adapted(nn.Linear):
     """As PEFT's layers: settings in plain attributes, lists and dicts; a processor object."""
 
@@ -122,6 +136,14 @@ class Adapted(nn.Linear):
         self.processor = Processor(1.0)
         self.b1 = 1.1
         self.table = torch.zeros(2)
+        self.skipped = {1, "up"}
+        self.recent = collections.deque([1, 2])
+        self.factor = np.float32(1.0)
+        self.factors = np.ones(3)
+        self.phase = 1 + 2j
+        self.window = range(4)
+        self.call = functools.partial(pow, 2)
+        self.slotted = Slotted(1.0)
 
 
 def _swap_weight(net: nn.Module) -> None:
@@ -143,9 +165,30 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another class": lambda net: setattr(net[0], "__class__", type("Patched", (Adapted,), {})),
     "another layer": lambda net: net.append(nn.ReLU()),
     "buffer": lambda net: net[0].register_buffer("shift", torch.zeros(2)),
+    "item of a set": lambda net: net[0].skipped.add(2),
+    "item of a queue": lambda net: net[0].recent.append(3),
+    "number of numpy's": lambda net: setattr(net[0], "factor", np.float32(2.0)),
+    "array": lambda net: net[0].factors.__setitem__(1, 2.0),
+    "complex": lambda net: setattr(net[0], "phase", 1 + 3j),
+    "range": lambda net: setattr(net[0], "window", range(5)),
+    "argument of a partial": lambda net: setattr(net[0], "call", functools.partial(pow, 3)),
+    "slot": lambda net: setattr(net[0].slotted, "scale", 2.0),
+    "hook of every module": lambda net: every_module.register_module_forward_hook(hook),
+    "hook before every module": lambda net: every_module.register_module_forward_pre_hook(hook),
 }
 
 
+def hook(*_: Any) -> None: ...
+
+
+@pytest.fixture
+def no_hooks_of_every_module() -> Iterator[None]:
+    yield
+    every_module._global_forward_hooks.clear()
+    every_module._global_forward_pre_hooks.clear()
+
+
+@pytest.mark.usefixtures("no_hooks_of_every_module")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_the_network_changes_the_key(change):
     net = nn.Sequential(Adapted(), nn.Dropout())
@@ -226,6 +269,52 @@ def test_split_tensors():
     assert torch.equal(again["a"], torch.full((2,), 2.0)) and again["b"][1] == 3
     assert split_tensors({"a": torch.ones(2), "b": [torch.zeros(1), 4], "c": None})[1] != rest
     assert split_tensors({})[:2] == ({}, ())
+
+
+class Mode(enum.Enum):
+    ON = 1
+    OFF = 2
+
+
+@dataclasses.dataclass
+class Region:
+    scale: float = 1.0
+    mask: Any = None
+
+
+PAIRS: dict[str, tuple[Any, Any]] = {
+    "complex": (1 + 2j, 1 + 3j),
+    "set": ({1, 2}, {1, 3}),
+    "frozenset": (frozenset({1}), frozenset({2})),
+    "number of numpy's": (np.float32(1.5), np.float32(2.5)),
+    "integer of numpy's": (np.int64(3), np.int64(4)),
+    "array": (np.ones(3), np.zeros(3)),
+    "enum": (Mode.ON, Mode.OFF),
+    "decimal": (decimal.Decimal("1.5"), decimal.Decimal("2.5")),
+    "range": (range(3), range(4)),
+    "slice": (slice(1, 2), slice(1, 3)),
+    "dataclass": (Region(), Region(2.0)),
+    "tensor in a dataclass": (Region(mask=X["x"]), Region(mask=torch.ones(3))),
+    "slots": (Slotted(1.0), Slotted(2.0)),
+    "bytearray": (bytearray(b"a"), bytearray(b"b")),
+    "text": ("a", "b"),
+    "none": (None, ...),
+    "type": (int, float),
+    "function": (hook, len),
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_conditions_of_any_kind_have_a_key(kind):
+    """Those without weak references or a hash ended the run with a TypeError."""
+
+    def with_condition(value: Any) -> Any:
+        _, rest, _ = split_tensors({"mode": value, "deep": [{"er": value}]})
+        return graph_key(len, X, rest)[0]
+
+    one, other = PAIRS[kind]
+    assert with_condition(one) == with_condition(one)
+    assert with_condition(one) != with_condition(other)
 
 
 def test_the_compiled_key_is_several_times_cheaper_than_pythons(backend):

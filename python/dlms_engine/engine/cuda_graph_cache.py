@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..support.forks import per_process
-from .cuda_graph_fallback import PythonCache, python_key
+from .cuda_graph_fallback import PythonCache, attributes, python_key
 from .native import native
 
 LoopMode = Literal["never", "always", "auto"]
@@ -65,7 +65,10 @@ def token(subject: Any) -> int:
 def _modes() -> tuple[Any, ...]:
     """What outside of the network changes the kernels that a run launches."""
     precision = torch._C._get_fp32_precision_getter
+    every_module = torch.nn.modules.module
     return (
+        every_module._global_forward_pre_hooks,
+        every_module._global_forward_hooks,
         torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
         precision("cuda", "matmul"),
         precision("cuda", "conv"),
@@ -115,14 +118,23 @@ def graph_key(
     return answer
 
 
-def identity(subject: Any) -> tuple[int, ...]:
-    """A plain value that stands for an object in ``options``."""
-    return (token(subject),)
-
-
 def ignore_tensor_attributes(network: Any) -> None:
     """Leaves out of the keys of `network` the tensors that its modules keep as plain attributes."""
     _restless.add(network)
+
+
+def _described(value: Any) -> tuple[Any, ...]:
+    """What tells a condition from others; of an object itself and its attributes."""
+    if isinstance(value, Tensor):
+        return ("tensor",)
+    kind = str(type(value))
+    if isinstance(value, _PLAIN):
+        return kind, value
+    fields = attributes(value)
+    try:
+        return kind, token(value), fields, value
+    except TypeError:  # not hashable, or without weak references
+        return kind, None if fields else repr(value), fields, value
 
 
 def split_tensors(
@@ -131,20 +143,13 @@ def split_tensors(
     """(tensors by name, a key of the rest, what puts `tree` together again from the tensors).
 
     Tensors inside dicts, lists and tuples are found. The rest is keyed by value where it is a
-    number, a text or None, and elsewhere as the object that it is.
+    number, a text or None, and elsewhere as the object that it is, with what it holds.
     """
     if not tree:
         return {}, (), lambda given: tree
     leaves, spec = tree_flatten(tree)
     tensors = {f"{prefix}/{i}": v for i, v in enumerate(leaves) if isinstance(v, Tensor)}
-    rest = tuple(
-        "tensor"
-        if isinstance(v, Tensor)
-        else (str(type(v)), v)
-        if isinstance(v, _PLAIN)
-        else identity(v)
-        for v in leaves
-    )
+    rest = itertools.chain.from_iterable(map(_described, leaves))
 
     def rebuild(given: Mapping[str, Tensor]) -> Any:
         return tree_unflatten([given.get(f"{prefix}/{i}", v) for i, v in enumerate(leaves)], spec)

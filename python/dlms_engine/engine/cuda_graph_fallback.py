@@ -7,9 +7,9 @@ a run.
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,16 +32,33 @@ def _settings(value: Any, tensors: bool, depth: int = 0) -> Any:
         return value
     if isinstance(value, Tensor):
         return (value.data_ptr(), value.dtype) if tensors else None
-    if depth < 3 and isinstance(value, (tuple, list)):
+    if depth < 6 and isinstance(value, (tuple, list)):
         return tuple(_settings(v, tensors, depth + 1) for v in value)
-    if depth < 3 and isinstance(value, Mapping):
+    if depth < 6 and isinstance(value, Mapping):
         return tuple(
             (_settings(k, tensors, depth + 1), _settings(v, tensors, depth + 1))
             for k, v in value.items()
         )
+    if isinstance(value, (set, frozenset, deque, complex, range, slice, bytearray)):
+        return type(value), repr(value)
+    if type(value).__module__.startswith("numpy") and hasattr(value, "tobytes"):
+        return type(value), value.shape, str(value.dtype), value.tobytes()
     if depth < 2 and not type(value).__module__.startswith(("torch", "builtins", "_")):
-        return type(value), _settings(getattr(value, "__dict__", {}), tensors, depth + 1)
+        return type(value), _settings(attributes(value), tensors, depth + 1)
     return type(value)
+
+
+def attributes(value: Any) -> dict[str, Any]:
+    """Of its dict, of ``__slots__``, and the fields of an object made in C."""
+    names = {
+        name
+        for base in type(value).__mro__
+        for name, item in vars(base).items()
+        if isinstance(item, MemberDescriptorType) and not name.startswith("__")
+    }
+    fields = {name: getattr(value, name, None) for name in sorted(names)}
+    held = getattr(value, "__dict__", None)
+    return {**fields, **(held if isinstance(held, dict) else {})}
 
 
 def _picture(module: nn.Module, tensors: bool) -> Iterator[Any]:
