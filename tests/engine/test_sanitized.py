@@ -23,7 +23,7 @@ TESTS = (
 # An editable installation puts its own finder first.
 RUN = """
 import sys
-sys.meta_path[:] = [f for f in sys.meta_path if "ditable" not in type(f).__name__]
+sys.meta_path[:] = [f for f in sys.meta_path if "ditable" not in repr(type(f))]
 sys.path.insert(0, sys.argv[1])
 import dlms_engine
 assert all(p.startswith(sys.argv[1]) for p in dlms_engine.__path__), dlms_engine.__path__

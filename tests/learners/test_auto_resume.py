@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from dlms_engine import distill
 from dlms_engine.learners import auto
 from dlms_engine.learners.auto import every_row, gauss_newton
+from dlms_engine.learners.auto.budget import Budget
 from dlms_engine.learners.auto.progress import RunCheckpoint
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.distilled import DistilledSolver
 from dlms_engine.processes import RectifiedFlow
+from dlms_engine.solvers.table import SolverTable
 
 
 class Curved(nn.Module):
@@ -49,6 +51,8 @@ def killed_after(phase: str, count: int, patch: pytest.MonkeyPatch, path: Path) 
 
 
 def bits(solver: DistilledSolver) -> list[Tensor]:
+    if isinstance(solver.policy, SolverTable):
+        return [solver.policy.times, solver.policy.a, solver.policy.b]
     tensors, _ = solver.policy.state()
     return [tensors[name] for name in sorted(tensors)]
 
@@ -76,6 +80,26 @@ def test_a_killed_run_ends_at_the_same_bits(
     killed_after("fit", 1, monkeypatch, tmp_path / "b.safetensors")
     with pytest.raises(ValueError, match="another run"):
         run(tmp_path / "b.safetensors", resume=True, seed=1)
+
+
+@pytest.mark.slow
+def test_a_start_that_another_run_left_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the search and the first checkpoint, a run had its evaluations once more."""
+    whole = run(tmp_path / "whole.safetensors", budget="6k")
+    start = (tmp_path / "whole.start.json").read_bytes()
+
+    def after_the_search(name: str) -> DistilledSolver:
+        (tmp_path / f"{name}.start.json").write_bytes(start)
+        return run(tmp_path / f"{name}.safetensors", budget="6k")
+
+    again = after_the_search("again")
+    assert again.report["calls"] == whole.report["calls"]
+    assert again.report["exact"] == whole.report["exact"]
+    assert all(torch.equal(a, b) for a, b in zip(bits(whole), bits(again), strict=True))
+    monkeypatch.setattr(Budget, "count", lambda *_: None)  # planted
+    assert after_the_search("planted").report["calls"] != whole.report["calls"]
 
 
 def test_an_interrupt_keeps_the_fit_and_the_correctors_so_far(

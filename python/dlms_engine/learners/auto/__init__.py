@@ -83,10 +83,13 @@ class Auto:
         effort = effort_of(self.settings)
         output = self.options.output
         store = None if output is None else output.with_suffix(".start.json")
+        before = self.problem.calls
         start, exact = find_start(
             self.problem, self.settings.nfe, effort=effort, store=store, say=self.say,
             afs=self.settings.afs,
         )  # fmt: skip
+        if self.problem.calls - before < start.calls:  # it was kept
+            self.budget.count(start.calls)
         if self.settings.base != "best":
             start = start.with_base(
                 candidate_of(

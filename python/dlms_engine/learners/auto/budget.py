@@ -53,6 +53,13 @@ class Budget:
         self.problem.calls = self._first + calls
         self._started = time.perf_counter() - seconds
 
+    def count(self, calls: int) -> None:
+        """Evaluations of an earlier run, if they are what is limited: what a run finds must not
+        depend on what the one before it left behind. Time that was saved is there to be used.
+        """
+        if not math.isfinite(self.limit.seconds):
+            self.problem.calls += calls
+
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self._started

@@ -126,6 +126,7 @@ class ExactSolution:
         self._pair: tuple[_Accurate, _Accurate] | None = None
         self._ends: dict[tuple[_Accurate, int], Tensor] = {}
         self.proof: Proof | None = None
+        self._restored = 0  # steps up to which the evaluations are among those of a kept proof
 
     def prove(self, error: float | None = None, *, share: float = EXACT_SHARE) -> Proof:
         """Refines until two solvers differ by less than ``share * error``.
@@ -173,17 +174,20 @@ class ExactSolution:
         return run_tables(self.problem, [self.table()], numbers)[0]
 
     def restore(self, proof: Proof) -> None:
-        """Takes over a proof that was kept."""
+        """Takes over a proof that was kept; what it took is not counted again."""
         check = proof.check.split("/")
         self._pair = _Accurate(proof.solver, proof.grid), _Accurate(check[0], check[1])
-        self.proof = proof
+        self.proof, self._restored = proof, proof.steps
 
     # -- finding it ---------------------------------------------------------------------------
 
     def _end(self, accurate: _Accurate, steps: int) -> Tensor:
         key = accurate, steps
         if key not in self._ends:
+            calls = self.problem.calls
             self._solve_all([key])
+            if steps <= self._restored:
+                self.problem.calls = calls
         return self._ends[key]
 
     def _solve_all(self, keys: Sequence[tuple[_Accurate, int]]) -> None:
