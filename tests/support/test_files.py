@@ -50,6 +50,49 @@ def test_the_mode_is_that_of_a_new_file(umask: int, mode: int, tmp_path: Path) -
     )
 
 
+def no_room(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_what_cannot_be_written_is_found_ahead_of_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.safetensors"
+    path.write_text("old")
+    files.require_writable(path)
+    with pytest.raises(OSError, match=r"could not write .*absent/run\.safetensors \(No such file"):
+        files.require_writable(tmp_path / "absent" / "run.safetensors")
+    monkeypatch.setattr(files, "_sync", no_room)
+    with pytest.raises(OSError, match=r"could not write .*run\.safetensors \(No space left"):
+        files.require_writable(path)
+    assert [held.name for held in tmp_path.iterdir()] == ["run.safetensors"]
+    assert path.read_text() == "old"
+
+
+def test_a_lock_that_cannot_be_made_names_the_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(*_: object) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(files.FileLock, "acquire", read_only)
+    with (
+        pytest.raises(
+            OSError, match=r"could not write .*held\.json \(Read-only file system\): .*choose"
+        ),
+        files.only_one(tmp_path / "held.json"),
+    ):
+        pass
+
+
+def test_what_lies_beside_a_result_does_not_end_the_work(caplog: pytest.LogCaptureFixture) -> None:
+    assert files.written(lambda: None, "no report")
+    assert not files.written(no_room, "no report")
+    assert "no report: [Errno 28] No space left on device" in caplog.text
+    with pytest.raises(ZeroDivisionError):
+        files.written(lambda: 1 // 0, "no report")
+
+
 SAVES = 150
 
 

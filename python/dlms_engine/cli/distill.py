@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..support.files import written
 from . import config as configs
 from . import pipeline as pipelines
 from .checks import check_seed, check_solver_output, refuse_beside
@@ -143,11 +144,15 @@ def distill_command(
     seconds = time.perf_counter() - started
     if not leads():
         return
-    configs.write_beside(output, found)
+    written(lambda: configs.write_beside(output, found), f"{output} is written, but")
     if plot is not None:
         from ..lab.plots import loss_curve
 
-        loss_curve(solver.history, plot, step="update", title=f"{method}, {nfe} evaluations")
+        title, curve = f"{method}, {nfe} evaluations", plot
+        written(
+            lambda: loss_curve(solver.history, curve, step="update", title=title),
+            f"{output} is written, but",
+        )
     emit(
         {
             "solver": output,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..support.files import replacing
+from ..support.files import replacing, require_writable
 from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
@@ -94,6 +94,8 @@ def sample(
         images: Tensor = sampler.sample(part, held.shape, **condition_rows(held, part))
         return images
 
+    if leads():
+        require_writable(output)
     images = torch.cat(_shared(draw, parts, held.shape))
     seconds = time.perf_counter() - started
     if not leads():

@@ -10,7 +10,7 @@ import torch
 
 from ..models.denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
-from ..support.files import only_one
+from ..support.files import only_one, require_writable
 from ..support.parallel import World, restarted
 from .entry import LearnerEntry
 from .options import RunOptions
@@ -71,6 +71,8 @@ def distill(
         ImportError: ``tensorboard`` is requested and missing.
         FloatingPointError: the network's outputs are not finite.
         RuntimeError: another process is distilling into ``output``.
+        OSError: ``output`` cannot be written, as found ahead of the work where possible; a
+            checkpoint is kept.
     """
     entry = learner(method)
     if nfe < 1:
@@ -109,14 +111,26 @@ def distill(
     try:
         # A caller may have switched gradients off, which nothing in a training can.
         with lock, torch.inference_mode(False), torch.enable_grad():
+            if path is not None and not world.rank:
+                require_writable(path)
             solver = entry.run(denoiser, tuple(shape), options)
     finally:
         for parameter in training:
             parameter.requires_grad_(True)
         options.monitor.close()
     if path is not None and world.rank == 0:
-        solver.save(path)
-        if options.checkpoint is not None:
-            options.checkpoint.unlink(missing_ok=True)
+        _save(solver, path, options.checkpoint)
     world.barrier()
     return solver
+
+
+def _save(solver: DistilledSolver, path: Path, checkpoint: Path | None) -> None:
+    """Writes the solver, which makes its checkpoint needless."""
+    try:
+        solver.save(path)
+    except OSError as error:
+        if checkpoint is None or not checkpoint.exists():
+            raise
+        raise OSError(f"{error}; {checkpoint} is kept, resume goes on from it") from error
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)

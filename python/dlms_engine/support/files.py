@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import logging
 import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,8 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+_log = logging.getLogger("dlms_engine")
+
 _ABANDONED = 24 * 3600.0
 """Seconds after which a partial file belongs to a process that was killed."""
+_ROOM = 1 << 16
+"""Bytes that a solver file with its report takes, about."""
 
 
 @contextmanager
@@ -45,12 +50,33 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink(missing_ok=True)
         if not _is_refusal(error):
             raise
-        number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
-        text = (
-            f"could not write {path} ({reason}): free some space or choose another output; what was "
-            "there before is untouched"
-        )
-        raise (OSError(text) if number is None else OSError(number, text)) from error
+        raise _refused(path, error) from error
+
+
+def require_writable(path: Path) -> None:
+    """Ahead of the work: that ``path`` can be written, with a little room beside it.
+
+    Raises:
+        OSError: as ``replacing``.
+    """
+    with contextlib.suppress(_Tried), replacing(path) as partial:
+        partial.write_bytes(bytes(_ROOM))
+        _sync(partial)
+        raise _Tried
+
+
+def written(write: Callable[[], object], what: str) -> bool:
+    """Calls ``write``; what lies beside a result and cannot be written does not end the work.
+
+    Args:
+        what: begins the warning, such as ``"no report"``.
+    """
+    try:
+        write()
+    except OSError as error:
+        _log.warning("%s: %s", what, error)
+        return False
+    return True
 
 
 @contextmanager
@@ -62,15 +88,18 @@ def only_one(path: Path, *, wait: bool = False) -> Iterator[None]:
 
     Raises:
         RuntimeError: another process holds it, and ``wait`` is False.
+        OSError: the folder cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if wait else 0)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout as error:
         raise RuntimeError(
             f"another process is making {path}: wait for it, or choose another output"
         ) from error
+    except OSError as error:
+        raise _refused(path, error) from error
     try:
         yield
     finally:
@@ -97,6 +126,20 @@ def write_tensors(
     """Replaces ``path`` by a safetensors file."""
     with replacing(path) as partial:
         save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, metadata)
+
+
+class _Tried(Exception):
+    """A file that was written to see whether it can be."""
+
+
+def _refused(path: Path, error: BaseException) -> OSError:
+    """The system's refusal in one line."""
+    number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
+    text = (
+        f"could not write {path} ({reason}): free some space or choose another output; what was "
+        "there before is untouched"
+    )
+    return OSError(text) if number is None else OSError(number, text)
 
 
 def _is_refusal(error: BaseException) -> bool:

@@ -15,6 +15,7 @@ import dlms_engine as dlms
 from dlms_engine.learners.training import checkpoint
 from dlms_engine.learners.training.identity import SAMPLED, WHOLE, run_identity
 from dlms_engine.learners.training.trainer import Progress
+from dlms_engine.policies.distilled import DistilledSolver
 from dlms_engine.support import files
 
 SETTINGS = {
@@ -186,6 +187,34 @@ def test_a_checkpoint_that_cannot_be_written_does_not_end_the_training(
         solver = dlms.distill(plain()[0], output=tmp_path / "run.safetensors", **SETTINGS)
     assert torch.equal(solver.policy.b, whole.policy.b)
     assert "no checkpoint: " in caplog.text and "No space left" in caplog.text
+
+
+def test_a_disk_that_fills_up_leaves_the_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+    whole = dlms.distill(plain()[0], **SETTINGS)
+    output = tmp_path / "run.safetensors"
+
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DistilledSolver, "save", no_room)
+        with pytest.raises(OSError, match=r"run\.checkpoint\.safetensors is kept, resume goes on"):
+            dlms.distill(plain()[0], output=output, **SETTINGS)
+    again = dlms.distill(plain()[0], output=output, resume=True, **SETTINGS)
+    assert torch.equal(again.policy.b, whole.policy.b)
+    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_a_disk_without_room_is_refused_before_the_network_is_called(tmp_path, monkeypatch):
+    def no_room(*_):
+        raise OSError(28, "No space left on device")
+
+    denoiser, calls = plain()[0], []
+    denoiser.network.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(files, "_sync", no_room)
+    with pytest.raises(OSError, match=r"could not write .*run\.safetensors .*No space left"):
+        dlms.distill(denoiser, output=tmp_path / "run.safetensors", **SETTINGS)
+    assert not calls
 
 
 @pytest.mark.parametrize("method", ["free_table", "ld3"])

@@ -16,6 +16,7 @@ from ...models.denoiser import Denoiser
 from ...policies.corrector import CorrectedPolicy, Corrector, read_corrector
 from ...policies.distilled import DistilledSolver
 from ...solvers.table import SolverTable
+from ...support.files import written
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
@@ -256,7 +257,8 @@ class Auto:
         for line in report_lines(report):
             self.say(line)
         if self.options.output is not None:
-            write_report(self.options.output, report)
+            output = self.options.output
+            written(lambda: write_report(output, report), "no report")
         described = {
             "method": "auto",
             **plain(self.settings),

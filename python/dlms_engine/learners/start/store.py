@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...support.files import replacing
+from ...support.files import write_text, written
 from .exact import Proof
 from .problem import SamplingProblem
 from .search import Candidate, MeasuredCandidate, Start, handcrafted_candidates
@@ -21,13 +21,13 @@ TOLERANCE = 1e-3
 
 
 def keep_start(path: Path | None, problem: SamplingProblem, start: Start, afs: bool = True) -> None:
-    """Writes ``start`` to ``path``, if there is one."""
+    """Writes ``start`` to ``path``, if there is one; a disk without room is a warning."""
     if path is None:
         return
     described = {"format": _FORMAT, **_key(problem, start.nfe, afs), **start.record()}
     described["answers"] = _answers(problem)
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(described, indent=1), encoding="utf-8")
+    text = json.dumps(described, indent=1)
+    written(lambda: write_text(path, text), "the start is not kept")
 
 
 def kept_start(

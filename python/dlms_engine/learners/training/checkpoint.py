@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -20,9 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ...support.files import write_tensors
-
-_log = logging.getLogger("dlms_engine")
+from ...support.files import write_tensors, written
 
 _FORMAT = "dlms_engine.checkpoint/2"
 
@@ -50,12 +47,7 @@ def save_checkpoint(
 
 def try_to_save(save: Callable[[], None], update: int) -> bool:
     """Calls ``save``; a checkpoint that cannot be written does not end a training that can go on."""
-    try:
-        save()
-    except OSError as error:
-        _log.warning("update %d: no checkpoint: %s", update, error)
-        return False
-    return True
+    return written(save, f"update {update}: no checkpoint")
 
 
 def read_checkpoint(

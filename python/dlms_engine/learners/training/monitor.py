@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from ...support.files import require_writable, written
+
 
 class Monitor(Protocol):
     """Receives the numbers of every update."""
@@ -35,6 +37,7 @@ class TensorBoard:
 
     Raises:
         ImportError: the ``tensorboard`` package is missing.
+        OSError: ``folder`` cannot be written; a disk that fills up later is a warning.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -47,9 +50,18 @@ class TensorBoard:
             ) from error
         self._make = SummaryWriter
         self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        require_writable(self._folder / "events")
         self._writer: Any = None
+        self._whole = True
 
     def log(self, update: int, numbers: Mapping[str, Any]) -> None:
+        if self._whole:
+            self._whole = written(
+                lambda: self._add(update, numbers), f"{self._folder} is not whole"
+            )
+
+    def _add(self, update: int, numbers: Mapping[str, Any]) -> None:
         if self._writer is None:
             self._writer = self._make(str(self._folder), purge_step=update)
         for name, value in scalars(numbers).items():
@@ -57,7 +69,7 @@ class TensorBoard:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            written(self._writer.close, f"{self._folder} is not whole")
 
 
 def scalars(numbers: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
