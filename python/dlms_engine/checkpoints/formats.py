@@ -71,17 +71,26 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         read_metadata(path)
         return load_file(path)
+    held = load_plain(path)
+    found = _state_dict(held)
+    if found is None:
+        raise ValueError(f"{path} holds {type(held).__name__}, expected a state dict of tensors")
+    return found
+
+
+def load_plain(path: Path) -> Any:
+    """What ``torch.save`` wrote, as far as it is tensors, numbers and containers.
+
+    Raises:
+        UnsafeCheckpointError: it is anything else.
+    """
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as exc:  # torch raises UnpicklingError, RuntimeError, EOFError and more
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise UnsafeCheckpointError(f"{path} is refused: {reason}. {_ADVICE}") from exc
-    found = _state_dict(held)
-    if found is None:
-        raise ValueError(f"{path} holds {type(held).__name__}, expected a state dict of tensors")
-    return found
 
 
 def _state_dict(held: Any) -> dict[str, Tensor] | None:

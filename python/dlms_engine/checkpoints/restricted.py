@@ -11,6 +11,7 @@ import io
 import math
 import re
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,18 +225,29 @@ _GLOBALS: dict[tuple[str, str], plain_pickle.Factory] = {
     ("torch.nn.modules.container", "ModuleDict"): _Container,
     ("torch.nn.modules.container", "ModuleList"): _Container,
     ("torch.nn.modules.container", "Sequential"): _Container,
+    ("torch.nn.modules.activation", "Sigmoid"): _Container,
+    ("torch.nn.modules.activation", "Softmax"): _Container,
 }
 
 
-def read_pickle(path: str | Path) -> Any:
+def _never_called(*_: Any) -> Any:
+    raise UnsafeCheckpointError(f"a call of a function that is only named. {_ADVICE}")
+
+
+def read_pickle(path: str | Path, named: Iterable[tuple[str, str]] = ()) -> Any:
     """The contents of ``path`` as dicts, lists, numbers, tensors and ``Record``.
+
+    Args:
+        named: ``(module, name)`` that the file may hold without calling them; in the result they are
+            names (``plain_pickle.Global``) and nothing else.
 
     Raises:
         UnsafeCheckpointError: it asks for anything else or for too much, or is not a pickle.
     """
+    known = _GLOBALS | dict.fromkeys(named, _never_called)
     try:
         with Path(path).open("rb") as file:
-            return _plain(plain_pickle.load_pickle(file, _GLOBALS))
+            return _plain(plain_pickle.load_pickle(file, known))
     except plain_pickle.Refused as exc:
         raise UnsafeCheckpointError(f"{path}: {exc}. {_ADVICE}") from exc
     except UnsafeCheckpointError as exc:

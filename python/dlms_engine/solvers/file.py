@@ -49,8 +49,11 @@ METHODS = {
     "dlms",
     "dlms-static",
     "dode",
+    "dyweight",
+    "epd",
     "free_table",
     "gits",
+    "gs",
     "ld3",
 }
 # No size in the settings of an untrusted file may ask for more numbers than the file could hold.
