@@ -29,6 +29,7 @@ from ..solvers.policy import policy_of
 from .pipelines.acceleration import Acceleration
 from .pipelines.networks import network_of
 from .scheduler.base import EngineScheduler
+from .scheduler.foreign_calls import StepTuple, refuse_other
 from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
 from .scheduler.origin import OriginCheck
 from .scheduler.runner import Runner, load_source
@@ -55,7 +56,11 @@ class DLMSScheduler(EngineScheduler):
         snr_shift_scale: CogVideoX divides the signal-to-noise ratio by it.
         flow_grid: whose rule a flow's times follow: ``"flow_match"`` (the default), ``"unipc"``,
             ``"dpm_solver_pp"`` or ``"deis"``; ``from_config`` takes that of the given class.
+        use_flow_sigmas: read by FLUX's pipelines, which then pass no sigmas, not even the caller's.
         sigma_label: what an EDM network is told, ``"log"`` (0.25 ln sigma) or ``"atan"``.
+        base_shift, max_shift, base_image_seq_len, max_image_seq_len: read by pipelines, which have
+            defaults of their own where the config has none.
+        stochastic_sampling: must be False; pipelines read it.
 
     State and history are float32 also under half-precision pipelines; ``step`` never reads a
     tensor's value. ``scheduler.watch(pipe.unet)`` lets a per-sample solver see the bottleneck.
@@ -100,10 +105,10 @@ class DLMSScheduler(EngineScheduler):
         shift: float | None = None,
         flow_shift: float | None = None,
         use_dynamic_shifting: bool = False,
-        base_shift: float | None = 0.5,
-        max_shift: float | None = 1.15,
-        base_image_seq_len: int = 256,
-        max_image_seq_len: int = 4096,
+        base_shift: float | None = None,
+        max_shift: float | None = None,
+        base_image_seq_len: int | None = None,
+        max_image_seq_len: int | None = None,
         shift_terminal: float | None = None,
         time_shift_type: str = "exponential",
         invert_sigmas: bool = False,
@@ -114,8 +119,12 @@ class DLMSScheduler(EngineScheduler):
         rho: float = 7.0,
         snr_shift_scale: float | None = None,
         flow_grid: str | None = None,
+        use_flow_sigmas: bool = False,
         sigma_label: str = "log",
+        stochastic_sampling: bool = False,
     ) -> None:
+        if stochastic_sampling:
+            raise ValueError("stochastic_sampling is True: the engine's solvers are deterministic")
         self._source = load_source(solver)
         self._name_solver()
         if kind_of(self.config) == "vp":
@@ -169,6 +178,7 @@ class DLMSScheduler(EngineScheduler):
         timesteps: Any = None,
         sigmas: Any = None,
         mu: float | None = None,
+        **other: Any,
     ) -> None:
         """Makes the table and forgets the last run.
 
@@ -178,10 +188,12 @@ class DLMSScheduler(EngineScheduler):
             timesteps: custom network times, used as given, fractions included.
             sigmas: custom noise levels, N or N + 1 with the final 0; flow shifts apply to them.
             mu: dynamic shift of flow models.
+            other: what only other schedulers take; refused by name.
 
         Raises:
             ValueError: missing or contradicting arguments, a step number the solver cannot run.
         """
+        refuse_other("set_timesteps", other)
         self._origin.caller(self)
         make = Runner if self._acceleration is None else self._acceleration.runner
         runner = make(
@@ -250,8 +262,12 @@ class DLMSScheduler(EngineScheduler):
         generator: Any = None,
         variance_noise: Tensor | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+        **other: Any,
+    ) -> SchedulerOutput | tuple[Tensor, ...]:
         """One row of the table: latents ``[B, ...]`` after this step, in ``sample``'s dtype.
+
+        Without ``return_dict`` a tuple; its second item, the data prediction, is made when it is read.
+        What only other schedulers take is refused by name.
 
         ``timestep`` is only looked at before the first step of a run without a begin index, and
         then not its value if it is an element of ``timesteps``. The solvers are deterministic:
@@ -260,6 +276,7 @@ class DLMSScheduler(EngineScheduler):
         Raises:
             ValueError: ``set_timesteps`` was not called, all steps were taken, or eta is not 0.
         """
+        refuse_other("step", other)
         if eta or variance_noise is not None:
             raise ValueError(f"eta is {eta}, expected 0: the engine's solvers are deterministic")
         run = self._runs.stepping()
@@ -269,9 +286,12 @@ class DLMSScheduler(EngineScheduler):
             run.step_index = self._now(timestep)
             run.runner.begin(run.step_index)
             self._origin.latents(tuple(sample.shape))
-        latents = run.runner.advance(run.step_index, model_output, sample)
-        run.step_index += 1
-        return SchedulerOutput(prev_sample=latents) if return_dict else (latents,)
+        runner, n = run.runner, run.step_index
+        latents = runner.advance(n, model_output, sample)
+        run.step_index = n + 1
+        if return_dict:
+            return SchedulerOutput(prev_sample=latents)
+        return StepTuple.of(latents, lambda: runner.predicted(n, model_output, sample))
 
     def __len__(self) -> int:
         return int(self.config.num_train_timesteps)

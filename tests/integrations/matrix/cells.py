@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import extras
 import images
 import torch
 import variants
@@ -13,7 +14,7 @@ from images import Case
 
 from dlms_engine.integrations.diffusers import DLMSScheduler, accelerate
 
-CASES: dict[str, Case] = {**images.CASES, **videos.CASES, **variants.CASES}
+CASES: dict[str, Case] = {**images.CASES, **videos.CASES, **variants.CASES, **extras.CASES}
 STEPS = 4
 CLOSE = 2e-5  # of the largest value: float32 arithmetic in another order
 
@@ -45,6 +46,8 @@ class Row:
 
 def output_of(pipe: Any, inputs: dict[str, Any]) -> torch.Tensor:
     result = pipe(**inputs)
+    if isinstance(result, torch.Tensor):  # a modular pipeline's
+        return result.float()
     for field in ("images", "frames", "prediction", "audios"):
         value = getattr(result, field, None)
         if value is not None:

@@ -23,6 +23,7 @@ scheduler, with `DLMSScheduler` step by step, and accelerated (`unipc`, 4 steps,
   schedulers of diffusers cut the times they pass to the network to integers; here the fraction is kept.
 - **accelerated**: the worst of the three calls against step by step.
 - **loop**: whether the engine runs the loop from the second call on, or why it stays step by step.
+  Where the pipeline's own scheduler runs, `DLMSScheduler` alone refuses with the same words.
 
 | pipeline | own scheduler | own solver | calls a step | accelerated | loop |
 |---|---|---|---|---|---|
@@ -31,7 +32,10 @@ scheduler, with `DLMSScheduler` step by step, and accelerated (`unipc`, 4 steps,
 
 def line(r: Row) -> str:
     same = "-" if r.same is None else f"{r.same:.0e}"
-    loop = "whole" if r.whole_loop else f"step by step: {r.reason}"
+    reason = r.reason.replace("ValueError: ", "")
+    for mark in ";:":
+        reason = reason.removesuffix(f"{mark} keep the pipeline's own scheduler")
+    loop = "whole" if r.whole_loop else f"step by step: {reason}"
     calls = ", ".join(map(str, sorted(set(r.calls)))) or "-"
     scheduler = r.original.removesuffix("Scheduler")
     return f"| {r.name} | {scheduler} | {same} | {calls} | {r.accelerated:.0e} | {loop} |\n"

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -198,18 +199,41 @@ def test_custom_sigmas_reach_flux() -> None:
     config = pipe.scheduler.config
     pipe.scheduler = DLMSScheduler.from_config(config, solver="ddim")
     assert_same(expected, images(pipe, {**tiny.flux_inputs(), **inputs}))
-    # a config written for a multistep class must not switch them off
+    # where a config has use_flow_sigmas FLUX passes none, for diffusers' own multistep classes too
     multistep = {**config, "use_flow_sigmas": True, "_class_name": "UniPCMultistepScheduler"}
-    pipe.scheduler = DLMSScheduler.from_config(multistep, solver="unipc")
-    pipe(**tiny.flux_inputs(), **inputs)
-    shifted = pipe.scheduler.sigmas[1:4]
-    # without any, the grid is that class's own, not the one FLUX passes for its own scheduler
-    pipe(**tiny.flux_inputs(), num_inference_steps=4)
-    assert (shifted - pipe.scheduler.sigmas[1:4]).abs().max() > 0.03
     reference = diffusers.UniPCMultistepScheduler.from_config(multistep)
-    reference.set_timesteps(4, mu=0.6)
-    pipe.scheduler.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=0.6)
-    torch.testing.assert_close(pipe.scheduler.sigmas, reference.sigmas, rtol=1e-6, atol=1e-6)
+    pipe.scheduler = DLMSScheduler.from_config(multistep, solver="unipc")
+    for asked in ({"num_inference_steps": 4}, inputs):
+        pipe(**tiny.flux_inputs(), **asked)
+        reference.set_timesteps(4, mu=0.6)
+        pipe.scheduler.set_timesteps(4, mu=0.6)
+        torch.testing.assert_close(pipe.scheduler.sigmas, reference.sigmas, rtol=1e-6, atol=1e-6)
+    pipe.scheduler = DLMSScheduler.from_config(multistep, solver="unipc", use_flow_sigmas=False)
+    pipe(**tiny.flux_inputs(), **inputs)
+    given = pipe.scheduler.sigmas[1:4]
+    pipe(**tiny.flux_inputs(), num_inference_steps=4)
+    assert (given - pipe.scheduler.sigmas[1:4]).abs().max() > 0.03
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_sigmas_are_taken_as_they_are(shift: float, steps: int) -> None:
+    """linspace(1, 1 / N, N) was taken for none at all: a grid 1e-3 from UniPC's."""
+    reference = diffusers.UniPCMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction"
+    )
+    own = DLMSScheduler.from_config(reference.config, solver="unipc")
+    levels = np.linspace(1.0, 1 / steps, steps)
+    ends = []
+    for scheduler in (reference, own):
+        scheduler.set_timesteps(sigmas=levels)
+        x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        for n, t in enumerate(scheduler.timesteps):
+            f = torch.tanh(1.3 * x + float(reference.sigmas[n]))
+            x = scheduler.step(f, t, x, return_dict=False)[0]
+        ends.append(x)
+    torch.testing.assert_close(own.sigmas, reference.sigmas, rtol=1e-6, atol=1e-6)
+    assert (ends[0] - ends[1]).abs().max() < 1e-5 * ends[0].abs().max()
 
 
 @pytest.mark.parametrize("kind", ["timesteps", "sigmas"])

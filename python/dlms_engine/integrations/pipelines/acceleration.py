@@ -78,6 +78,15 @@ class SessionRunner(Runner):
             self.session.step(self, n, self.shaped_output(output, sample), sample, latents)
         return latents
 
+    def predicted(self, n: int, output: Tensor, sample: Tensor) -> Tensor:
+        """As always, and not in the engine's loop, whose steps have no predictions of their own."""
+        reads = "the pipeline reads the scheduler's data prediction"
+        if isinstance(self.session, DryRun):
+            raise NotReplayed(reads)
+        if isinstance(self.session, Recorder):
+            self.session.reason = reads
+        return super().predicted(n, output, sample)
+
 
 class Acceleration:
     """What ``accelerate`` changed on a pipeline; ``undo`` changes it back.

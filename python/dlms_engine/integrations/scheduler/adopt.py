@@ -114,7 +114,8 @@ def adopt(config: Mapping[str, Any], solver: str | None = None) -> dict[str, Any
             explicit["clip_sample"] = False
         explicit = {**SWAPPED_DEFAULTS.get(solver or "", {}), **explicit}
     adopted |= explicit | _solver_options(config, defaults, solver)
-    adopted.pop("use_flow_sigmas", None)  # FLUX pipelines drop the caller's sigmas where it is set
+    if adopted.get("flow_grid") in (None, "flow_match"):
+        adopted.pop("use_flow_sigmas", None)  # pipelines read it; FlowMatch classes do not have it
     return adopted
 
 
@@ -156,6 +157,12 @@ def _flow(config: Mapping[str, Any], defaults: set[str], name: str | None) -> di
     grid = (
         FLOW_GRIDS.get(name or "", "flow_match") if config.get("use_flow_sigmas") else "flow_match"
     )
+    highest = config.get("sigma_max")
+    if grid == "flow_match" and highest is not None and float(highest) > 1:
+        raise ValueError(
+            f"sigma_max is {highest}, above a flow's largest noise level, 1: the model's states are "
+            "not those of a flow (Cosmos); keep the pipeline's own scheduler"
+        )
     adopted: dict[str, Any] = {"flow_grid": grid}
     if "prediction_type" not in config or "prediction_type" in defaults or grid == "flow_match":
         adopted["prediction_type"] = "flow_prediction"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 try:
     from diffusers import ConfigMixin, SchedulerMixin
+    from diffusers.configuration_utils import FrozenDict
 except ImportError as exc:
     raise ImportError("schedulers need diffusers: pip install 'dlms-engine[diffusers]'") from exc
 
@@ -18,11 +20,13 @@ from ...solvers import SOLVERS
 from ...support.versioned import Versioned
 from .adopt import adopt, is_foreign
 from .flow_times import static_shift
+from .foreign_calls import without_missing
 from .noise import NoiseModel
 from .runner import SOLVER_FILE, Runner, Source, load_source
 from .runs import SchedulerRun, SchedulerRuns
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+PIPELINE_KEYS = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
 
 def _refuse_path(solver: Any) -> None:
@@ -38,8 +42,14 @@ def _refuse_path(solver: Any) -> None:
 class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     """Loading, saving and noising; ``DLMSScheduler`` adds constructor and loop."""
 
+    # Read by pipelines that trim a multistep history themselves (ChronoEdit). Here the history belongs to
+    # the run, which begins anew where the latents change their shape.
+    model_outputs: Sequence[Tensor] = ()
+    last_sample: Tensor | None = None
+
     _source: Source
     _runs: SchedulerRuns
+    _internal_dict: Any
 
     # -- the run of the thread that asks ---------------------------------------------------------
 
@@ -102,11 +112,12 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
         tells our own configs from others.
         """
         name = SOLVER_FILE if not isinstance(self._source, str) else self._source
-        defaults = self.config.get("_use_default_values")
-        explicit = (
-            {} if defaults is None else {"_use_default_values": sorted({*defaults} - {"solver"})}
-        )
-        self.register_to_config(solver=name, **explicit)
+        defaults = {*self.config.get("_use_default_values", ())} - {"solver"}
+        self.register_to_config(solver=name)
+        config = without_missing(self.config, PIPELINE_KEYS)
+        config.pop("_use_default_values", None)
+        kept = sorted(defaults & config.keys())
+        self._internal_dict = FrozenDict(config | ({"_use_default_values": kept} if kept else {}))
 
     # -- loading and saving ----------------------------------------------------------------------
 

@@ -41,8 +41,6 @@ def flow_times(
         raise ValueError("use_dynamic_shifting is set: set_timesteps needs mu")
     if grid == "flow_match":
         return _flow_match(config, steps, custom, mu), 0.0
-    if custom is not None and is_default(custom):  # FLUX passes them where the caller gave none
-        steps, custom = len(custom), None
     if grid == "unipc":
         return _unipc(config, steps, custom, mu)
     shift = math.exp(mu) if mu is not None else static_shift(config)

@@ -263,11 +263,30 @@ class Runner:
         if output.shape != sample.shape:
             output = self._without_variance(output, sample)
         assert self._state is not None
+        if not self._state.fits(sample):
+            self._restart(n, sample)
         if self._policy is not None:
             return self._state.advance(n, output, sample, self._policy_row(n, sample))
         clips = self._config["clip_sample"] or self._config["thresholding"]
         clip, ddim = self._clip if clips else None, self._name == "ddim"
         return self._state.advance(n, output, sample, clip=clip, keep_noise=ddim)
+
+    def predicted(self, n: int, output: Tensor, sample: Tensor) -> Tensor:
+        """The data prediction of row ``n``, from what ``advance`` was given."""
+        pre = self._model.preconditioning(self._rows.times[n], "data")
+        scale = self._rows.scale if n == 0 else 1.0
+        x, f = sample.float() * scale, self.shaped_output(output, sample).float()
+        data = float(pre.c_skip) * x + float(pre.c_out) * f
+        clips = self._config["clip_sample"] or self._config["thresholding"]
+        return (self._clip(data) if clips else data).to(sample.dtype)
+
+    def _restart(self, n: int, sample: Tensor) -> None:
+        """Latents of another shape or device: a late start, as the history is of the old ones."""
+        _log.warning(
+            "the latents became %s: the solver begins anew at step %d", list(sample.shape), n
+        )
+        self._run = None
+        self.begin(n)
 
     def _without_variance(self, output: Tensor, sample: Tensor) -> Tensor:
         channels = sample.shape[1]

@@ -70,10 +70,14 @@ class State:
 
     # -- the state -------------------------------------------------------------------------------
 
+    def fits(self, sample: Tensor) -> bool:
+        """Whether the history, if there is one, is of latents like ``sample``."""
+        x = self._x
+        return x is None or (x.shape == sample.shape and x.device == sample.device)
+
     def _ready(self, sample: Tensor) -> tuple[Tensor, Tensor, ops.Backend]:
         x, ring, backend = self._x, self._ring, self._backend
-        fits = x is not None and x.shape == sample.shape and x.device == sample.device
-        if x is None or ring is None or not fits:
+        if x is None or ring is None:
             return self._begin(sample)
         if backend is None:
             self._backend = backend = ops.select("auto", x.device)
