@@ -19,7 +19,7 @@ import torch.utils.backend_registration
 import torch.utils.checkpoint
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 
@@ -96,17 +96,23 @@ class StandInDevice(TorchDispatchMode):
         self.allowed = allowed
         self.reads: Counter[str] = Counter()
         """Allowed reads so far, by the function that allows them."""
+        self.operations = 0
+        """Operations done on the device."""
         self.wrong: list[str] = []
         """What broke the rules; not raised on the spot, where a backward pass would end the process."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
-        leaves = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        if torch.is_inference_mode_enabled() and func._can_decompose():
+            with self:  # what autograd would have taken apart elsewhere
+                return func.decompose(*args, **kwargs)
+        leaves = [*_tensors(args), *_tensors(tuple(kwargs.values()))]
         places = {a.device for a in leaves if isinstance(a, DeviceTensor)}
         target = kwargs.get("device")
         target = None if target is None else _numbered(torch.device(target))
         if not places and (target is None or target.type != "gpu"):
             return func(*args, **kwargs)
+        self.operations += 1
         copies = func in (aten._to_copy.default, aten.copy_.default)
         if len(places) > 1 and not copies:
             self._refuse(f"{func} was given tensors on {sorted(map(str, places))}")
@@ -134,7 +140,10 @@ class StandInDevice(TorchDispatchMode):
                 return value
             if id(value) in known:
                 return known[id(value)]
-            return value if place.type == "cpu" else DeviceTensor(value, place)
+            if place.type == "cpu":
+                return value
+            with torch.inference_mode(False):  # a wrapper counts its versions, its numbers need not
+                return DeviceTensor(value, place)
 
         return tree_map(wrap, out)
 
@@ -147,6 +156,15 @@ class StandInDevice(TorchDispatchMode):
 
     def _refuse(self, what: str) -> None:
         self.wrong.append(f"{what} under {' < '.join(_functions())}")
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those among arguments, which are values and lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _numbered(device: torch.device) -> torch.device:
@@ -176,11 +194,35 @@ class _Module(torch.utils.backend_registration._DummyBackendModule):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
+    def get_rng_state(self, _device: Any = None) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)  # random numbers are drawn on the CPU
+
+    def set_rng_state(self, _state: Tensor, _device: Any = None) -> None:
+        return None
+
 
 def register() -> None:
     """Makes "gpu" a device of this process, for good."""
     registration = torch.utils.backend_registration
     registration._setup_privateuseone_for_python_backend("gpu", _Module())
+    for name in ("conv2d", "linear"):
+        _autocast.impl(name, _in_half(getattr(torch.ops.aten, name)), "AutocastPrivateUse1")
+    _others.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+
+
+_autocast = torch.library.Library("aten", "IMPL")
+_others = torch.library.Library("_", "IMPL")
+
+
+def _in_half(operation: Any) -> Any:
+    """``operation`` as it runs under autocast."""
+
+    def run(*args: Any) -> Any:
+        dtype = torch.get_autocast_dtype("gpu")
+        with torch.autocast("gpu", enabled=False):
+            return operation(*(a.to(dtype) if isinstance(a, Tensor) else a for a in args))
+
+    return run
 
 
 @contextlib.contextmanager
@@ -188,6 +230,7 @@ def standin(*allowed: str) -> Iterator[StandInDevice]:
     """The stand-in device; leaving it raises what broke its rules."""
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
+    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="gpu") comes here too
     try:
         with (
             StandInDevice(frozenset(allowed)) as device,
@@ -196,6 +239,7 @@ def standin(*allowed: str) -> Iterator[StandInDevice]:
         ):
             yield device
     finally:
+        torch._C._set_only_lift_cpu_tensors(False)
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
     if device.wrong:
         raise BrokenRules("\n".join(dict.fromkeys(device.wrong)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import dlms_engine as dlms
 from dlms_engine.learners.dlms.objective import Dlms
 from dlms_engine.ops import reference
 from fake_device.allowed import ALLOWED, SAMPLING
+from fake_device.calls import CALLS
 from fake_device.models import SHAPE, SHORT, denoiser, table
 from fake_device.standin import BrokenRules, standin
 
@@ -78,3 +80,32 @@ def test_a_bare_device_name_is_found_on_the_second_device(monkeypatch: pytest.Mo
     with pytest.raises(BrokenRules, match="gpu:0.*gpu:1"), standin(*SAMPLING):
         there = denoiser("gpu:1")
         dlms.Sampler(there, table(there.process)).sample(range(2), SHAPE)
+
+
+def _reads_an_item(x: Tensor) -> Tensor:
+    return x * x.detach().new_ones(()).item()
+
+
+def _goes_over_the_host(x: Tensor) -> Tensor:
+    return x.cpu().to(x.device)
+
+
+@pytest.mark.parametrize("plant", [_reads_an_item, _goes_over_the_host])
+@pytest.mark.parametrize("name", CALLS)
+def test_a_read_planted_in_an_evaluation_of_any_call_is_found(
+    name: str, plant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, advance = dlms.Denoiser.network_output, reference.advance
+
+    def output(self: Any, network_input: Tensor, *rest: Any, **cond: Any) -> Any:
+        return whole(self, plant(network_input), *rest, **cond)
+
+    def row(f: Tensor, *rest: Any) -> Any:
+        return advance(plant(f), *rest)
+
+    if name in ("accelerate", "k_diffusion", "scheduler"):  # no denoiser takes part in these
+        monkeypatch.setattr(reference, "advance", row)
+    else:
+        monkeypatch.setattr(dlms.Denoiser, "network_output", output)
+    with pytest.raises(BrokenRules, match="reads from the device"), standin(*ALLOWED):
+        CALLS[name]("gpu", tmp_path)

@@ -24,7 +24,7 @@ from dlms_engine.learners.start import (
     rmse,
     run_tables,
 )
-from dlms_engine.learners.start.search import Search, Start
+from dlms_engine.learners.start.search import Contest, Start
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow, VPDiscrete, grids
 from dlms_engine.solvers import dpm_solver_pp, unipc
@@ -228,7 +228,7 @@ def test_recommend_gives_a_table_that_runs(capsys: pytest.CaptureFixture[str]) -
 def test_no_candidate_is_an_error() -> None:
     p = problem(EDM())
     with pytest.raises(ValueError, match="nfe"):
-        Search(p, ExactSolution(p), 0, "full", print)
+        Contest(p.process, 0, "full")
 
 
 def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

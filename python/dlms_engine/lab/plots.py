@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..processes import Process
 from ..support.files import replacing
+from ..support.transfer import to_host
 
 LEARNED_COLOURS = (
     "#b3123c", "#d95f02", "#7b3294", "#1b7837", "#1f5fbf", "#8c6d00", "#111111", "#d64fa0",
@@ -185,7 +186,7 @@ def _curve(axes: Any, label: str, values: Mapping[int, float], **style: Any) -> 
 
 def to_uint8(images: Tensor) -> Tensor:
     """Images ``[B, C, H, W]`` in [-1, 1] -> uint8 ``[B, H, W, C]`` (C 1 or 3), rounded."""
-    pixels = images.detach().float().cpu().clamp(-1, 1).mul(127.5).add(127.5).round()
+    pixels = to_host(images).float().clamp(-1, 1).mul(127.5).add(127.5).round()
     return pixels.to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -1,4 +1,4 @@
-"""The record's parts: resuming, the memo, the store, and floors that a perfect solver meets."""
+"""The record's parts: resuming, shared evaluations, the store, and floors that a perfect solver meets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 
 from dlms_engine import solvers
 from dlms_engine.lab.record.measure import Entry, Measurer
-from dlms_engine.lab.record.memo import Memo
 from dlms_engine.lab.record.record import RecordSettings, record
 from dlms_engine.lab.record.rows import best
 from dlms_engine.lab.record.store import Store, digest
@@ -96,17 +95,27 @@ def test_digest_sees_every_change(change: str) -> None:
     assert other[change] != same
 
 
-def test_memo_answers_equal_questions_once_and_others_anew() -> None:
-    network = cli_model.TinyNetwork().eval().requires_grad_(False)
-    memo = Memo(network, capacity=2)
-    x, t = torch.randn(2, 3, 8, 8), torch.ones(2)
-    assert torch.equal(memo(x, t), network(x, t))
-    assert torch.equal(memo(x.clone(), t), network(x, t)) and memo.hits == 1
-    nudged = x.clone()
-    nudged[0, 0, 0, 0] = torch.nextafter(nudged[0, 0, 0, 0], torch.tensor(9.0))
-    assert torch.equal(memo(nudged, t), network(nudged, t))
-    assert torch.equal(memo(x, 2 * t), network(x, 2 * t)) and memo.hits == 1
-    assert torch.equal(memo(x, t), network(x, t)) and memo.hits == 1, "capacity was exceeded"
+def test_shared_evaluations_give_the_figures_of_single_runs(tmp_path: Path) -> None:
+    """Handcrafted solvers are screened together; each figure is that of the solver run alone."""
+    held = cli_model.labelled()
+    meter = Measurer(
+        held.denoiser, cli_model.Means(), held.shape, Store(tmp_path),
+        batch=4, conditions=held.conditions,
+    )  # fmt: skip
+    candidates = solvers.handcrafted(held.denoiser.process, 4)[::9]
+    tables = [Entry(label, table) for label, table in candidates]
+    exact = meter.endpoints(12, SEEDS)
+    alone = meter.measure("alone", tables, SEEDS, exact)
+    calls: list[int] = []
+    handle = held.denoiser.network.register_forward_hook(  # type: ignore[union-attr]
+        lambda _module, given, _out: calls.append(len(given[0]))
+    )
+    together = meter.measure("together", tables, SEEDS, exact, share=True)
+    handle.remove()
+    assert sum(calls) < 0.8 * 4 * len(SEEDS) * len(tables)
+    for one, other in zip(alone, together, strict=True):
+        assert one.rmse == pytest.approx(other.rmse, rel=1e-4)
+        assert torch.allclose(one.sums.total, other.sums.total, rtol=1e-4, atol=1e-4)
 
 
 def test_perfect_solver_has_no_excess_and_a_wrong_one_has(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ class _Run:
         entries = [Entry(label, table) for label, table in handcrafted(self._process, nfe)]
         few = self.settings.seeds[: self.settings.screen_samples]
         exact = self._exact[: len(few)]
-        found = self._measurer.measure(f"screen-{nfe}", entries, few, exact)
+        found = self._measurer.measure(f"screen-{nfe}", entries, few, exact, share=True)
         ranked = sorted(range(len(found)), key=lambda i: rank(found[i].rmse))
         return entries[ranked[0]]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...engine.sampler import Sampler, seeded_noise
-from ...learners.start.problem import Conditions, conditions_on, read_conditions, rows_of
+from ...learners.start.problem import Conditions, SamplingProblem, read_conditions, rows_of
+from ...learners.start.shared_runs import SharedRuns
 from ...learners.training.identity import conditions_digest
 from ...learners.training.validation import accurate_table
 from ...models.denoiser import Denoiser
@@ -22,7 +23,6 @@ from ...solvers.table import SolverTable
 from ...support.parallel import World
 from ...support.transfer import to_host
 from ..evaluation.frechet import FeatureSums, feature_sums
-from .memo import memoised
 from .store import Store, digest, network_digest
 
 SAVE_SECONDS = 20.0
@@ -104,11 +104,11 @@ class Measurer:
         self.shape = shape
         self.batch = batch
         given = read_conditions(conditions)
-        self.conditions = conditions_on(given, denoiser.device)
+        self._problem = SamplingProblem(denoiser, shape, given)
+        self.conditions = self._problem.conditions
         self._store = store
         self._advance = advance
         self._width: int | None = None
-        self._twin, self._memo = memoised(denoiser)
         process = denoiser.process
         start = torch.tensor(process.t_max, dtype=torch.float64)
         self._scale = float(process.sigma(start))
@@ -154,25 +154,34 @@ class Measurer:
 
     @torch.no_grad()
     def measure(
-        self, name: str, entries: Sequence[Entry], seeds: range, exact: Tensor | None = None
+        self,
+        name: str,
+        entries: Sequence[Entry],
+        seeds: range,
+        exact: Tensor | None = None,
+        *,
+        share: bool = False,
     ) -> list[Measured]:
-        """One result an entry; ``exact`` ``[n, ...]`` belongs to the first n seeds."""
+        """One result an entry; ``exact`` ``[n, ...]`` belongs to the first n seeds.
+
+        Args:
+            share: make evaluations that several tables begin with once. Figures then differ in their
+                last digits from those of a table that runs alone.
+        """
         key = self._key(entries, seeds, len(exact) if exact is not None else 0)
         state = self._load(name, key) or self._empty(len(entries))
         done = int(state["done"])
         self._advance(done * sum(entry.nfe for entry in entries))
-        shared = len(entries) > 1  # a single sampler asks nothing twice
-        samplers = [self._sampler(entry, shared) for entry in entries]
+        run = self._shared(entries) if share else self._each(entries)
         saved = time.monotonic()
         for parts in self._rounds(seeds[done:]):
             own = self.world.deal(range(len(parts)))
             found = self._empty(len(entries))
             if own is not None:
-                self._memo.forget()
                 first = parts[own].start - seeds.start
                 target = None if exact is None else exact[first : first + len(parts[own])]
-                for row, sampler in enumerate(samplers):
-                    self._add(found, row, self._run(sampler, parts[own]), target)
+                for row, x in enumerate(run(parts[own])):
+                    self._add(found, row, x, target)
             for held in SUMMED:  # one after the other, as a single process would
                 for _, value in zip(parts, self.world.gather(found[held]), strict=False):
                     state[held] += value
@@ -182,7 +191,6 @@ class Measurer:
             if done == len(seeds) or time.monotonic() - saved > SAVE_SECONDS:
                 self._save(name, key, state)
                 saved = time.monotonic()
-        self._memo.forget()
         return [self._result(state, row, done) for row in range(len(entries))]
 
     # -- parts ----------------------------------------------------------------------------------
@@ -211,15 +219,30 @@ class Measurer:
     def _noise(self, seeds: range) -> Tensor:
         return seeded_noise(seeds, self.shape, self._scale, device=self.denoiser.device)
 
-    def _sampler(self, entry: Entry, shared: bool) -> Sampler:
-        static = entry.policy.static_table() is not None
-        return Sampler(self._twin if static and shared else self.denoiser, entry.policy)
+    def _each(self, entries: Sequence[Entry]) -> Callable[[range], Iterator[Tensor]]:
+        """What runs one entry after the other."""
+        samplers = [Sampler(self.denoiser, entry.policy) for entry in entries]
+        return lambda seeds: (self._run(sampler, seeds) for sampler in samplers)
+
+    def _shared(self, entries: Sequence[Entry]) -> Callable[[range], Iterator[Tensor]]:
+        """What runs the entries, tables all of them, together."""
+        tables = [entry.policy for entry in entries if isinstance(entry.policy, SolverTable)]
+        assert len(tables) == len(entries)
+        runs = SharedRuns(tables)
+
+        def run(seeds: range) -> Iterator[Tensor]:
+            noise = self._noise(seeds)
+            parts = runs.ends(self._problem.predict, noise, seeds.start)
+            ends = torch.cat([end for _, end in parts], dim=1)
+            self._advance(sum(entry.nfe for entry in entries) * len(seeds))
+            return iter(ends)
+
+        return run
 
     def _run(self, sampler: Sampler, seeds: range) -> Tensor:
-        noise = self._noise(seeds)
-        x = sampler(noise, **rows_of(self.conditions, seeds))
+        x = sampler(self._noise(seeds), **rows_of(self.conditions, seeds))
         assert isinstance(x, Tensor)
-        self._advance(sampler.nfe * len(noise))
+        self._advance(sampler.nfe * len(seeds))
         return x
 
     def _key(self, entries: Sequence[Entry], seeds: range, exact: int = 0) -> dict[str, Any]:

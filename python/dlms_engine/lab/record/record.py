@@ -173,7 +173,7 @@ def _measure(
         hand = handcrafted[nfe]
         mine = [entry for entry in learned if entry.nfe == nfe]
         bar.set_description(f"screening, {nfe} evaluations")
-        found = measurer.measure(f"screen-{nfe}", hand, few, exact[: len(few)])
+        found = measurer.measure(f"screen-{nfe}", hand, few, exact[: len(few)], share=True)
         fresh = [measured_row(e, m, "screen", floors) for e, m in zip(hand, found, strict=True)]
         listed = shortlist(fresh, settings.shortlist)
         bar.set_description(f"comparing, {nfe} evaluations")

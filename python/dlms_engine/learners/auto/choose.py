@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...policies.corrector import CorrectedPolicy
 from ...solvers.table import SolverTable
+from ...support.transfer import to_host
 from ..start import ExactSolution, SamplingProblem, rmse_with_error, run_tables
 from .features import features_of, projected_frechet
 from .runs import corrected_ends
@@ -72,13 +73,13 @@ def measure_stages(
     wanted = features_of(problem, target, numbers)
     for stage in stages:
         end = end_of(problem, stage.policy, numbers)
-        stage.squares = (end - target).double().square().flatten(1).mean(1).cpu()
+        stage.squares = to_host((end - target).double().square().flatten(1).mean(1))
         if wanted is None:
             stage.frechet = projected_frechet(end, target)
             continue
         seen = features_of(problem, end, numbers)
         assert seen is not None
-        stage.features = (seen - wanted).double().square().sum(1).cpu()
+        stage.features = to_host((seen - wanted).double().square().sum(1))
         stage.frechet = projected_frechet(seen, wanted)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...policies.corrector import Corrector, CorrectorSettings, layout_of
 from ...solvers.table import SolverTable
+from ...support.transfer import host_numbers
 from ..start import SamplingProblem
 from .budget import Budget
 from .feature_phase import train_on_features
@@ -56,7 +57,7 @@ def initial_corrector(settings: CorrectorSettings, runs: Runs, target: Tensor) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         corrector = Corrector(settings)
-    scale_to(corrector, runs.end, runs.outputs, float((target - runs.end).std()))
+    scale_to(corrector, runs.end, runs.outputs, *host_numbers([(target - runs.end).std()]))
     return corrector.to(runs.end.device)
 
 
@@ -66,7 +67,7 @@ def scale_to(corrector: Corrector, x: Tensor, outputs: list[Tensor], error: floa
     """
     newest = outputs[: corrector.settings.outputs]
     inputs = [x, newest[0], *(a - b for a, b in itertools.pairwise(newest))]
-    deviations = [max(float(each.std()), 1e-12) for each in inputs]
+    deviations = [max(value, 1e-12) for value in host_numbers([each.std() for each in inputs])]
     corrector.scales.copy_(torch.tensor(deviations, device="cpu"))
     corrector.gain.fill_(max(error, 1e-12))
 
@@ -90,7 +91,7 @@ def train_corrector(
     count = len(target)
     held = max(1, int(share * count))
     fit = count - held
-    gain = float(corrector.gain)
+    (gain,) = host_numbers([corrector.gain])
     inputs = corrector.inputs(runs.end, runs.outputs)
     wanted = (target - runs.end) / gain
     generator = torch.Generator().manual_seed(1)
@@ -98,7 +99,7 @@ def train_corrector(
     averaged = {k: v.detach().clone() for k, v in corrector.named_parameters()}
     updates = epochs * math.ceil(fit / batch)
     best, kept, kept_epoch = math.inf, averaged, 0
-    before = float(wanted[fit:].square().mean())
+    (before,) = host_numbers([wanted[fit:].square().mean()])
     done = 0
     for epoch in range(1, epochs + 1):
         for rows in torch.randperm(fit, generator=generator, device="cpu").split(batch):
@@ -136,12 +137,12 @@ def _score(
 ) -> float:
     present = {k: v.detach().clone() for k, v in corrector.named_parameters()}
     _load(corrector, parameters)
-    total = sum(
-        float((corrector.residual(i) / gain - w).square().sum())
+    sums = [
+        (corrector.residual(i) / gain - w).square().sum()
         for i, w in zip(inputs.split(256), wanted.split(256), strict=True)
-    )
+    ]
     _load(corrector, present)
-    return total / wanted.numel()
+    return sum(host_numbers(sums)) / wanted.numel()
 
 
 def _load(corrector: Corrector, parameters: dict[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...policies.corrector import CorrectedPolicy, Corrector, CorrectorSettings
 from ...solvers.table import SolverTable
+from ...support.transfer import host_numbers, to_host
 from ..start import SamplingProblem
 from .budget import Budget
 from .correct import LARGEST, scale_to, settings_for
@@ -173,14 +174,15 @@ class EveryRow:
         count = min(SCALED, len(self.target))
         with torch.no_grad():
             states = states_of(self.problem, self.table, range(count))
-        error = float((self.target[:count] - states[-1][0]).std())
+        (error,) = host_numbers([(self.target[:count] - states[-1][0]).std()])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             parts = [Corrector(each) for each in settings]
         for part, (x, outputs) in zip(parts, states, strict=True):
             scale_to(part, x, outputs, error)
+        parts = [part.to(self.target.device).requires_grad_() for part in parts]
         parts[-1].load_state_dict(last.state_dict())
-        return [part.to(self.target.device).requires_grad_() for part in parts]
+        return parts
 
     def _copy(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.trained]
@@ -196,9 +198,9 @@ class EveryRow:
 
     @torch.no_grad()
     def _held_error(self) -> float:
-        total = 0.0
-        for numbers in batches(range(self.fitted, len(self.target)), RUN_BATCH):
-            total += float(self._squares(numbers)) * len(numbers)
+        parts = batches(range(self.fitted, len(self.target)), RUN_BATCH)
+        means = host_numbers([self._squares(numbers) for numbers in parts])
+        total = sum(mean * len(numbers) for mean, numbers in zip(means, parts, strict=True))
         return math.sqrt(total / self.held)
 
     def train(self, progress: Callable[[], float]) -> None:
@@ -236,7 +238,7 @@ class EveryRow:
         for parameter, gradient in zip(self.trained, gradients, strict=True):
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
-        if bool(norm.isfinite()):
+        if math.isfinite(*host_numbers([norm])):
             optimiser.step()
         self.done += 1
         weight = min(0.98, self.done / (10 + self.done))
@@ -256,5 +258,5 @@ class EveryRow:
     def result(self) -> CorrectedPolicy:
         """The policy of what is kept."""
         self._load(self.kept)
-        a, b = (weight.detach().double().cpu() for weight in self.weights)
+        a, b = (to_host(weight).double() for weight in self.weights)
         return CorrectedPolicy(dataclasses.replace(self.table, a=a, b=b), self.parts)

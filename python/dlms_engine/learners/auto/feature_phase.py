@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...policies.corrector import Corrector
+from ...support.transfer import host_numbers
 from ..start import SamplingProblem
 from .budget import Budget
 from .features import feature_batch, features_of
@@ -64,7 +65,8 @@ def train_on_features(
         return pixels.log() + (seen - wanted[rows]).square().sum(1).mean().log()
 
     with torch.no_grad():
-        first = best = float(product(check, range(fit, fit + chosen)))
+        (first,) = host_numbers([product(check, range(fit, fit + chosen))])
+    best = first
     kept = {k: v.detach().clone() for k, v in corrector.named_parameters()}
     optimiser = torch.optim.Adam(corrector.parameters(), lr=lr)
     try:
@@ -76,7 +78,7 @@ def train_on_features(
             optimiser.step()
             if (update + 1) % 20 == 0:
                 with torch.no_grad():
-                    score = float(product(check, range(fit, fit + chosen)))
+                    (score,) = host_numbers([product(check, range(fit, fit + chosen))])
                 if score < best:
                     best = score
                     kept = {k: v.detach().clone() for k, v in corrector.named_parameters()}

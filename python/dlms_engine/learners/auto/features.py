@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ...support.transfer import to_host
 from ..start import SamplingProblem
 
 FEATURE_SIGMA = 0.1
@@ -40,7 +41,7 @@ def projected_frechet(one: Tensor, two: Tensor, directions: int = 16) -> float:
 
     There are more features than samples; a covariance of sixteen directions is of full rank.
     """
-    one, two = (values.flatten(1).double().cpu() for values in (one, two))
+    one, two = (to_host(values.flatten(1).double()) for values in (one, two))
     generator = torch.Generator().manual_seed(5)
     projection = torch.randn(one.shape[1], directions, generator=generator, dtype=torch.float64)
     if one.shape[1] <= directions:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ...solvers.table import SolverTable
+from ...support.transfer import to_host
 from ..start import ExactSolution, SamplingProblem, SharedRuns
 from .budget import Budget
 from .table import GeneralTable
@@ -246,9 +247,12 @@ class GaussNewton:
             square += residual @ residual
         whole = torch.zeros(self.form.size, self.form.size, dtype=torch.float64, device="cpu")
         at = torch.tensor(parameters, device="cpu")
-        whole[at[:, None], at] = matrix.cpu()
+        *entries, square = to_host(torch.cat([matrix.flatten(), gradient, square[None]])).split(
+            [size * size, size, 1]
+        )
+        whole[at[:, None], at] = entries[0].reshape(size, size)
         side = torch.zeros(self.form.size, dtype=torch.float64, device="cpu")
-        side[at] = gradient.cpu()
+        side[at] = entries[1]
         return Normal(whole, side, float(square), targets.numel())
 
     def errors(self, tables: list[SolverTable], count: int) -> list[float]:
@@ -259,7 +263,7 @@ class GaussNewton:
             wanted = targets[numbers.start : numbers.stop]
             total += (ends - wanted).double().square().flatten(1).sum(1)
         values = (total / targets.numel()).sqrt()
-        return [value if math.isfinite(value) else math.inf for value in values.tolist()]
+        return [value if math.isfinite(value) else math.inf for value in to_host(values).tolist()]
 
 
 def chunks(

@@ -6,10 +6,12 @@ import time
 from pathlib import Path
 
 from ...models.denoiser import Denoiser
+from ...support.transfer import host_numbers
 from .exact import ExactSolution, Proof, rmse, run_tables
 from .problem import Conditions, SamplingProblem
 from .search import (
     Candidate,
+    Contest,
     Effort,
     MeasuredCandidate,
     Report,
@@ -17,7 +19,6 @@ from .search import (
     Start,
     cost,
     handcrafted_candidates,
-    plan_for,
     rmse_with_error,
 )
 from .shared_runs import SharedRuns
@@ -68,7 +69,8 @@ def find_start(
     """
     if effort is None:
         effort = start_effort(seconds_of_one(problem))
-    plan = plan_for(problem.process, nfe, effort)
+    contest = Contest(problem.process, nfe, effort, afs=afs)
+    plan = contest.plan
     exact = ExactSolution(problem, samples=plan.proof_samples, first_steps=plan.first_steps)
     found = kept_start(store, problem, nfe, afs)
     if found is not None:
@@ -76,13 +78,12 @@ def find_start(
         say(f"start: {found.best.label}, kept in {store}")
         return found, exact
     started, calls = time.perf_counter(), problem.calls
-    count = len(handcrafted_candidates(problem.process, nfe, effort, afs=afs))
     say(
-        f"start: {count} handcrafted solvers of {nfe} evaluations, about "
-        f"{cost(problem.process, nfe, effort):,} evaluations of one sample"
+        f"start: {len(contest.candidates)} handcrafted solvers of {nfe} evaluations, about "
+        f"{contest.cost:,} evaluations of one sample"
     )
     exact.prove()
-    ranking = Search(problem, exact, nfe, effort, say, afs=afs).run()
+    ranking = Search(problem, exact, contest, say).run()
     proof = exact.prove(ranking[0].rmse)
     start = Start(nfe, tuple(ranking), proof, problem.calls - calls, time.perf_counter() - started)
     say(proof.line())
@@ -143,5 +144,5 @@ def seconds_of_one(problem: SamplingProblem) -> float:
     t = x.new_full((2,), problem.process.t_max, dtype=x.dtype).double()
     problem.predict(x, t, numbers)
     started = time.perf_counter()
-    float(problem.predict(x, t, numbers).sum())
+    host_numbers([problem.predict(x, t, numbers).sum()])  # waits for the device
     return (time.perf_counter() - started) / 2

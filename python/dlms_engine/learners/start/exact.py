@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from ...processes import Process
 from ...solvers import make_solver
 from ...solvers.registry import standard_grids
 from ...solvers.table import SolverTable
+from ...support.transfer import host_numbers
 from .problem import SamplingProblem
 from .shared_runs import SharedRuns
 
@@ -208,13 +210,14 @@ class ExactSolution:
                 every.append((candidate, self._first))
         self._solve_all(every)
         pairs = [
-            (rmse(self._ends[one], self._ends[two]), one[0], two[0])
+            (one[0], two[0], mean_square(self._ends[one], self._ends[two]))
             for i, one in enumerate(every)
             for two in every[i + 1 :]
             if one[0].solver != two[0].solver
             and (one[0].grid != two[0].grid or len({each.grid for each, _ in every}) == 1)
         ]
-        _, one, two = min(pairs, key=lambda pair: pair[0])
+        errors = host_numbers([error for _, _, error in pairs])
+        one, two, _ = pairs[errors.index(min(errors))]
         finer = 2 * self._first
         moved = [rmse(self._end(each, finer), self._ends[each, self._first]) for each in (one, two)]
         return (one, two) if moved[0] <= moved[1] else (two, one)
@@ -242,4 +245,9 @@ def run_tables(problem: SamplingProblem, tables: Sequence[SolverTable], numbers:
 
 def rmse(one: Tensor, two: Tensor) -> float:
     """Root mean squared difference over samples and pixels."""
-    return float((one - two).double().square().mean().sqrt())
+    return math.sqrt(host_numbers([mean_square(one, two)])[0])
+
+
+def mean_square(one: Tensor, two: Tensor) -> Tensor:
+    """Mean squared difference over samples and pixels, on their device."""
+    return (one - two).double().square().mean()

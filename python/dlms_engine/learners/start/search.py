@@ -16,6 +16,7 @@ from ...solvers import make_solver
 from ...solvers.common import Afs
 from ...solvers.registry import SOLVERS, handcrafted
 from ...solvers.table import SolverTable
+from ...support.transfer import to_host
 from .exact import EXACT_SHARE, ExactSolution, Proof
 from .problem import SamplingProblem
 from .shared_runs import SharedRuns
@@ -173,21 +174,33 @@ def candidate_of(process: Process, nfe: int, label: str, *, afs: bool = True) ->
     )
 
 
-def plan_for(process: Process, nfe: int, effort: Effort) -> _Rounds:
-    """The plan of an effort for ``nfe`` evaluations."""
-    if effort == "full":
-        return FULL
-    first = _first_round(process, nfe, effort)
-    return next((p for p in LEAN if _cost(p, first, nfe) <= MOST_LEAN), LEAN[-1])
+class Contest:
+    """Every handcrafted solver of ``nfe`` evaluations, and how they are measured.
+
+    Attributes:
+        candidates: all of them that the effort looks at.
+        plan: rounds of measuring.
+        cost: network evaluations of one sample that it takes at most, but for a refined proof.
+
+    Raises:
+        ValueError: no solver makes that many evaluations.
+    """
+
+    def __init__(self, process: Process, nfe: int, effort: Effort, *, afs: bool = True) -> None:
+        self.nfe = nfe
+        self.candidates = handcrafted_candidates(process, nfe, effort, afs=afs)
+        if not self.candidates:
+            raise ValueError(f"no handcrafted solver makes exactly {nfe} evaluations")
+        first = SharedRuns([c.table for c in self.candidates]).evaluations
+        plans = (FULL,) if effort == "full" else LEAN
+        fits = (plan for plan in plans if _cost(plan, first, nfe) <= MOST_LEAN)
+        self.plan = next(fits, plans[-1])
+        self.cost = _cost(self.plan, first, nfe)
 
 
 def cost(process: Process, nfe: int, effort: Effort = "full") -> int:
     """Network evaluations of one sample that the search takes at most, but for a refined proof."""
-    return _cost(plan_for(process, nfe, effort), _first_round(process, nfe, effort), nfe)
-
-
-def _first_round(process: Process, nfe: int, effort: Effort) -> int:
-    return SharedRuns([c.table for c in handcrafted_candidates(process, nfe, effort)]).evaluations
+    return Contest(process, nfe, effort).cost
 
 
 def _cost(plan: _Rounds, first: int, nfe: int) -> int:
@@ -211,20 +224,10 @@ class Search:
     """Number of the first sample, apart from those of proof, training and validation."""
 
     def __init__(
-        self,
-        problem: SamplingProblem,
-        exact: ExactSolution,
-        nfe: int,
-        effort: Effort,
-        say: Report,
-        *,
-        afs: bool = True,
+        self, problem: SamplingProblem, exact: ExactSolution, contest: Contest, say: Report
     ) -> None:
-        self.problem, self.exact, self.nfe = problem, exact, nfe
-        self.plan, self.say = plan_for(problem.process, nfe, effort), say
-        self._left = handcrafted_candidates(problem.process, nfe, effort, afs=afs)
-        if not self._left:
-            raise ValueError(f"no handcrafted solver makes exactly {nfe} evaluations")
+        self.problem, self.exact, self.plan, self.say = problem, exact, contest.plan, say
+        self._left = contest.candidates
         self._squares: dict[str, list[float]] = {c.label: [] for c in self._left}
         self._done: list[MeasuredCandidate] = []
 
@@ -263,7 +266,7 @@ class Search:
         for low in range(numbers.start, numbers.stop, step):
             part = range(low, min(low + step, numbers.stop))
             for _, ends in runs.ends(self.problem.predict, self.problem.noise(part), part.start):
-                squares = (ends[:-1] - ends[-1]).double().square().flatten(2).mean(2).cpu()
+                squares = to_host((ends[:-1] - ends[-1]).double().square().flatten(2).mean(2))
                 for candidate, row in zip(self._left, squares.tolist(), strict=True):
                     self._squares[candidate.label].extend(row)
 

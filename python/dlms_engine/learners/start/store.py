@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...support.files import write_text, written
+from ...support.transfer import host_numbers
 from .exact import Proof
 from .problem import SamplingProblem
 from .search import Candidate, MeasuredCandidate, Start, handcrafted_candidates
@@ -87,7 +88,7 @@ def _answers(problem: SamplingProblem) -> list[list[float]]:
         x = x + 0.5 * alpha
         times = torch.full((2,), t, dtype=torch.float64, device=x.device)
         out = problem.predict(x, times, numbers).double()
-        answers.append([float(out.mean()), float(out.square().mean())])
+        answers.append(host_numbers([out.mean(), out.square().mean()]))
     return answers
 
 
