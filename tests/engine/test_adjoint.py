@@ -14,8 +14,7 @@ from analytic import GaussianMixture
 from torch import Tensor, nn
 
 from dlms_engine import grids, ops, solvers
-from dlms_engine.engine.adjoint import solve
-from dlms_engine.engine.rollout import rollout
+from dlms_engine.engine.adjoint import solve, walk
 from dlms_engine.learners.training.base_table import Base
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
@@ -108,8 +107,7 @@ def test_sweep_equals_autograd(batched: bool, prediction: str) -> None:
             states = solve(denoiser, table, start)
             end, inner = states[-1], states[1]
         else:
-            end, states, _ = rollout(denoiser, table, start)
-            inner = states[1]
+            (_, _, inner), *_, (_, _, end) = walk(denoiser, table, start)
         loss = end.square().sum() + (0.01 * inner).sin().sum()
         return list(torch.autograd.grad(loss, [*leaves, start]))
 
@@ -150,8 +148,13 @@ def test_rows_go_back_through_the_kernel(
 
     ours = gradients(lambda *given, **cond: solve(*given, **cond)[-1])
     assert len(calls) == made.nfe
-    for left, right in zip(ours, gradients(lambda *g, **c: rollout(*g, **c)[0]), strict=True):
+    for left, right in zip(ours, gradients(lambda *g, **c: end_of(*g, **c)), strict=True):
         assert float((left - right).abs().max()) < 1e-4 * float(right.abs().max())
+
+
+def end_of(*given: Any, **cond: Any) -> Tensor:
+    """By autograd through the plain run."""
+    return list(walk(*given, **cond))[-1][2]
 
 
 class Wide(nn.Module):
@@ -204,7 +207,7 @@ def test_memory_is_flat_in_nfe() -> None:
             if own:
                 end = solve(denoiser, table, 80.0 * start_noise())[-1]
             else:
-                end = rollout(denoiser, table, 80.0 * start_noise())[0]
+                end = end_of(denoiser, table, 80.0 * start_noise())
             end.square().sum().backward()
 
         return peak_bytes(step)

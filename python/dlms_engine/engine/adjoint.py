@@ -17,8 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from ..models.denoiser import Denoiser, per_sample
 from ..solvers.table import Prediction, SolverTable
+from ..support.transfer import rows_up
 from . import fused_adjoint
-from .rollout import on_device
 
 
 def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> list[Tensor]:
@@ -39,10 +39,24 @@ def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> lis
     return list(states)
 
 
+def on_device(table: SolverTable, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(a, b, times, initial_scale) of ``table`` on ``device``, sent there as one tensor."""
+    parts = (table.a, table.b, table.times, table.initial_scale)
+    if all(part.device == device for part in parts):
+        return parts
+    sent = rows_up(torch.cat([part.reshape(-1) for part in parts]), device)
+    pieces = sent.split([part.numel() for part in parts])
+    a, b, times, scale = (p.reshape(q.shape) for p, q in zip(pieces, parts, strict=True))
+    return a, b, times, scale
+
+
 def walk(
     denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(state before row n, output m_n, state after row n) for each row; keeps what a row reads."""
+    """(state before row n, output m_n, state after row n) for each row; keeps what a row reads.
+
+    Where gradients are on, autograd keeps a network graph a row: ``solve`` needs one at a time.
+    """
     history: list[Tensor] = []
     a, b, times, scale = on_device(table, x.device)
     x = per_sample(scale, x) * x

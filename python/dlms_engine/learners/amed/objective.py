@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine.rollout import rollout
+from ...engine.adjoint import walk
 from ...engine.sampler import Sampler
 from ...models.denoiser import Denoiser, per_sample
 from ...policies.amed import AmedPolicy
@@ -113,10 +113,10 @@ class Amed:
     @torch.no_grad()
     def teacher_states(self, x: Tensor) -> list[Tensor]:
         """The teacher's states at the end of every student step, from ``x`` at the grid's start."""
-        end, states, _ = rollout(self.denoiser, self._teacher, x, **self.cond)
+        after = [state for _, _, state in walk(self.denoiser, self._teacher, x, **self.cond)]
         s = self.settings
         stride = SOLVERS[s.teacher_name].evaluations_per_step * (s.teacher_interpolation + 1)
-        return [*(states[k * stride] for k in range(1, s.steps)), end]
+        return [*(after[k * stride - 1] for k in range(1, s.steps)), after[-1]]
 
     def student_step(self, walk: Walk[Tensor], i: int, x: Tensor) -> tuple[Tensor, Choice]:
         """State at the end of step ``i`` from ``x`` (constant), with gradient in the predictor."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...engine.rollout import rollout
+from ...engine.adjoint import walk
 from ...engine.sampler import Sampler
 from ...models.denoiser import Denoiser
 from ...policies.dlms import step_coefficients
@@ -100,7 +100,8 @@ class Gits:
             yield sigma * unit_noise(self.seed, range(low, high), self.shape, self.denoiser.device)
 
     def _trajectories(self, noise: Tensor) -> Trajectories:
-        end, states, outputs = rollout(self.denoiser, self.teacher, noise, **self.cond)
+        run = list(walk(self.denoiser, self.teacher, noise, **self.cond))
+        (states, outputs), end = list(zip(*run, strict=True))[:2], run[-1][2]
         stride = SOLVERS[self.settings.teacher].evaluations_per_step
         every = torch.stack([x.flatten(1) for x in [*states[::stride], end]])
         if self._rescale:
