@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .._version import __version__
 from ..ops import layout, reference
 from ..policies.run import run_predictions
-from ..support.files import replacing
+from ..support.files import replacing, require_writable
 from .sampler import Sampler
 from .steps import TableRows, first_input
 
@@ -293,7 +293,8 @@ def export_sampler(
     if path.suffix != ".pt2":
         raise ValueError(f"path is {path}, expected a name that ends in .pt2")
     refuse_existing(path, overwrite)
-    with replacing(path) as partial:  # first: an output that cannot be written is found at once
+    require_writable(path)  # ahead of minutes of compiling
+    with replacing(path) as partial:
         partial.write_bytes(
             _package(sampler, noise, cond, dynamic_batch, max_batch, inductor_configs)
         )

@@ -114,6 +114,12 @@ def distill(
             if path is not None and not world.rank:
                 require_writable(path)
             solver = entry.run(denoiser, tuple(shape), options)
+    except FloatingPointError as error:
+        if options.checkpoint is None or not options.checkpoint.exists():
+            raise
+        raise FloatingPointError(
+            f"{error}; {options.checkpoint} holds the last good state"
+        ) from error
     finally:
         for parameter in training:
             parameter.requires_grad_(True)

@@ -8,6 +8,7 @@ import stat
 
 import pytest
 import torch
+from marks import slow
 from safetensors import SafetensorError
 from torch import nn
 
@@ -217,18 +218,54 @@ def test_a_disk_without_room_is_refused_before_the_network_is_called(tmp_path, m
     assert not calls
 
 
-@pytest.mark.parametrize("method", ["free_table", "ld3"])
-def test_a_network_that_gives_nan_ends_at_once_with_the_cause(method):
-    """It trained to the end and failed then, on JSON that cannot hold NaN."""
+class Broken(Network):
+    """Not finite in one pixel from one of its calls on."""
 
-    class Broken(Network):
-        def forward(self, x, t):
-            return super().forward(x, t) * math.nan
+    def __init__(self, after):
+        super().__init__()
+        self.left = after
 
-    denoiser = dlms.Denoiser(Broken(), dlms.processes.EDM(), "edm")
-    settings = {"nfe": 3, "shape": (2, 4, 4), "progress": False}
-    with pytest.raises(FloatingPointError, match="outputs are not finite"):
-        dlms.distill(denoiser, method=method, **settings)
+    def forward(self, x, t):
+        self.left -= 1
+        out = super().forward(x, t)
+        return (
+            out
+            if self.left >= 0
+            else out.index_fill(-1, torch.zeros(1, dtype=torch.int64), math.nan)
+        )
+
+
+SHORT = {
+    "free_table": SETTINGS,
+    "dlms": SETTINGS,
+    "amed": SETTINGS,
+    "ld3": {"batch": 8, "validation": 4, "train": 8},
+    "gits": {"trajectories": 16, "points": 12},
+    "dode": {"trajectories": 32, "scale": 3},
+    "auto": {"budget": "8k", "effort": "lean", "samples": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "after"),
+    [(method, 0) for method in SHORT]
+    + [("free_table", 20), ("dlms", 20), ("amed", 20), ("ld3", 250), ("gits", 20)]
+    + [slow("auto", 600)],
+)  # fmt: skip
+def test_a_network_that_gives_nan_ends_with_the_cause(method, after, tmp_path):
+    """Some trained to the end and failed then, on JSON that cannot hold NaN or in a format; some
+    gave the solver that they had started from."""
+    denoiser = dlms.Denoiser(Broken(after), dlms.processes.EDM(), "edm", features="mid_block")
+    settings = (
+        {"nfe": 3, "shape": (2, 8, 8), "progress": False} | SHORT[method] | {"method": method}
+    )
+    output = tmp_path / "run.safetensors"
+    with pytest.raises(FloatingPointError, match=r"the network's outputs are not finite") as error:
+        dlms.distill(denoiser, output=output, **settings)
+    checkpoint_path = tmp_path / "run.checkpoint.safetensors"
+    assert not output.exists()
+    assert checkpoint_path.exists() == ("holds the last good state" in str(error.value))
+    assert checkpoint_path.exists() == (after > 0 and method != "gits")  # which has none
 
 
 def test_files_have_the_permissions_that_the_umask_leaves(tmp_path):

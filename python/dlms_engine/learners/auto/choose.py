@@ -13,6 +13,7 @@ from torch import Tensor
 from ...policies.corrector import CorrectedPolicy
 from ...solvers.table import SolverTable
 from ...support.transfer import to_host
+from ...support.values import require_finite
 from ..start import ExactSolution, SamplingProblem, rmse_with_error, run_tables
 from .features import features_of, projected_frechet
 from .runs import corrected_ends
@@ -74,6 +75,8 @@ def measure_stages(
     for stage in stages:
         end = end_of(problem, stage.policy, numbers)
         stage.squares = to_host((end - target).double().square().flatten(1).mean(1))
+        if stage is stages[0]:
+            require_finite(_rmse(stage), f"the error of the {stage.name} on new samples")
         if wanted is None:
             stage.frechet = projected_frechet(end, target)
             continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
 from ...support.parallel import World
+from ...support.values import require_finite
 from .. import presets
 from ..entry import LearnerEntry
 from ..options import RunOptions
@@ -30,6 +31,10 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         **options.cond,
     )  # fmt: skip
     history = summary(fitted)
+    for entry in history:
+        require_finite(
+            entry["rmse_after"], f"the distance to the target of evaluation {entry['row']}"
+        )
     for row, entry in enumerate(history):
         options.monitor.log(row, entry)
     record = {"method": "dode", **plain(settings), "seed": options.seed, "shape": list(shape)}

@@ -15,6 +15,7 @@ from ...processes import Process
 from ...solvers import SOLVERS, make_solver
 from ...solvers.registry import standard_grids
 from ...solvers.table import SolverTable
+from ...support.values import require_finite
 from ..start import ExactSolution, SamplingProblem, rmse, run_tables
 from .settings import GitsSettings
 
@@ -65,7 +66,7 @@ def nearest_to_exact(
 
     def errors() -> list[float]:
         target = exact.solve(numbers)
-        return [rmse(end, target) for end in ends]
+        return [require_finite(rmse(end, target), "the error of a grid") for end in ends]
 
     found = errors()
     assert exact.proof is not None

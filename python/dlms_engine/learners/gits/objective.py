@@ -21,6 +21,7 @@ from ...solvers import SOLVERS, make_solver
 from ...solvers.table import SolverTable
 from ...support.parallel import World
 from ...support.transfer import host_numbers, to_host
+from ...support.values import require_finite
 from ..training.noise import unit_noise
 from ..training.start_times import start_times
 from .settings import GitsSettings
@@ -120,6 +121,7 @@ class Gits:
             self._ends.append(trajectories.end)
             total += self._batch_cost(trajectories)
         cost = to_host(self.world.sum_(total)) / self.samples
+        require_finite(float(cost.sum()), "the cost of the teacher's steps")
         below = torch.ones_like(cost, dtype=torch.bool).tril()
         return cost.masked_fill(below, torch.inf)
 
@@ -155,7 +157,8 @@ class Gits:
                 assert isinstance(found, Tensor)
                 total[k] += (found - end).double().square().sum()
         count = self.samples * torch.Size(self.shape).numel()
-        return host_numbers((self.world.sum_(total) / count).sqrt().unbind())
+        errors = host_numbers((self.world.sum_(total) / count).sqrt().unbind())
+        return [require_finite(error, "the error of a searched grid") for error in errors]
 
 
 class Chord:

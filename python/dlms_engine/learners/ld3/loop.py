@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from ...support.parallel import World
 from ...support.transfer import host_numbers
+from ...support.values import require_finite
 from ..training.checkpoint import try_to_save
 from ..training.monitor import Monitor, Silent
 from ..training.noise import unit_noise
@@ -88,7 +89,7 @@ class Ld3Loop:
         """Trains to the end and loads the best grid.
 
         Raises:
-            KeyboardInterrupt: after a checkpoint was written, when one is configured.
+            KeyboardInterrupt, FloatingPointError: after a checkpoint was written, when one is configured.
         """
         self._prepare(progress)
         if not (resume and self._store.resume()):
@@ -104,6 +105,9 @@ class Ld3Loop:
         )
         try:
             self._loop(batches, bar)
+        except FloatingPointError:
+            try_to_save(self._store.save, self.state.updates)
+            raise
         except KeyboardInterrupt:
             kept = True
             if (
@@ -118,6 +122,7 @@ class Ld3Loop:
             bar.close()
         try_to_save(self._store.save, self.state.updates)
         self._store.load(self._store.best)
+        self._of_best()
         return self.state
 
     def _loop(self, batches: int, bar: Any) -> None:
@@ -160,11 +165,7 @@ class Ld3Loop:
             state.init = self.learner.choose_start(self.pairs["valid"].measure)
         self._store.best = self._store.parameters()
         first = self._validate(whole=True)
-        if not math.isfinite(first):
-            raise FloatingPointError(
-                f"the loss of the solver to start from is {first}: the network's outputs are not finite "
-                "(its dtype, its prediction type, the ends of the time range)"
-            )
+        require_finite(first, "the loss of the solver to start from")
         if s.loss_scale is not None:
             state.loss_scale = s.loss_scale
         elif self.learner.kind != "lpips" and first > 0:
@@ -193,7 +194,7 @@ class Ld3Loop:
         state = self.state
         self._store.load(self._store.best)
         # the validation noises have moved since: scores of two rounds do not compare
-        state.best_score = self._validate()
+        state.best_score = self._of_best()
         state.moved = False
         if state.round == self.settings.rounds:
             state.failures = 0
@@ -290,6 +291,10 @@ class Ld3Loop:
         everything = self.state.whole if whole is None else whole
         return self.pairs["valid"].measure(self.learner.measure, None if everything else 1)
 
+    def _of_best(self) -> float:
+        """Of the best times, which are loaded."""
+        return require_finite(self._validate(), f"after {self.state.updates} updates the loss")
+
     def _judge(self, score: float) -> None:
         state, s = self.state, self.settings
         if score < state.best_score:
@@ -303,7 +308,7 @@ class Ld3Loop:
         self._store.load(self._store.best)
         if not state.whole:  # the first time only the yardstick gets finer
             state.whole = True
-            state.best_score = self._validate()
+            state.best_score = self._of_best()
             return
         state.lr = max(s.lr_floor, state.lr * s.decay)
         if self._with_times:

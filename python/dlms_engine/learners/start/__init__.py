@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ...models.denoiser import Denoiser
 from ...support.transfer import host_numbers
+from ...support.values import require_finite
 from .exact import ExactSolution, Proof, rmse, run_tables
 from .problem import Conditions, SamplingProblem
 from .search import (
@@ -82,8 +83,9 @@ def find_start(
         f"start: {len(contest.candidates)} handcrafted solvers of {nfe} evaluations, about "
         f"{contest.cost:,} evaluations of one sample"
     )
-    exact.prove()
+    require_finite(exact.prove().disagreement, "the difference of two accurate solvers")
     ranking = Search(problem, exact, contest, say).run()
+    require_finite(ranking[0].rmse, f"the error of {ranking[0].candidate.label}")
     proof = exact.prove(ranking[0].rmse)
     start = Start(nfe, tuple(ranking), proof, problem.calls - calls, time.perf_counter() - started)
     say(proof.line())

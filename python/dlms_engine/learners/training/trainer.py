@@ -18,6 +18,7 @@ from ...models.denoiser import Denoiser
 from ...support.parallel import World
 from ...support.progress import inner_progress
 from ...support.transfer import host_numbers
+from ...support.values import require_finite
 from .checkpoint import read_checkpoint, save_checkpoint, try_to_save
 from .ema import EmaSets
 from .monitor import Monitor, Silent
@@ -261,13 +262,13 @@ class Trainer:
                 self.state.best_score = numbers["score"]
                 self.state.best_set = f"{name}@{self.state.update}"
                 self._best = {k: v.clone() for k, v in parameters.items()}
+        if not self.state.update:
+            require_finite(found["validation/raw"], "the score of the solver to start from")
+        elif not math.isfinite(found["validation/raw"]):  # too large a step, or the network itself
+            self._restore(self._best)
+            again = self.learner.validate()["score"]
+            require_finite(again, f"after update {self.state.update} the score of the best so far")
         self._restore(raw)
-        if not math.isfinite(self.state.best_score):
-            raise FloatingPointError(
-                f"the score of the solver to start from is {found['validation/raw']}: the network's "
-                "outputs are not finite (its dtype, its prediction type, the ends of the time range); "
-                "dlms_engine.Sampler with progress on a handcrafted solver shows where"
-            )
         if not self.state.update:
             self._log({"update": 0, **found})
         return found
