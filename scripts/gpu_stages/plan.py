@@ -113,7 +113,7 @@ def bench(work: Path, name: str, measures: str, limit: float, *options: str, **s
     return Stage(
         name,
         measures,
-        ((*BENCH, *options, *output),),
+        ((*BENCH, *options, *output, "--seconds", str(limit - 5)),),
         limit,
         stand_in=((*BENCH, options[0], *stand["instead"].split(), *output),),
         refusal=stand.get("refusal", ""),
@@ -125,14 +125,16 @@ def benches(work: Path) -> list[Stage]:
     cuda = ("--device", "cuda")
     return [
         bench(work, "bench-row", "one row: in-graph time, share of the copy bandwidth", 40,
-              "device", "--seconds", "30", instead="", refusal=NO_GPU),
+              "device", instead="", refusal=NO_GPU),
         bench(work, "bench-loop", "5 evaluations: against the eager loop and the bare network", 40,
               "loop", *cuda, instead="--device cpu --network plain --repeats 1"),
+        _check(work, "captured", "a captured run above its evaluations; WHILE loop against unrolled", 45,
+               "captured", model="tiny"),
         bench(work, "bench-step", "a step beside diffusers' eager step", 60,
-              "step", *cuda, "--no-compile", instead="--quick --rounds 1 --seconds 0.001"),
+              "step", *cuda, "--no-compile", instead="--quick --rounds 1 --round-seconds 0.001"),
         bench(work, "bench-distill", "updates a second of every learner on the GPU", 60,
-              "distill", *cuda, "--models", "embedded", "--seconds", "0.7",
-              instead="--models embedded --methods free_table --batch 2 --seconds 0.1"),
+              "distill", *cuda, "--models", "embedded", "--each", "0.7",
+              instead="--models embedded --methods free_table --batch 2 --each 0.1"),
     ]  # fmt: skip
 
 
@@ -142,8 +144,8 @@ def later(work: Path) -> list[Stage]:
         _check(work, "distil-32", "seconds to distil DLMS at 5 evaluations on a 32x32 model", 110,
                "distil_32", model="tiny", trajectories="32"),
         bench(work, "bench-distill-cpu", "updates a second of every learner on the CPU", 90,
-              "distill", "--models", "embedded", "--seconds", "1",
-              instead="--models embedded --methods free_table --batch 2 --seconds 0.1"),
+              "distill", "--models", "embedded", "--each", "1",
+              instead="--models embedded --methods free_table --batch 2 --each 0.1"),
         bench(work, "bench-compiled", "a step beside diffusers' compiled step", 100,
               "step", "--device", "cuda", instead="", refusal=NO_GPU),
         sanitizer("racecheck", 70),

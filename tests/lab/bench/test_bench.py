@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 from dlms_engine.lab.bench import __main__ as bench
-from dlms_engine.lab.bench import device
+from dlms_engine.lab.bench import device, timing
 
 QUICK = {
-    "step": ["--quick", "--rounds", "1", "--seconds", "0.001"],
+    "step": ["--quick", "--rounds", "1", "--round-seconds", "0.001"],
     "loop": ["--network", "plain", "--repeats", "2", "--nfe", "2"],
     "device": [],
     "pipeline": ["--no-compile", "--batches", "1", "--repeats", "1", "--nfe", "2"],
@@ -50,3 +51,31 @@ def test_json_is_a_flag_and_output_a_file(
 def test_each_module_is_one_of_them() -> None:
     assert {what.value for what in bench.What} == {*QUICK, "distill"}
     assert bench.main_bench(["magic"]) == 2
+
+
+@pytest.mark.parametrize("what", ["step", "loop", "pipeline"])
+def test_a_benchmark_ends_within_its_seconds(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``--seconds`` meant something else in every benchmark, and none ended by it."""
+    from dlms_engine.lab.bench import loop, pipeline, step
+
+    def endless(*_: object) -> None:
+        try:
+            time.sleep(60)
+        except Exception:  # what a learner may do about a failure is not to hold the alarm up
+            time.sleep(60)
+
+    for module in (step, loop, pipeline):
+        monkeypatch.setattr(module, "_measure", endless)
+    path, start, threads = tmp_path / "out.json", time.monotonic(), torch.get_num_threads()
+    words = [what, *QUICK[what], "--seconds", "0.2", "--output", str(path)]
+    assert bench.main_bench(words) == 1
+    torch.set_num_threads(threads)
+    assert time.monotonic() - start < 30
+    assert json.loads(path.read_text(encoding="utf-8"))["not_measured"]
+
+
+def test_no_time_is_refused() -> None:
+    with pytest.raises(ValueError, match="seconds is -1"):
+        timing.measure_within(-1, [1], print)

@@ -34,7 +34,7 @@ CLOCKS = loop.Clocks(fixed_walls, fixed_events)
 
 def arguments(**changes: Any) -> argparse.Namespace:
     held = {"network": "plain", "device": "cpu", "batch": 2, "nfe": 3, "repeats": 3}
-    return argparse.Namespace(**{**held, **changes})
+    return argparse.Namespace(**{"seconds": None, "json": True, **held, **changes})
 
 
 def test_both_clocks_are_summed_up() -> None:

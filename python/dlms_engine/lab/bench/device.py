@@ -18,7 +18,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -28,7 +27,14 @@ import torch
 from torch import Tensor
 
 from dlms_engine import ops
-from dlms_engine.lab.bench.timing import commit, finish_report, json_options, save_report
+from dlms_engine.lab.bench.timing import (
+    commit,
+    finish_report,
+    json_options,
+    measure_within,
+    save_report,
+    say_not_measured,
+)
 from dlms_engine.ops import layout, libraries, reference
 
 _CASES = (
@@ -275,29 +281,27 @@ def bench_device(argv: list[str] | None = None) -> int:
     """Command line. Status 2 without a GPU."""
     parser = argparse.ArgumentParser(prog="dlms bench device", description="One row on a GPU.")
     parser.add_argument("--depth", type=int, default=3, help="history slots")
-    parser.add_argument("--seconds", type=float, default=60.0, help="start no shape after these")
     json_options(parser)
     args = parser.parse_args(argv)
     if no_gpu(parser.prog):
         return 2
-    start, bandwidth = time.monotonic(), copy_bandwidth()
+    bandwidth = copy_bandwidth()
     report: dict[str, Any] = {"benchmark": "device", "machine": machine()}
-    report |= {"copy_bytes_per_s": bandwidth, "rows": [], "not_measured": []}
-    for shape, dtype in _CASES:
-        if time.monotonic() - start > args.seconds:
-            report["not_measured"].append({"shape": shape, "network_dtype": dtype})
-            continue
+    report |= {"copy_bytes_per_s": bandwidth, "rows": []}
+
+    def measure_case(case: tuple[tuple[int, ...], str]) -> None:
+        shape, dtype = case
         results = measure(shape, _DTYPES[dtype], args.depth, bandwidth)
         torch.cuda.empty_cache()
         report["rows"] += [asdict(r) for r in results]
         save_report(report, args)
         if not args.json:
             _show(results)
+
+    say_not_measured(report, measure_within(args.seconds, _CASES, measure_case), args)
     if not finish_report(report, args):
         print(f"copy {bandwidth / 1e12:.2f} TB/s on {report['machine']['gpu']}")
-        for case in report["not_measured"]:
-            print(f"not measured, the time is over: {case['shape']} {case['network_dtype']}")
-    return 0
+    return int(not report["rows"])
 
 
 def _show(results: Sequence[Timing]) -> None:

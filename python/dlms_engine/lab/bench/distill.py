@@ -1,6 +1,6 @@
 """``dlms bench distill``: updates per second of every learner where the network lives.
 
-    python -m dlms_engine.lab.bench distill --device cuda --output distill.json --seconds 8
+    python -m dlms_engine.lab.bench distill --device cuda --output distill.json --each 8
 
 Two models: the embedded one, and a 32x32 U-Net of the benchmark model's size with random weights,
 which takes as long as a trained one. DLMS, AMED, LD3 and the free table are timed from one finished
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,7 +24,14 @@ from torch import nn
 
 from dlms_engine import ops
 from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
-from dlms_engine.lab.bench.timing import conditions, finish_report, json_options, save_report
+from dlms_engine.lab.bench.timing import (
+    conditions,
+    finish_report,
+    json_options,
+    measure_within,
+    save_report,
+    say_not_measured,
+)
 from dlms_engine.learners import LEARNERS, RunOptions
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
@@ -94,6 +101,7 @@ def wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+@functools.lru_cache(maxsize=1)
 def _load(name: str, device: torch.device) -> tuple[Denoiser, tuple[int, ...]]:
     """The model on ``device`` and the shape of a sample."""
     if name == "embedded":
@@ -148,27 +156,23 @@ def time_case(
     }
 
 
-def _rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """One row a model and learner."""
-    device = torch.device(args.device)
-    for name in args.models:
-        denoiser, shape = _load(name, device)
-        for case in cases(args.batch):
-            if args.methods and case.method not in args.methods:
-                continue
-            row: dict[str, Any] = {"method": case.label, "model": name, "device": args.device}
-            row["batch"] = case.settings["batch"]
-            try:
-                yield row | time_case(denoiser, shape, case, args.seconds)
-            except Exception as error:
-                yield row | {"error": f"{type(error).__name__}: {error}"}
+def _row(name: str, case: _Case, args: argparse.Namespace) -> dict[str, Any]:
+    """What one learner does on one model, or why it failed."""
+    row: dict[str, Any] = {"method": case.label, "model": name, "device": args.device}
+    row["batch"] = case.settings["batch"]
+    try:
+        return row | time_case(*_load(name, torch.device(args.device)), case, args.each)
+    except Exception as error:
+        return row | {"error": f"{type(error).__name__}: {error}"}
 
 
 def bench_distill(argv: list[str] | None = None) -> int:
     """Command line. Status 2 if the device is not there, 1 if a learner failed."""
     parser = argparse.ArgumentParser(prog="dlms bench distill", description=__doc__)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each learner and model")
+    parser.add_argument(
+        "--each", type=float, default=5.0, help="seconds for each learner and model, start apart"
+    )
     parser.add_argument("--batch", type=int, default=32, help="trajectories an update (LD3: 2)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=sorted(LEARNERS), default=[])
@@ -182,16 +186,22 @@ def bench_distill(argv: list[str] | None = None) -> int:
         "machine": machine() if cuda else conditions(),
         "backends": ops.available(args.device),
         "nfe": _NFE,
-        "seconds": args.seconds,
+        "seconds": args.each,
         "rows": [],
     }
-    for row in _rows(args):
+
+    def measure(case: tuple[str, _Case]) -> None:
+        row = _row(*case, args)
         report["rows"].append(row)
         save_report(report, args)  # a run that is cut short has given what it measured
         if not args.json:
             _show(row)
+
+    wanted = [case for case in cases(args.batch) if not args.methods or case.method in args.methods]
+    left = measure_within(args.seconds, list(itertools.product(args.models, wanted)), measure)
+    say_not_measured(report, [f"{name}: {case.label}" for name, case in left], args)
     finish_report(report, args)
-    return int(any("error" in row for row in report["rows"]))
+    return int(not report["rows"] or any("error" in row for row in report["rows"]))
 
 
 def _show(row: dict[str, Any]) -> None:

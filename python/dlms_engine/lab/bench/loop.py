@@ -24,7 +24,13 @@ from dlms_engine import grids, ops, solvers
 from dlms_engine.engine.sampler import GRAPHS, Sampler, seeded_noise
 from dlms_engine.lab.bench import rivals
 from dlms_engine.lab.bench.device import interleaved_events, machine, no_gpu, quantiles
-from dlms_engine.lab.bench.timing import conditions, finish_report, json_options
+from dlms_engine.lab.bench.timing import (
+    conditions,
+    finish_report,
+    json_options,
+    measure_within,
+    say_not_measured,
+)
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
 
@@ -192,7 +198,12 @@ def report(args: argparse.Namespace, clocks: Clocks | None = None) -> dict[str, 
     network = args.network
     if network == "auto":
         network = "plain" if absent else "embedded"
-    found = _measure(network, args.device, args.batch, args.nfe, args.repeats, clocks)
+    found: dict[str, Any] = {}
+
+    def measure(repeats: int) -> None:
+        found.update(_measure(network, args.device, args.batch, args.nfe, repeats, clocks))
+
+    left = measure_within(args.seconds, [args.repeats], measure)
     settings = {key: getattr(args, key) for key in ("device", "batch", "nfe", "repeats")}
     settings["network"] = network
     result: dict[str, Any] = {
@@ -204,9 +215,12 @@ def report(args: argparse.Namespace, clocks: Clocks | None = None) -> dict[str, 
         "absent": [{"what": "embedded model", "reason": absent}] if absent else [],
         **found,
         "summary": {
-            key: loop_summary(found[key]) for key in ("milliseconds", "back_to_back") if found[key]
+            key: loop_summary(found[key])
+            for key in ("milliseconds", "back_to_back")
+            if found.get(key)
         },
     }
+    say_not_measured(result, [f"{repeats} repeats" for repeats in left], args)
     return result
 
 
@@ -228,7 +242,7 @@ def show(result: dict[str, Any]) -> None:
             f"{held['times_faster_than_eager']:.2f} times the eager loop's speed, "
             f"{100 * held['overhead']:.1f} % above the bare network"
         )
-    if result["captured"] is False:
+    if result.get("captured") is False:
         print("the engine's run was NOT captured as a CUDA graph")
 
 
@@ -254,7 +268,7 @@ def bench_loop(argv: list[str] | None = None) -> int:
     result = report(args)
     if not finish_report(result, args):
         show(result)
-    return 0
+    return int(not result["summary"])
 
 
 if __name__ == "__main__":

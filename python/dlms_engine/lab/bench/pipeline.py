@@ -25,7 +25,13 @@ from dlms_engine import embedded, grids, ops, solvers
 from dlms_engine.engine.sampler import Sampler, seeded_noise
 from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
 from dlms_engine.lab.bench.loop import wall_times
-from dlms_engine.lab.bench.timing import conditions, finish_report, json_options
+from dlms_engine.lab.bench.timing import (
+    conditions,
+    finish_report,
+    json_options,
+    measure_within,
+    say_not_measured,
+)
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
 
@@ -184,14 +190,17 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
             (network, *rivals.values()), (None, None, "reduce-overhead"), strict=False
         ):
             each.compile(dynamic=False, mode=mode)
-    batches = {}
+    batches: dict[str, Any] = {}
     off = check_pipeline(denoiser, rivals["diffusers"], shape, args.device)
-    for batch in args.batches:
+
+    def measure(batch: int) -> None:
         found = _measure(denoiser, policy, shape, args.device, batch, args.repeats, rivals)
         own = found["dlms_engine"]["images_per_second"]
         rate = {n: own / t["images_per_second"] for n, t in found.items() if n != "dlms_engine"}
         batches[str(batch)] = {"ways": found, "times_the_speed_of": rate}
-    return {
+
+    left = measure_within(args.seconds, args.batches, measure)
+    report = {
         "benchmark": "pipeline",
         "machine": machine() if args.device == "cuda" else {"torch": torch.__version__},
         "conditions": conditions(),
@@ -208,6 +217,8 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
         "rmse_between_them": off,
         "batches": batches,
     }
+    say_not_measured(report, [f"batch {batch}" for batch in left], args)
+    return report
 
 
 def bench_pipeline(argv: list[str] | None = None) -> int:
@@ -240,7 +251,7 @@ def bench_pipeline(argv: list[str] | None = None) -> int:
             rate = held["times_the_speed_of"].get(name)
             gain = "" if rate is None else f"  (the engine: {rate:.2f} times that)"
             print(f"    {name:<28}{each['images_per_second']:12.1f}{gain}")
-    return 0
+    return int(not found["batches"])
 
 
 if __name__ == "__main__":

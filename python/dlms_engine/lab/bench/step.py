@@ -11,6 +11,7 @@ the same network output and forms the next state, with its state in the network'
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -37,22 +38,26 @@ def bench_step(arguments: list[str] | None = None) -> int:
     if options.device == "cuda":
         return 2 if device.no_gpu("dlms bench step") else step_cuda.bench_step_cuda(options)
     torch.set_num_threads(options.threads)
-    cases = []
+    cases: list[dict[str, Any]] = []
+
+    def measure(case: tuple[tuple[int, ...], str]) -> None:
+        cases.append(_measure(*case, options.rounds or ROUNDS, options.round_seconds))
+        if not options.json:
+            _print_case(cases[-1])
+
+    chosen = list(itertools.product(SHAPES[: 1 if options.quick else None], _DTYPES))
     with torch.inference_mode():
-        for shape in SHAPES[: 1 if options.quick else None]:
-            for dtype in _DTYPES:
-                cases.append(_measure(shape, dtype, options.rounds or ROUNDS, options.seconds))
-                if not options.json:
-                    _print_case(cases[-1])
+        left = timing.measure_within(options.seconds, chosen, measure)
     report: dict[str, Any] = {
         "benchmark": "step",
         "conditions": {**timing.conditions(), "diffusers": rivals.version()},
         "unit": "microseconds per step, lowest of the round medians",
         "cases": cases,
     }
+    timing.say_not_measured(report, left, options)
     if not timing.finish_report(report, options):
         print("\n" + ", ".join(f"{k} {v}" for k, v in report["conditions"].items()))
-    return 0
+    return int(not cases)
 
 
 def _measure(shape: tuple[int, ...], dtype: str, rounds: int, seconds: float) -> dict[str, Any]:
@@ -138,7 +143,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help=f"interleaved rounds; default {ROUNDS}, on a GPU {step_cuda.ROUNDS}",
     )
     parser.add_argument(
-        "--seconds", type=float, default=0.02, help="per candidate and round, on the CPU"
+        "--round-seconds", type=float, default=0.02, help="per candidate and round, on the CPU"
     )
     parser.add_argument("--quick", action="store_true", help="the smallest shape only")
     parser.add_argument(

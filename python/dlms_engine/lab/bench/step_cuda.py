@@ -247,12 +247,17 @@ def run(tools: Tools, options: argparse.Namespace, machine: dict[str, Any]) -> i
         "settings": {"rounds": options.rounds or ROUNDS, "compiler": tools.compiler},
         "cases": found,
     }
-    for shape, dtype in chosen:
-        found.append(Case(shape, dtype, tools, options.rounds or ROUNDS).measure())
+
+    def measure(case: tuple[tuple[int, ...], str]) -> None:
+        found.append(Case(*case, tools, options.rounds or ROUNDS).measure())
         report["complete"] = len(found) == len(chosen)
         timing.save_report(report, options)
         if not options.json:
             print_case(found[-1])
+
+    timing.say_not_measured(
+        report, timing.measure_within(options.seconds, chosen, measure), options
+    )
     if not timing.finish_report(report, options):
         print("\n" + ", ".join(f"{k} {v}" for k, v in machine.items()))
     return 0

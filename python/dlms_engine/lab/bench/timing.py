@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from dlms_engine import __version__
 from dlms_engine.support.files import write_text
+
+_Case = TypeVar("_Case")
 
 
 def interleaved(
@@ -98,8 +102,54 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
+class TimeIsUp(BaseException):
+    """The seconds of a benchmark are over; no ``except Exception`` on the way holds that up."""
+
+
+def measure_within(
+    seconds: float | None, cases: Sequence[_Case], measure: Callable[[_Case], object]
+) -> list[_Case]:
+    """Measures the cases in order for at most ``seconds`` in all, None for as long as it takes.
+
+    The alarm ends a case wherever it is, so this has to run in the main thread.
+
+    Returns:
+        the cases there was no time for, the one that was ended first.
+    """
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"--seconds is {seconds}, expected a number above 0")
+
+    def ring(*_: object) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    done = 0
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds or 0.0)
+        for case in cases:
+            measure(case)
+            done += 1
+    except TimeIsUp:
+        return list(cases[done:])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+    return []
+
+
+def say_not_measured(report: dict[str, Any], cases: Sequence[Any], options: Any) -> None:
+    """Notes in the report, and prints, what there was no time for."""
+    report["not_measured"] = list(cases)
+    if not options.json:
+        for case in cases:
+            print(f"not measured, the time is over: {case}")
+
+
 def json_options(parser: argparse.ArgumentParser) -> None:
-    """``--json`` and ``--output``, which every benchmark has."""
+    """``--json``, ``--output`` and ``--seconds``, which every benchmark has."""
+    parser.add_argument(
+        "--seconds", type=float, help="end after these; the report names what was not measured"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", type=Path, help="also write the JSON to this file")
 
