@@ -31,6 +31,7 @@ def test_diffusers_page(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = {**tiny.sd_inputs(), "height": 16, "width": 16}
     del inputs["guidance_scale"], inputs["generator"]
     settings = {
+        "method": "dlms",
         "trajectories": 2, "batch": 2, "validation_samples": 2, "validation_steps": 4,
         "validate_every": 0, "progress": False,
     }  # fmt: skip

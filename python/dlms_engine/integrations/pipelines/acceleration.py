@@ -33,6 +33,7 @@ from .whole_loop import WholeLoop
 
 _log = logging.getLogger("dlms_engine")
 MAX_KINDS = 64  # kinds of arguments that are remembered
+TRIES = 2  # runs that may differ from their record before a kind stays step by step
 
 
 @dataclass
@@ -41,6 +42,7 @@ class _Kind:
 
     report: KindReport
     program: Program | None = None
+    refuted: int = 0
     stepwise: bool = False
     own_scheduler: bool = False
 
@@ -234,10 +236,15 @@ class Acceleration:
                 raise NotReplayed("the pipeline left its loop early")
             return result
         except Exception as exc:
-            kind.stepwise, kind.program = True, None
+            kind.program = None
             self._told(kind, _why(exc))
             rewind()
-        return self._safely(kind, None, rewind, pipe, args, kwargs)
+            kind.refuted += 1
+            kind.stepwise = kind.refuted >= TRIES or not isinstance(exc, NotReplayed)
+        if kind.stepwise:
+            return self._safely(kind, None, rewind, pipe, args, kwargs)
+        # something besides the arguments may have changed, as a modular pipeline's guider
+        return self._recorded(kind, rewind, pipe, args, kwargs)
 
     def _safely(
         self,

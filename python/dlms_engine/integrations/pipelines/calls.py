@@ -126,8 +126,9 @@ def misfit(products: Tensor, weights: Tensor) -> float:
 
 
 def tolerance(*dtypes: torch.dtype) -> float:
-    """Largest ``misfit`` that rounding in these dtypes explains."""
-    return max(4 * torch.finfo(dtype).eps for dtype in dtypes)
+    """Largest ``misfit`` that rounding in these dtypes explains, and that of its scalar products."""
+    products = torch.finfo(torch.float64).eps ** 0.5  # a difference of numbers that nearly cancel
+    return 4 * max(products, *(torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def caches(module: nn.Module) -> str | None:

@@ -48,7 +48,8 @@ class StandIns:
             generator = torch.Generator().manual_seed(1 + number)
             values = torch.randn(leaf.shape, generator=generator)
             self._made[key] = values.to(device=leaf.device, dtype=leaf.dtype)
-        return self._made[key].clone()
+        with torch.inference_mode(False):  # what is done to a copy has to be seen
+            return self._made[key].clone()
 
 
 class DryRun:

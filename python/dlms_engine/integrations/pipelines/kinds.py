@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 
 def bound(call: Any, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -17,7 +18,11 @@ def bound(call: Any, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     except (TypeError, ValueError):  # the pipeline itself will say what is wrong
         return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
     binding.apply_defaults()
-    return dict(list(binding.arguments.items())[1:])
+    found = dict(list(binding.arguments.items())[1:])
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:  # a modular pipeline's
+            found |= found.pop(name, {})
+    return found
 
 
 def kind_of_call(arguments: dict[str, Any]) -> tuple[Any, ...]:
@@ -67,8 +72,5 @@ def scales_of(arguments: dict[str, Any], pipe: Any) -> list[float]:
 
 def generators_of(arguments: dict[str, Any]) -> list[torch.Generator]:
     """Every random generator among the arguments."""
-    found: list[torch.Generator] = []
-    for value in arguments.values():
-        values = value if isinstance(value, (list, tuple)) else [value]
-        found += [v for v in values if isinstance(v, torch.Generator)]
-    return found
+    leaves = pytree.tree_leaves(arguments)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]

@@ -18,6 +18,7 @@ from .spread import modifier_of, spread
 
 _Config = Mapping[str, Any]
 TINY = 1e-10  # relative length of a last step that a config asks to be of length zero
+NEAR = 1e-6  # relative distance of a last time to the end within which float32 sigmas mean the end
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def run_times(
         solver: DDIM and DEIS have rules of their own for the spacing and for the end.
         timesteps: custom network times. Flows follow ``FlowMatchEulerDiscreteScheduler``: without
             ``sigmas`` the shift applies to the noise levels made of them, never to the times.
-        sigmas: custom noise levels, N values or N + 1 with the final 0; flow: before the shift.
+        sigmas: custom noise levels, N values or N + 1 with the final 0, or with the last one again
+            (``final_sigmas_type="sigma_min"``); flow: before the shift.
         mu: dynamic shift of flow models.
 
     Raises:
@@ -60,7 +62,7 @@ def run_times(
     """
     told = None if timesteps is None else vector(timesteps, "timesteps")
     custom = None if sigmas is None else vector(sigmas, "sigmas")
-    if custom is not None and len(custom) > 1 and float(custom[-1]) == 0:
+    if custom is not None and len(custom) > 1 and float(custom[-1]) in (0.0, float(custom[-2])):
         custom = custom[:-1]
     if steps is None and told is None and custom is None:
         raise ValueError("pass num_inference_steps, timesteps or sigmas")
@@ -121,7 +123,7 @@ def _finish(
 ) -> Times:
     """The grid of ``times`` and ``end``; a last time at the end makes a step of no length there."""
     last = float(times[-1])
-    if len(times) and last > 0 and abs(last - end) <= TINY * last:
+    if len(times) and last > 0 and abs(last - end) <= NEAR * last:
         end = last * (1 - TINY)
     grid = torch.cat([times, torch.tensor([end], dtype=torch.float64)])
     if not bool((grid.diff() < 0).all()):

@@ -1,0 +1,129 @@
+"""An accelerated pipeline of which something besides its arguments changes, or that is used otherwise."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
+pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
+import tiny_pipelines as tiny  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "matrix"))
+import extras  # noqa: E402
+import images  # noqa: E402
+
+from dlms_engine.integrations.diffusers import DLMSScheduler, accelerate  # noqa: E402
+from dlms_engine.integrations.pipelines import acceleration as module  # noqa: E402
+from dlms_engine.integrations.pipelines.acceleration import set_scheduler  # noqa: E402
+from dlms_engine.integrations.pipelines.interception import Interception  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+STEPS = 4
+
+
+def asked(**extra: Any) -> dict[str, Any]:
+    return {**tiny.sd_inputs(), **images.SIZE, "num_inference_steps": STEPS, **extra}
+
+
+def both(make: Any, run: Any) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+    """What ``run`` gives with the scheduler alone and accelerated, and the acceleration."""
+    pipe = make()
+    config = {"_class_name": type(pipe.scheduler).__name__, **pipe.scheduler.config}
+    set_scheduler(pipe, DLMSScheduler.from_config(config, solver="unipc"))
+    expected, pipe = run(pipe), make()
+    acceleration = accelerate(pipe, solver="unipc")
+    return expected, run(pipe), acceleration
+
+
+def same(expected: list[torch.Tensor], found: list[torch.Tensor]) -> None:
+    for one, other in zip(expected, found, strict=True):
+        assert (one - other).abs().max() <= 2e-5 * one.abs().max()
+
+
+def guiders(pipe: Any) -> list[torch.Tensor]:
+    """Two runs each with the first guider and another one."""
+    found = []
+    for scale in (5.0, 2.0):
+        pipe.update_components(guider=diffusers.ClassifierFreeGuidance(guidance_scale=scale))
+        for _ in range(2):
+            found.append(pipe(**extras.modular_sdxl_inputs(), num_inference_steps=STEPS))
+    return found
+
+
+def test_a_modular_pipelines_guider_changes() -> None:
+    """The run that noticed it went on with other noise: its generator had not been put back."""
+    expected, found, acceleration = both(extras.modular_sdxl, guiders)
+    same(expected, found)
+    assert acceleration.report().whole_loop  # the changed guider was recorded anew
+
+
+def test_a_generator_that_is_not_put_back_is_seen(monkeypatch: Any) -> None:
+    """Planted fault."""
+    monkeypatch.setattr(module, "generators_of", lambda _: [])
+    with pytest.raises(AssertionError):
+        same(*both(extras.modular_sdxl, guiders)[:2])
+
+
+def test_what_differs_from_its_record_again_and_again_stays_step_by_step() -> None:
+    """Rescaled guidance passes for a linear mix in every record, and is none in any run."""
+
+    def run(pipe: Any) -> list[torch.Tensor]:
+        return [pipe(**asked(guidance_rescale=0.7)).images for _ in range(4)]
+
+    expected, found, acceleration = both(tiny.sd, run)
+    same(expected, found)
+    kind = next(iter(acceleration._kinds.values()))
+    assert kind.stepwise and kind.refuted == module.TRIES
+
+
+def test_from_pipe_takes_the_components() -> None:
+    """Their classes were no longer exactly those that it looks for: it raised."""
+
+    def run(pipe: Any) -> list[torch.Tensor]:
+        found = [pipe(**asked()).images]
+        other = images.quiet(diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe))
+        given = {k: v for k, v in asked(image=images.PICTURE).items() if k not in images.SIZE}
+        return [*found, other(**given).images, pipe(**asked()).images]
+
+    same(*both(tiny.sd, run)[:2])
+
+
+def test_the_class_of_a_module_that_is_listened_to() -> None:
+    layer = torch.nn.Linear(2, 2)
+    interception = Interception(layer, lambda m, original, args, kwargs: original(*args, **kwargs))
+    kind = type(layer)
+    assert kind is not torch.nn.Linear and kind == torch.nn.Linear and torch.nn.Linear == kind
+    assert hash(kind) == hash(torch.nn.Linear) and kind in {torch.nn.Linear: 0}
+    assert kind != torch.nn.Conv2d and isinstance(layer, torch.nn.Linear)
+    interception.remove()
+
+
+def test_under_inference_mode_the_loop_is_the_engines() -> None:
+    """Its tensors have no versions: the loop failed, and every run went step by step."""
+
+    def run(pipe: Any) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [pipe(**asked()).images.clone() for _ in range(3)]
+
+    expected, found, acceleration = both(tiny.sd, run)
+    same(expected, found)
+    assert acceleration.report().whole_loop, acceleration.report()
+
+
+def test_a_float64_pipeline_runs_in_the_loop() -> None:
+    """Scalar products cannot show a misfit of a few float64 roundings: no mix was linear."""
+
+    def run(pipe: Any) -> list[torch.Tensor]:
+        pipe.to(torch.float64)
+        given = asked()
+        given |= {k: v.double() for k, v in given.items() if isinstance(v, torch.Tensor)}
+        return [pipe(**{**given, "generator": images.generator()}).images for _ in range(3)]
+
+    expected, found, acceleration = both(tiny.sd, run)
+    same(expected, found)
+    assert acceleration.report().whole_loop, acceleration.report()
