@@ -43,6 +43,9 @@ Kind look_at(PyTypeObject* type) {
   if (PyType_IsSubtype(type, known.module)) return Kind::kModule;
   if (type == &PyFunction_Type) return Kind::kFunction;
   if (type == &PyMethod_Type) return Kind::kMethod;
+  // What follows every batch and reaches a graph as its inputs says so itself.
+  if (py::hasattr(py::handle(reinterpret_cast<PyObject*>(type)), "_outside_graph_keys"))
+    return Kind::kOpaque;
   const py::object module =
       py::getattr(py::handle(reinterpret_cast<PyObject*>(type)), "__module__", py::str(""));
   const std::string from = py::isinstance<py::str>(module) ? std::string(py::str(module)) : "";

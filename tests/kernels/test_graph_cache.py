@@ -201,6 +201,22 @@ def test_a_change_of_the_network_changes_the_key(change):
     assert graph_key(net, X)[0] != before
 
 
+def test_what_stays_outside_of_keys_says_so_itself():
+    class Position:
+        _outside_graph_keys = True
+
+        def __init__(self) -> None:
+            self.first = 0
+
+    net = nn.Sequential(Adapted())
+    net[0].position = Position()
+    before = graph_key(net, X)[0]
+    net[0].position.first = 1
+    assert graph_key(net, X)[0] == before
+    net[0].position = Slotted(1.0)
+    assert graph_key(net, X)[0] != before
+
+
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda n: pickle.loads(pickle.dumps(n))])
 def test_a_copy_is_another_network(again):
     """A pickle's attribute names are other strings than those that code sets."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import weakref
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 from analytic import GaussianMixture
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dlms_engine import processes
 from dlms_engine.models.denoiser import PREDICTIONS, Denoiser, find_module, quantile
@@ -109,6 +111,69 @@ def test_guidance_mixes_the_two_branches():
     x = torch.randn(4, 5)
     out = denoiser(x, 1.0, label=torch.full((4,), 7.0))
     torch.testing.assert_close(out, x * (2.0 + 3.0 * (7.0 - 2.0)))
+
+
+class Told(nn.Module):
+    """Adds up what it is told, however deep."""
+
+    def forward(self, x, t, label=None, added=None):
+        told = sum(
+            v.float().flatten(1).mean(1) for v in tree_leaves((label, added)) if v is not None
+        )
+        return x + told.reshape(-1, 1, 1, 1)
+
+
+NULL = {"added": {"text": {"embedding": torch.zeros(1, 5)}, "pair": (torch.zeros(1, 2), None)}}
+GIVEN = {"added": {"text": {"embedding": torch.ones(3, 5)}, "pair": (torch.ones(3, 2), None)}}
+
+
+def test_guidance_reaches_into_dicts_and_tuples():
+    """Only tensors at the top were joined: the others kept one branch's batch."""
+    x, t = torch.zeros(3, 1, 2, 2), torch.tensor(0.0)
+    denoiser = Denoiser(Told(), processes.EDM(), "data", guidance_scale=3.0, unconditional=NULL)
+    uncond, cond = denoiser.network_output(x, t, **GIVEN)
+    assert torch.equal(uncond, torch.zeros_like(x)) and torch.equal(cond, 2 * torch.ones_like(x))
+    assert len(denoiser.unconditional_read(GIVEN)) == 2
+
+
+@pytest.mark.parametrize(
+    ("unconditional", "given", "message"),
+    [
+        (
+            {"labels": torch.zeros(1)},
+            {"label": torch.ones(3)},
+            r"has \['labels'\].*gives \['label'\]",
+        ),
+        ({"label": torch.zeros(1)}, {}, r"has \['label'\], which this call does not give"),
+        ({"added": {"texts": torch.zeros(1)}}, GIVEN, r"\['added'\] has \['texts'\]"),
+        ({"added": torch.zeros(1)}, GIVEN, "is Tensor, but this call gives dict"),
+        ({"added": {"pair": (torch.zeros(1, 2),)}}, GIVEN, "has 1 entries, but this call gives 2"),
+        (
+            {"label": torch.zeros(1), "mode": 1},
+            {"label": torch.ones(3), "mode": 2},
+            "only tensors can",
+        ),
+    ],
+)
+def test_an_unconditional_branch_that_does_not_fit_is_refused(unconditional, given, message):
+    """A misspelt key was ignored: both branches were one, and the guidance did nothing."""
+    denoiser = Denoiser(
+        Told(), processes.EDM(), "data", guidance_scale=3.0, unconditional=unconditional
+    )
+    with pytest.raises(ValueError, match=message):
+        denoiser.network_output(torch.zeros(3, 1, 2, 2), torch.tensor(0.0), **given)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, "3", torch.tensor(2.0)])
+def test_a_guidance_scale_that_is_set_later_is_checked_too(scale):
+    denoiser = Denoiser(Told(), processes.EDM(), "data", guidance_scale=3.0, unconditional=NULL)
+    with pytest.raises(ValueError, match="expected a finite number"):
+        denoiser.guidance_scale = scale
+    assert denoiser.guidance_scale == 3.0
+    denoiser.guidance_scale = None
+    plain = Denoiser(Told(), processes.EDM(), "data")
+    with pytest.raises(ValueError, match="unconditional is empty"):
+        plain.guidance_scale = 2.0
 
 
 def test_guidance_without_an_unconditional_branch_is_refused():

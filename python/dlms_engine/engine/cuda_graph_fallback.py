@@ -43,6 +43,8 @@ def _settings(value: Any, tensors: bool, depth: int = 0) -> Any:
         return type(value), repr(value)
     if type(value).__module__.startswith("numpy") and hasattr(value, "tobytes"):
         return type(value), value.shape, str(value.dtype), value.tobytes()
+    if hasattr(type(value), "_outside_graph_keys"):
+        return type(value)
     if depth < 2 and not type(value).__module__.startswith(("torch", "builtins", "_")):
         return type(value), _settings(attributes(value), tensors, depth + 1)
     return type(value)

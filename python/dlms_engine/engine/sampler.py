@@ -322,10 +322,7 @@ class Sampler(Versioned, nn.Module):
             inputs |= {f"plan/{k}": v for k, v in self._plan(x.device)._asdict().items()}
             options = (*options, self.policy.depth)
         # Read where they lie, and copied there before the run if they lie elsewhere.
-        guided = self.denoiser.guidance_scale is not None
-        branch = self.denoiser.unconditional if guided else dict[str, Tensor]()
-        values = {k: cond[k] for k in branch if isinstance(cond.get(k), Tensor)}
-        read = (self.denoiser.unconditional_like(k, v) for k, v in values.items())
+        read = self.denoiser.unconditional_read(cond)
         options = (*options, *((t.data_ptr(), t.shape, t.dtype) for t in read))
 
         def body(given: Mapping[str, Tensor]) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..processes import Process
 from ..processes.base import as_level
-from ..support.values import is_finite_number
 from ..support.versioned import Versioned
+from .guidance import Branches, check_guidance, doubled
 from .preconditioning import (
     BLIND_AT_NOISE,
     PREDICTIONS,
@@ -60,7 +60,8 @@ class Denoiser(Versioned, nn.Module):
             (``"mid_block"``, ``"unet.mid_block"``); None turns the tap off.
         guidance_scale: classifier-free guidance, F = F_uncond + scale * (F_cond - F_uncond);
             one network call on the doubled batch ``[uncond; cond]``.
-        unconditional: keyword tensors of the unconditional branch (needed with guidance).
+        unconditional: keyword tensors of the unconditional branch (needed with guidance), nested as
+            the conditions are. A key that a call does not give the network is refused there.
         time_input: how the network takes the time t ``[B]`` when the default is not right
             (defaults: t for data, flow; the model's index for ``VPDiscrete``; ln(sigma)/4 for edm):
             ``"t"``, ``"reversed"`` (1 - t: data at 1), ``"sigma"`` (sigma / alpha), ``"log_sigma"``
@@ -84,7 +85,7 @@ class Denoiser(Versioned, nn.Module):
         sigma_data: float = 0.5,
         features: str | None = None,
         guidance_scale: float | None = None,
-        unconditional: Mapping[str, Tensor] | None = None,
+        unconditional: Mapping[str, Any] | None = None,
         time_input: TimeInput | None = None,
         time_scale: float | None = None,
         dynamic_thresholding: float | None = None,
@@ -94,13 +95,6 @@ class Denoiser(Versioned, nn.Module):
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {prediction!r}, expected one of {PREDICTIONS}")
         check_positive("sigma_data", sigma_data)
-        if guidance_scale is not None and not is_finite_number(guidance_scale):
-            raise ValueError(f"guidance_scale is {guidance_scale!r}, expected a finite number")
-        if guidance_scale is not None and not unconditional:
-            raise ValueError(
-                f"guidance_scale is {guidance_scale} but unconditional is empty: pass the keyword "
-                "tensors of the unconditional branch, e.g. unconditional={'class_labels': null}"
-            )
         if dynamic_thresholding is not None and not 0.0 < dynamic_thresholding <= 1.0:
             raise ValueError(
                 f"dynamic_thresholding is {dynamic_thresholding}, expected a quantile in (0, 1]"
@@ -109,10 +103,10 @@ class Denoiser(Versioned, nn.Module):
         self.process = process
         self.prediction: NetworkPrediction = prediction
         self.sigma_data = float(sigma_data)
-        self.guidance_scale = guidance_scale
         self.unconditional = dict(unconditional or {})
+        self.guidance_scale = guidance_scale
         self.dynamic_thresholding = dynamic_thresholding
-        self._moved: dict[Any, tuple[Tensor, int, Tensor]] = {}
+        self._branches = Branches()
         self._time_input = time_function(process, time_input, time_scale)
         self._tap = FeatureTap()
         self.features = features
@@ -121,6 +115,16 @@ class Denoiser(Versioned, nn.Module):
             hook = find_module(self.network, features).register_forward_hook(self._tap)
             # the network may outlive this object, and its hooks would keep every bottleneck alive
             weakref.finalize(self._owner, hook.remove).atexit = False
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """Weight of the conditional branch; None is no guidance. It may be set between runs."""
+        return self._guidance_scale
+
+    @guidance_scale.setter
+    def guidance_scale(self, scale: float | None) -> None:
+        check_guidance(scale, self.unconditional)
+        self._guidance_scale = scale
 
     # -- feature tap ------------------------------------------------------------------------
 
@@ -222,34 +226,17 @@ class Denoiser(Versioned, nn.Module):
         noise = level.expand(batch)
         if self.guidance_scale is None:
             return unwrap(self.network(network_input, noise, **cond))
-        doubled = {key: self._double(key, value, batch) for key, value in cond.items()}
+        twofold = self._branches.joined(self.unconditional, cond, doubled(batch))
         both = torch.cat([network_input, network_input])
         twice = torch.cat([level, level]) if level.ndim else level.expand(2 * batch)
-        out = unwrap(self.network(both, twice, **doubled))
+        out = unwrap(self.network(both, twice, **twofold))
         return out[:batch], out[batch:]  # chunk(2) would tie an exported graph to this batch
 
-    def _double(self, key: str, value: Any, batch: int) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        other = self.unconditional_like(key, value).expand(batch, *value.shape[1:])
-        return torch.cat([other, value.expand(batch, *value.shape[1:])])
-
-    def unconditional_like(self, key: str, value: Tensor) -> Tensor:
-        """``unconditional[key]`` on the device and in the dtype of ``value``; ``value`` without it.
-
-        A copy is kept until its source changes: a captured run may not copy from the host.
-        """
-        source = self.unconditional.get(key, value)
-        if source.device == value.device and source.dtype == value.dtype:
-            return source
-        if torch.compiler.is_compiling() or source.is_inference():
-            return source.to(device=value.device, dtype=value.dtype)
-        place = (key, value.device, value.dtype)
-        held = self._moved.get(place)
-        if held is None or held[0] is not source or held[1] != source._version:
-            moved = source.to(device=value.device, dtype=value.dtype)
-            held = self._moved[place] = (source, source._version, moved)
-        return held[2]
+    def unconditional_read(self, cond: Mapping[str, Any]) -> list[Tensor]:
+        """The unconditional branch's tensors that a call with ``cond`` reads, where it reads them."""
+        if self.guidance_scale is None:
+            return []
+        return self._branches.read(self.unconditional, cond)
 
     def combine(self, output: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """Mixes the guidance branches: F_uncond + scale * (F_cond - F_uncond), in ``dtype``."""

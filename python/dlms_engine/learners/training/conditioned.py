@@ -15,9 +15,9 @@ PER_SAMPLE = ("dlms", "amed", "free_table")
 
 
 class _Batch:
-    """Which samples come next. No ``__dict__``: the key of a captured run does not follow it."""
+    """Which samples come next; a captured run takes their conditions as its inputs."""
 
-    __slots__ = ("first", "names")
+    _outside_graph_keys = True
 
     def __init__(self) -> None:
         self.first = 0

@@ -79,6 +79,8 @@ def _digest(pairs: Iterable[tuple[str, Any]]) -> str:
         if isinstance(value, Tensor):
             total.update(f"{value.dtype}{tuple(value.shape)}".encode())
             total.update(_bytes(value.detach()))
+        elif isinstance(value, list | tuple):  # their text leaves out most of a large tensor
+            total.update(str(_values({str(i): v for i, v in enumerate(value)})).encode())
         elif isinstance(value, Mapping):
             total.update(str(_values(value)).encode())
         elif not callable(value):  # a callable's text would hold an address
