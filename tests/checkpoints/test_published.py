@@ -497,6 +497,42 @@ def test_a_torch_file_that_calls_something_is_refused(tmp_path: Path) -> None:
         load_published(path, solver="uni_pc")
 
 
+@pytest.mark.parametrize(
+    ("group", "value"),
+    [
+        ("_parameters", [1, 2]),
+        ("_parameters", {1: torch.ones(2)}),
+        ("_parameters", {}),
+        ("_buffers", 3),
+        ("_modules", "text"),
+        ("_non_persistent_buffers_set", [["mask"]]),
+        ("num_steps", None),
+        ("schedule_rho", float("nan")),
+        ("schedule_rho", 0.0),
+        ("schedule_rho", 1e300),
+        ("num_points", -1),
+    ],
+)
+def test_a_crafted_module_is_refused(group: str, value: Any, tmp_path: Path) -> None:
+    model = persistent("EPD_predictor", epd_parameters(4, 2), EPD_HEUN | {"sampler_stu": "epd"})
+    assert load_published(write(tmp_path / "a.pkl", {"model": model})).nfe == 12
+    model.state[group] = value
+    path = write(tmp_path / "b.pkl", {"model": model})
+    if group == "_non_persistent_buffers_set":  # says nothing of parameters
+        assert load_published(path).nfe == 12
+        return
+    with pytest.raises(ValueError, match=str(path)):
+        load_published(path)
+
+
+def test_sparse_numbers_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "b.pt"
+    times = torch.ones(6).to_sparse()
+    torch.save({"params1": times, "params2": times, "best_t_steps": times}, path)
+    with pytest.raises(ValueError, match="b.pt"):
+        load_published(path, **IPNDM)
+
+
 @pytest.mark.parametrize("held", [{}, [], {"model": 1}, {"predictor": {}}, {"ema": {}}, 3, None])
 def test_other_files_are_no_solvers(held: Any, tmp_path: Path) -> None:
     path = write(tmp_path / "s.pkl", held)

@@ -277,14 +277,26 @@ def _plain(node: Any) -> Any:
 
 
 def state_dict(record: Record, prefix: str = "") -> dict[str, Tensor]:
-    """Parameters and buffers of a pickled module, with the names ``nn.Module.state_dict`` gives."""
+    """Parameters and buffers of a pickled module, with the names ``nn.Module.state_dict`` gives.
+
+    Raises:
+        UnsafeCheckpointError: its state is not a module's.
+    """
     found: dict[str, Tensor] = {}
-    hidden = record.state.get("_non_persistent_buffers_set") or ()
+    hidden = record.state.get("_non_persistent_buffers_set")
+    hidden = hidden if isinstance(hidden, set) else set()
     for group in ("_parameters", "_buffers"):
-        for name, value in (record.state.get(group) or {}).items():
+        for name, value in _members(record, group):
             if isinstance(value, Tensor) and name not in hidden:
                 found[prefix + name] = value
-    for name, child in (record.state.get("_modules") or {}).items():
+    for name, child in _members(record, "_modules"):
         if isinstance(child, Record):
             found |= state_dict(child, f"{prefix}{name}.")
     return found
+
+
+def _members(record: Record, group: str) -> list[tuple[str, Any]]:
+    held = record.state.get(group) or {}
+    if not isinstance(held, dict) or not all(isinstance(name, str) for name in held):
+        raise UnsafeCheckpointError(f"a module of unknown form. {_ADVICE}")
+    return list(held.items())

@@ -96,7 +96,11 @@ def numbers(name: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     Raises:
         ValueError: naming what it is and what was expected.
     """
-    if not isinstance(value, Tensor) or not value.is_floating_point():
+    if (
+        not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or not value.is_floating_point()
+    ):
         raise ValueError(f"its {name} is {type(value).__name__}, expected floating-point numbers")
     if tuple(value.shape) != shape:
         raise ValueError(f"its {name} has shape {tuple(value.shape)}, expected {shape}")
