@@ -28,7 +28,7 @@ LARGEST = 100_000
 
 
 LEAST_SAMPLES = 64
-MOST, MOST_VECTORS = 1024, 4096
+MOST, MOST_VECTORS = 8192, 16384
 """Samples it is trained on; a vector tells less than an image."""
 LARGEST_STORE = 1 << 27
 """Numbers that stored runs may hold (512 MiB)."""
