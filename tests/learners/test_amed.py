@@ -361,6 +361,33 @@ def test_gradient_against_finite_differences(solver: Any) -> None:
         assert found[1] != pytest.approx(slope[1], rel=1e-3)
 
 
+@pytest.mark.parametrize("solver", ["amed", "ipndm"])
+def test_the_endpoint_phase_sees_what_sampling_gives(solver: Any) -> None:
+    """Its end is the sampler's, its gradient the slope of its loss: nothing is cut between steps."""
+    _, denoiser = problem()
+    settings = AmedSettings(
+        nfe=4, solver=solver, scale_time=0.2, bottleneck=False, endpoint_share=1.0
+    )
+    learner = Amed(denoiser, settings, (16,), seed=3)
+    learner.module.double()
+    learner.progress = 0.5
+    x = learner._start * start_noise()
+    sampled, _ = run(denoiser, learner.policy, x)
+    torch.testing.assert_close(learner.student_end(x), sampled, rtol=0, atol=1e-8)
+    (numbers,) = list(learner.iteration(start_noise()))
+    assert torch.isfinite(numbers["endpoint"])
+    weight = learner.module.fc_r.weight  # type: ignore[union-attr]
+    index = int(weight.grad.abs().flatten().argmax())
+    losses = []
+    for sign in (1, -2, 1):
+        with torch.no_grad():
+            weight.view(-1)[index] += sign * 1e-5
+            losses.append(float(learner.endpoint_loss(x)))
+    slope = (losses[0] - losses[1]) / 2e-5
+    assert abs(slope) > 1e-6
+    assert float(weight.grad.flatten()[index]) == pytest.approx(slope, rel=1e-4)
+
+
 def test_gradients_that_are_not_finite() -> None:
     module = torch.nn.Linear(2, 2)
     module.weight.grad = torch.tensor([[float("nan"), float("inf")], [-float("inf"), 2.0]])
@@ -403,7 +430,8 @@ def test_where_the_next_step_starts(solver: Any, restart: Any, teacher: bool) ->
 
 def test_one_update_for_every_step() -> None:
     _, denoiser = problem()
-    learner = Amed(denoiser, AmedSettings(nfe=5, validation_samples=2), (16,))
+    own = AmedSettings(nfe=5, validation_samples=2, endpoint_share=0.0)
+    learner = Amed(denoiser, own, (16,))
     trainer = Trainer(learner, TrainerSettings(trajectories=8, batch=4, ema_kimg=()), (16,))
     trainer.run(progress=False)
     taken = {int(held["step"]) for held in trainer.optimiser.state.values()}
@@ -413,7 +441,8 @@ def test_one_update_for_every_step() -> None:
 def make_trainer(path: Path | None, *, stop: tuple[int, int] | None = None) -> Trainer:
     """``stop`` = (update, optimiser step within it) raises KeyboardInterrupt there."""
     _, denoiser = problem()
-    learner = Amed(denoiser, AmedSettings(nfe=4, solver="ipndm", validation_samples=2), (16,))
+    own = AmedSettings(nfe=4, solver="ipndm", validation_samples=2, endpoint_share=0.0)
+    learner = Amed(denoiser, own, (16,))
     original, calls = learner.iteration, [0]
 
     def iteration(noise: Tensor) -> Iterator[dict[str, float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -83,6 +84,17 @@ def test_preset_runs(name: str) -> None:
     assert solver.nfe == 4 and bool(torch.isfinite(solver.policy.b).all())
 
 
+_STARTS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "dlms": {"init": "ab", "grid": "polynomial"},
+    "amed": {"solver": "ipndm"},
+    "ld3": {"student": "unipc"},
+    "dode": {"solver": "ddim", "grid": "polynomial"},
+    "gits": {"solver": "ddim"},
+    "free_table": {"base": "ipndm", "afs": False},
+}
+
+
 @pytest.mark.parametrize("method", LEARNERS)
 def test_what_is_resolved_may_be_given_again(method: str) -> None:
     first = resolved(method, 6, {}, trajectories=12, seed=3)
@@ -94,4 +106,9 @@ def test_what_is_resolved_may_be_given_again(method: str) -> None:
     kinds = LEARNERS[method].kinds
     names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
     counted = LEARNERS[method].trajectories
-    assert set(first["settings"]) == names - {"nfe", "seed", counted}
+    begin = LEARNERS[method].begin
+    measured = set() if begin is None else set(begin.settings)
+    assert set(first["settings"]) == names - {"nfe", "seed", counted} - measured
+    for name in measured & set(_STARTS[method]):
+        given = resolved(method, 6, {name: _STARTS[method][name]}, trajectories=12)
+        assert set(given["settings"]) == names - {"nfe", "seed", counted}, name

@@ -31,14 +31,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     # a logarithm of batch means: not a mean of the ranks' losses
     "dlms-endpoint": {**TRAINED, "lr": 1e-3, "grid": "polynomial", "endpoint_share": 0.5,
                       "last_step": "bottleneck", "endpoint_steps": 8, "ema_kimg": []},
-    "amed": {**TRAINED, "lr": 1e-3},
-    "free_table": {**TRAINED, "lr": 1e-3, "teacher_steps": 12},
+    "amed": {**TRAINED, "lr": 1e-3, "solver": "amed"},
+    "free_table": {**TRAINED, "lr": 1e-3, "teacher_steps": 12, "base": "ipndm"},
     "ld3": {"trajectories": 6, "validation": 4, "rounds": 0, "rounds_times": 3, "loss": "l2",
             "teacher_nfe": 12, "radius": 0.05, "batch": 2, "student": "ipndm", "lr_times": 0.5},
     "ld3-best": {"trajectories": 3, "validation": 3, "rounds": 1, "rounds_times": 0, "loss": "l2",
                  "teacher_nfe": 12, "radius": 0.05, "batch": 2, "init": "best"},
     "dode": {"trajectories": 15, "solver": "ipndm", "grid": "polynomial"},
-    "gits": {"trajectories": 15, "points": 21, "gamma": [1.1, 1.2], "batch": 4},
+    "gits": {"trajectories": 15, "solver": "ipndm", "points": 21, "gamma": [1.1, 1.2], "batch": 4},
 }  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def distill_command(
         if method != "auto":
             raise ValueError(f"--budget {budget}: method {method} takes --trajectories instead")
         settings["budget"] = budget
-    from ..learners.registry import resolved
+    from ..learners.registry import learner, resolved
     from ..support.parallel import restarted
 
     full = resolved(method, nfe, settings, trajectories=trajectories, seed=seed)
@@ -144,6 +144,9 @@ def distill_command(
     seconds = time.perf_counter() - started
     if not leads():
         return
+    begin = learner(method).begin
+    for name in () if begin is None else begin.settings:  # which may have been measured
+        found["settings"][name] = solver.settings[name]
     written(lambda: configs.write_beside(output, found), f"{output} is written, but")
     if plot is not None:
         from ..lab.plots import loss_curve

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ..models.denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
 from ..support.files import only_one, require_writable
 from ..support.parallel import World, restarted
+from .begin import begun
 from .entry import LearnerEntry
 from .options import RunOptions
-from .registry import LEARNERS, learner, register_learner
-from .start.problem import read_conditions
+from .registry import LEARNERS, learner, register_learner, resolved
+from .start.problem import SamplingProblem, read_conditions
 from .training.conditioned import conditioned
 from .training.identity import named_conditions, run_identity
 from .training.monitor import Silent, TensorBoard
@@ -61,7 +63,8 @@ def distill(
             ``[M, ...]`` gives sample i its row i mod M; a callable or a safetensors file will do, too
             (``learners.start.Conditions``). LD3, D-ODE and GITS take one row.
         tensorboard: folder for TensorBoard events, one scalar a number and update.
-        settings: the method's own settings; unknown names are refused.
+        settings: the method's own settings; unknown names are refused. Where none says which solver
+            or grid to begin at, the best for this model is found by measuring.
 
     Returns:
         a ``DistilledSolver``, also written to ``output``.
@@ -79,19 +82,22 @@ def distill(
         raise ValueError(f"nfe is {nfe}, expected at least 1")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed is {seed}, expected 0 to 2^64 - 1")
+    resolved(method, nfe, settings, trajectories=trajectories)  # refuses what is wrong at once
     conditions = read_conditions(cond)
     identity = {} if output is None else run_identity(denoiser, named_conditions(conditions))
+    problem = SamplingProblem(denoiser, tuple(shape), conditions, seed=seed)
     if method != "auto":
         denoiser, cond = conditioned(denoiser, cond, method), None
     path = None if output is None else Path(output)
     world = World.current()
+    shown = progress and world.rank == 0
     watched = tensorboard is not None and world.rank == 0
     options = RunOptions(
         nfe,
         trajectories,
         path,
         resume or restarted(),
-        progress and world.rank == 0,
+        shown,
         seed,
         settings,
         feature_network,
@@ -113,6 +119,14 @@ def distill(
         with lock, torch.inference_mode(False), torch.enable_grad():
             if path is not None and not world.rank:
                 require_writable(path)
+            options.settings = begun(
+                entry.begin,
+                problem,
+                nfe,
+                settings,
+                store=None if path is None or world.rank else path.with_suffix(".start.json"),
+                say=tqdm.write if shown else lambda line: None,
+            )
             solver = entry.run(denoiser, tuple(shape), options)
     except FloatingPointError as error:
         if options.checkpoint is None or not options.checkpoint.exists():

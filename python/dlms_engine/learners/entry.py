@@ -8,6 +8,7 @@ from typing import Any
 
 from ..models.denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
+from .begin import Begin
 from .options import RunOptions
 from .settings import hints
 from .training.settings import TrainerSettings
@@ -33,6 +34,7 @@ class LearnerEntry:
         afs: whether its solvers may rescale the first network input, as an analytical first step
             does, unless the setting ``afs`` says otherwise.
         presets: name -> settings of a paper or a model, among them ``trajectories``.
+        begin: how it finds the solver it begins at; None where it has none or finds it itself.
     """
 
     name: str
@@ -44,6 +46,7 @@ class LearnerEntry:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     afs: bool = False
     presets: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    begin: Begin | None = None
 
     @property
     def kinds(self) -> list[type[Any]]:

@@ -81,6 +81,8 @@ def resolved(
 ) -> dict[str, Any]:
     """Everything that ``distill`` would use, defaults included, as JSON values.
 
+    Where a method begins is left out if ``settings`` do not say it: that is measured.
+
     Returns:
         ``method``, ``nfe``, ``trajectories``, ``seed`` and ``settings``, which may be given to
         ``distill`` again.
@@ -98,7 +100,10 @@ def resolved(
     values: dict[str, Any] = {}
     for kind, arguments in zip(entry.kinds, groups, strict=True):
         values |= plain(kind(**arguments))
-    for name in ("nfe", "seed"):
+    begins = (
+        () if entry.begin is None or set(entry.begin.settings) & set(own) else entry.begin.settings
+    )
+    for name in ("nfe", "seed", *begins):
         values.pop(name, None)
     if entry.trajectories is not None:
         trajectories = values.pop(entry.trajectories)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from ...models.denoiser import Denoiser
+from ...policies.amed import AmedPolicy
 from ...policies.distilled import DistilledSolver
+from ...processes import Process
+from ...solvers.registry import standard_grids
 from .. import presets
+from ..begin import BeginAtForm
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import split_settings
@@ -35,6 +39,29 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     )
 
 
+def _forms(process: Process, nfe: int) -> list[dict[str, Any]]:
+    """AMED-Solver and every solver a plugin drives, on every grid."""
+    solvers: list[dict[str, Any]] = [
+        {"solver": solver} for solver in ("amed", "ddim", "dpm_solver_2")
+    ]
+    solvers += [{"solver": "ipndm", "order": order} for order in (2, 3, 4)]
+    solvers += [{"solver": "dpm_solver_pp", "order": order} for order in (2, 3)]
+    return [{**each, "grid": grid} for each in solvers for grid in standard_grids(process)]
+
+
+def _untrained(
+    denoiser: Denoiser, shape: tuple[int, ...], nfe: int, settings: dict[str, Any]
+) -> AmedPolicy:
+    own = AmedSettings(nfe=nfe, bottleneck=False, **settings)
+    return Amed(denoiser, own, shape).policy
+
+
 AMED = LearnerEntry(
-    "amed", _run, AmedSettings, trained=True, defaults=_DEFAULTS, presets=presets.of("amed")
+    "amed",
+    _run,
+    AmedSettings,
+    trained=True,
+    defaults=_DEFAULTS,
+    presets=presets.of("amed"),
+    begin=BeginAtForm(("solver", "order", "prediction", "afs", "grid"), _forms, _untrained),
 )

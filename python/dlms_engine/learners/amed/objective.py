@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ...engine.adjoint import walk
 from ...engine.sampler import Sampler
@@ -22,11 +23,13 @@ from ...policies.amed_formulas import Walk, level_range
 from ...policies.amed_predictor import AmedPredictor, Choice
 from ...policies.static_table import mean_decisions
 from ...solvers import SOLVERS
+from ...support.parallel import World
 from ...support.transfer import host_numbers
 from ..settings import plain
 from ..training.bottleneck import feature_size, reads_bottleneck
+from ..training.losses import log_distance
 from ..training.trainer import Numbers
-from ..training.validation import Validation
+from ..training.validation import Validation, exact_solution
 from .settings import AmedSettings
 
 INFINITE_GRADIENT = 1e5
@@ -49,7 +52,7 @@ class Amed:
         self.denoiser = denoiser
         self.settings = settings
         self.cond = cond
-        self.progress = 0.0  # set by the trainer; nothing here depends on it
+        self.progress = 0.0  # share of the run that is done, set by the trainer
         process = denoiser.process
         self.grid, fine = settings.grids(process)
         self._start = float(process.sigma(self.grid[0]))
@@ -82,10 +85,14 @@ class Amed:
     def iteration(self, noise: Tensor) -> Iterator[Numbers]:
         """One batch of trajectories: yields after every solver step, for an update each."""
         x = noise * self._start
+        if self.progress >= 1 - self.settings.endpoint_share:
+            loss = self.endpoint_loss(x)
+            loss.backward()
+            clean_gradients(self.module)
+            yield {"loss": loss.detach(), "endpoint": loss.detach()}
+            return
         targets = self.teacher_states(x)
-        walk: Walk[Tensor] = Walk(
-            self.settings.base(), self.denoiser.process, self._here, _scaled, self._asked
-        )
+        walk = self._walk()
         losses: Numbers = {}
         for i, target in enumerate(targets):
             end, choice = self.student_step(walk, i, x)
@@ -135,6 +142,41 @@ class Amed:
         y = walk.first(i, x, m, choice)
         _, asked = walk.middle(i, choice)
         return walk.second(i, x, y, self._predict(y, asked), choice), choice
+
+    # -- the endpoint phase, not in the paper -------------------------------------------------------
+
+    def endpoint_loss(self, x: Tensor) -> Tensor:
+        """Logarithm of the mean squared distance of the student's end to the exact one from ``x``."""
+        target = exact_solution(self.denoiser, x, self.settings.endpoint_steps, **self.cond)
+        return log_distance(self.student_end(x), target, None, World.current())
+
+    def student_end(self, x: Tensor) -> Tensor:
+        """End of the whole run with the graph of every choice; features are data.
+
+        Evaluations are computed again in the backward pass: one network graph is alive at a time.
+        """
+        walk, batch = self._walk(), x.shape[0]
+        for i in range(self.settings.steps):
+            features = None
+            if i == 0 and self.settings.uses_afs:
+                m = walk.analytic(x)
+            else:
+                m = self._again(x, self._here[i])
+                if self.settings.bottleneck and self.denoiser.last_features is not None:
+                    features = self.denoiser.last_features.detach()
+            levels = (walk.level(i).expand(batch), walk.level(i + 1).expand(batch))
+            choice = self.module(features, *levels)
+            y = walk.first(i, x, m, choice)
+            _, asked = walk.middle(i, choice)
+            x = walk.second(i, x, y, self._again(y, asked), choice)
+        return x
+
+    def _again(self, x: Tensor, t: Tensor) -> Tensor:
+        out: Tensor = checkpoint(self._predict, x, t, use_reentrant=False, preserve_rng_state=False)
+        return out
+
+    def _walk(self) -> Walk[Tensor]:
+        return Walk(self.settings.base(), self.denoiser.process, self._here, _scaled, self._asked)
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
         return self.denoiser.predict(x, t, self.policy.prediction, **self.cond)

@@ -43,6 +43,10 @@ class AmedSettings:
         restart: the next step starts from the "teacher" state or the "student"'s own; "auto" takes
             the teacher's for single-step solvers and the student's, with its history, for multistep
             ones. The paper's Algorithm 1 prints the student's for all.
+        endpoint_share: fraction of the updates, the last ones, that train on the end of the whole run
+            instead (not in the paper: its steps are charged one by one, and the sum of their best
+            choices is not the best run); 0 is Algorithm 1.
+        endpoint_steps: evaluations, at least, of the exact solution in that phase.
         validation_samples, validation_steps: fixed set and the evaluations of its exact solution.
     """
 
@@ -59,6 +63,8 @@ class AmedSettings:
     teacher: str | None = None
     interpolation: int | None = None
     restart: Literal["auto", "teacher", "student"] = "auto"
+    endpoint_share: float = 0.85
+    endpoint_steps: int = 24
     validation_samples: int = 64
     validation_steps: int = 48
 
@@ -74,6 +80,8 @@ class AmedSettings:
             raise ValueError(f"restart is {self.restart!r}, expected 'auto', 'teacher', 'student'")
         if self.teacher is not None and self.teacher not in TEACHERS:
             raise ValueError(f"teacher is {self.teacher!r}, expected one of {TEACHERS}")
+        if not 0.0 <= self.endpoint_share <= 1.0:
+            raise ValueError(f"endpoint_share is {self.endpoint_share}, expected 0 to 1")
         if self.interpolation is not None and self.interpolation < 0:
             raise ValueError(f"interpolation is {self.interpolation}, expected M >= 0")
         self.base()  # checks solver, order and prediction

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
+from ...policies.dlms import DesignerPolicy
+from ...processes import Process, RectifiedFlow
+from ...solvers.registry import standard_grids
 from ...support.parallel import World
 from .. import presets
+from ..begin import BeginAtForm
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import split_settings
@@ -37,4 +43,36 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     )
 
 
-DLMS = LearnerEntry("dlms", _run, DlmsSettings, trained=True, afs=True, presets=presets.of("dlms"))
+def _forms(process: Process, nfe: int) -> list[dict[str, Any]]:
+    """Adams-Bashforth, DDIM and, where they exist, iPNDM and DPM-Solver++, on every grid."""
+    weights: list[dict[str, Any]] = [
+        {"prediction": "data", "init": "ab", "order": order} for order in (2, 3, 4)
+    ]
+    weights.append({"prediction": "data", "init": "ddim"})
+    if not isinstance(process, RectifiedFlow):  # noise and lambda_ say nothing at alpha = 0
+        weights.append({"prediction": "data", "init": "dpm_solver_pp"})
+        weights += [{"prediction": "noise", "init": "ipndm", "order": k} for k in (2, 3, 4)]
+    return [
+        {**each, "grid": grid, "afs": afs}
+        for each in weights
+        for grid in standard_grids(process)
+        for afs in (True, False)
+    ]
+
+
+def _untrained(
+    denoiser: Denoiser, shape: tuple[int, ...], nfe: int, settings: dict[str, Any]
+) -> DesignerPolicy:
+    own = DlmsSettings(nfe=nfe, bottleneck=False, **settings)
+    return Dlms(denoiser, own, shape).policy
+
+
+DLMS = LearnerEntry(
+    "dlms",
+    _run,
+    DlmsSettings,
+    trained=True,
+    afs=True,
+    presets=presets.of("dlms"),
+    begin=BeginAtForm(("prediction", "init", "order", "grid", "afs"), _forms, _untrained),
+)

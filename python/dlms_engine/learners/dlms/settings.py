@@ -60,7 +60,7 @@ class DlmsSettings:
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     last_step: Literal["pixels", "bottleneck", "features"] = "pixels"
     feature_sigma: float = 0.1
-    endpoint_share: float = 0.0
+    endpoint_share: float = 0.85
     endpoint_steps: int = 24
     last_step_weight: float = 1.0
     detach_features: bool = True

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
+from ...solvers.registry import Label
 from ...support.parallel import World
 from ...support.values import require_finite
 from .. import presets
+from ..begin import BeginAtSolver
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
 from ..training.noise import unit_noise
 from .objective import fit, summary
-from .settings import DodeSettings, student_grid
+from .settings import HIGHEST, DodeSettings, student_grid
 
 
 def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:
@@ -42,4 +46,19 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     return DistilledSolver(fitted.table, "dode", record, history, best)
 
 
-DODE = LearnerEntry("dode", _run, DodeSettings, trajectories="batch", presets=presets.of("dode"))
+def _begin(label: Label) -> dict[str, Any] | None:
+    if label.method not in HIGHEST or label.afs != "off" or not set(label.options) <= {"order"}:
+        return None
+    return {"solver": label.method, **label.options, "grid": label.grid}
+
+
+DODE = LearnerEntry(
+    "dode",
+    _run,
+    DodeSettings,
+    trajectories="batch",
+    presets=presets.of("dode"),
+    begin=BeginAtSolver(
+        ("solver", "order", "prediction", "first_step", "alignment", "grid"), _begin
+    ),
+)

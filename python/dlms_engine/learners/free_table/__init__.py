@@ -6,10 +6,13 @@ from typing import Any
 
 from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
+from ...solvers.registry import Label
 from .. import presets
+from ..begin import BeginAtSolver
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
+from ..training.base_table import base_settings
 from ..training.run import train_learner, training_settings
 from ..training.settings import TrainerSettings
 from .objective import FreeTable
@@ -38,6 +41,11 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     )
 
 
+def _begin(label: Label) -> dict[str, Any] | None:
+    found = base_settings(label)
+    return None if found is None else {**found, "grid": label.grid}
+
+
 FREE_TABLE = LearnerEntry(
     "free_table",
     _run,
@@ -46,4 +54,5 @@ FREE_TABLE = LearnerEntry(
     defaults=_DEFAULTS,
     afs=True,
     presets=presets.of("free_table"),
+    begin=BeginAtSolver(("base", "order", "variant", "afs", "store", "grid"), _begin),
 )

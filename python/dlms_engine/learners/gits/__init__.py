@@ -6,8 +6,10 @@ from typing import Any
 
 from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
+from ...solvers.registry import Label
 from ...support.parallel import World
 from .. import presets
+from ..begin import BeginAtSolver
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
@@ -53,6 +55,18 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     return DistilledSolver(table, "gits", described, report["tried"], best)
 
 
+def _begin(label: Label) -> dict[str, Any]:
+    options = {**label.options}
+    order = options.pop("order", None)
+    return {"solver": label.method, "order": order, "options": options, "afs": label.afs != "off"}
+
+
 GITS = LearnerEntry(
-    "gits", _run, GitsSettings, trajectories=None, samples=_SAMPLES, presets=presets.of("gits")
+    "gits",
+    _run,
+    GitsSettings,
+    trajectories=None,
+    samples=_SAMPLES,
+    presets=presets.of("gits"),
+    begin=BeginAtSolver(("solver", "order", "options", "afs"), _begin),
 )

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
 from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
+from ...solvers.registry import Label
 from ...support.parallel import World
 from .. import presets
+from ..begin import BeginAtSolver
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
+from ..training.base_table import base_settings
 from .loop import Ld3Loop
 from .objective import Ld3
 from .settings import Ld3Settings
@@ -50,4 +54,20 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     return DistilledSolver(table, "ld3", fingerprint, state.history, best)
 
 
-LD3 = LearnerEntry("ld3", _run, Ld3Settings, trajectories="train", presets=presets.of("ld3"))
+def _begin(label: Label) -> dict[str, Any] | None:
+    found = base_settings(label)
+    if found is None:
+        return None
+    student = found.pop("base")
+    variant = {"variant": "bh2"} if student == "unipc" else {}  # the solver's own default
+    return {"student": student, **variant, **found, "init": label.grid}
+
+
+LD3 = LearnerEntry(
+    "ld3",
+    _run,
+    Ld3Settings,
+    trajectories="train",
+    presets=presets.of("ld3"),
+    begin=BeginAtSolver(("student", "order", "variant", "afs", "init"), _begin),
+)

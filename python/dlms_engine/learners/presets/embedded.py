@@ -30,6 +30,7 @@ _DLMS_LOCAL: dict[str, Any] = {
 }
 _AMED: dict[str, Any] = {
     "method": "amed",
+    "endpoint_share": 0.0,
     "batch": 32,
     "trajectories": 2_048,
     "decay": "cosine",
@@ -43,6 +44,7 @@ EMBEDDED: dict[str, dict[str, Any]] = {
     # the paper's algorithm to the letter, on the embedded model's budget
     "dlms-embedded-literal": {
         "method": "dlms",
+        "endpoint_share": 0.0,
         "order": 4,
         "prediction": "data",
         "init": "ab",

@@ -12,6 +12,7 @@ from .embedded import EMBEDDED
 
 _AMED_SOLVER: dict[str, Any] = {
     "method": "amed",
+    "endpoint_share": 0.0,
     "solver": "amed",
     "grid": "time_uniform",
     "teacher": "heun",
@@ -51,6 +52,7 @@ _GITS: dict[str, Any] = {
 }
 _DLMS: dict[str, Any] = {
     "method": "dlms",
+    "endpoint_share": 0.0,
     "order": 4,
     "prediction": "data",
     "init": "ab",

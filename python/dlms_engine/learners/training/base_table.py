@@ -11,6 +11,7 @@ from torch import Tensor
 from ...processes import Process
 from ...solvers import make_solver
 from ...solvers.common import Afs, afs_kind
+from ...solvers.registry import Label
 from ...solvers.table import Prediction, SolverTable
 
 BaseName = Literal["euler", "ddim", "ipndm", "ipndm_v", "deis", "dpm_solver_pp", "unipc"]
@@ -71,3 +72,11 @@ class Base:
             store=self.store,
             **options,
         )
+
+
+def base_settings(label: Label) -> dict[str, Any] | None:
+    """The fields of the ``Base`` that makes the solver of ``label``; None where none does."""
+    if label.method not in BASES or not set(label.options) <= {"order", "variant"}:
+        return None
+    afs = False if label.afs == "off" else label.afs
+    return {"base": label.method, **label.options, "afs": afs}

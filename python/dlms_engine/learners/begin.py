@@ -1,0 +1,138 @@
+"""Where a method that builds on a handcrafted solver begins: at the best one for the model at hand.
+
+No solver and no grid is good on every model, so defaults are measured, not written down. Learners of
+tables begin at the best solver of the ranking that they can express; learners of per-sample rows run
+each of their own untrained forms. A setting that says where to begin, as a paper's preset has it, is
+taken as given and nothing is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..engine.sampler import Sampler
+from ..models.denoiser import Denoiser
+from ..processes import Process
+from ..solvers.policy import Policy
+from ..solvers.registry import Label, parse_label
+from ..support.parallel import World
+from .start import ExactSolution, SamplingProblem, find_start, rmse
+from .start.search import Effort
+from .training.noise import tell_first_sample
+
+Say = Callable[[str], None]
+Settings = dict[str, Any]
+
+ROUNDS = ((2, 6), (16, 1))
+"""Samples that forms are compared on, and how many stay."""
+FIRST = 1 << 21
+"""Number of the first of them, apart from those of proof, training and validation."""
+
+
+@dataclass(frozen=True)
+class BeginAtSolver:
+    """For learners of tables.
+
+    Attributes:
+        settings: those that say where to begin.
+        of: a solver's settings, or None where the learner cannot begin there.
+    """
+
+    settings: tuple[str, ...]
+    of: Callable[[Label], Settings | None]
+
+    def measured(
+        self, problem: SamplingProblem, nfe: int, store: Path | None, say: Say
+    ) -> Settings:
+        """Settings of the best solver of the ranking that has some."""
+        # by the clock, some processes of one run would search longer than others
+        effort: Effort | None = "lean" if World.current().size > 1 else None
+        start, _ = find_start(problem, nfe, effort=effort, store=store, say=say)
+        for found in start.ranking:
+            settings = self.of(parse_label(found.candidate.label))
+            if settings is not None:
+                say(f"begins at {found.candidate.label}, RMSE {found.rmse:.4g}")
+                return settings
+        return {}
+
+
+@dataclass(frozen=True)
+class BeginAtForm:
+    """For learners whose rows depend on the sample: their own forms, untrained.
+
+    Attributes:
+        settings: those that say where to begin.
+        forms: the settings of every form of ``nfe`` evaluations.
+        policy: the untrained policy of (denoiser, shape, nfe, settings).
+
+    ``policy`` may raise ValueError for a form that the process does not have.
+    """
+
+    settings: tuple[str, ...]
+    forms: Callable[[Process, int], Sequence[Settings]]
+    policy: Callable[[Denoiser, tuple[int, ...], int, Settings], Policy]
+
+    def measured(
+        self, problem: SamplingProblem, nfe: int, store: Path | None, say: Say
+    ) -> Settings:
+        """The form whose end is nearest to the exact solution; the others are left on the way."""
+        made: list[tuple[Settings, Policy]] = []
+        for form in self.forms(problem.process, nfe):
+            try:
+                policy = self.policy(problem.denoiser, problem.shape, nfe, form)
+            except ValueError:  # times that this form cannot start from or end at
+                continue
+            made.append((form, policy))
+        exact = ExactSolution(problem, samples=4)
+        exact.prove()
+        errors: list[float] = []
+        for samples, keep in ROUNDS:
+            numbers = range(FIRST, FIRST + samples)
+            errors = [_error(problem, exact, policy, numbers) for _, policy in made]
+            order = sorted(range(len(made)), key=errors.__getitem__)[:keep]
+            made, errors = [made[i] for i in order], [errors[i] for i in order]
+        if not made:
+            return {}
+        named = ", ".join(f"{key}={value}" for key, value in made[0][0].items())
+        say(f"begins at {named}, RMSE {errors[0]:.4g}")
+        return made[0][0]
+
+
+Begin = BeginAtSolver | BeginAtForm
+
+
+def begun(
+    begin: Begin | None,
+    problem: SamplingProblem,
+    nfe: int,
+    given: Mapping[str, Any],
+    *,
+    store: Path | None = None,
+    say: Say = lambda line: None,
+) -> Settings:
+    """``given`` with the measured start, where the learner has one and ``given`` does not say it.
+
+    Args:
+        store: file that keeps the measurement.
+    """
+    settings = dict(given)
+    if begin is None or set(begin.settings) & set(settings):
+        return settings
+    return {**settings, **begin.measured(problem, nfe, store, say)}
+
+
+@torch.no_grad()
+def _error(problem: SamplingProblem, exact: ExactSolution, policy: Policy, numbers: range) -> float:
+    """RMSE to the exact solution; infinite where it is not finite."""
+    target = exact.solve(numbers)
+    tell_first_sample(problem.denoiser, numbers.start)
+    problem.calls += policy.nfe * len(numbers)
+    end = Sampler(problem.denoiser, policy)(problem.noise(numbers), **problem.condition(numbers))
+    assert isinstance(end, torch.Tensor)
+    error = rmse(end, target)
+    return error if error == error else float("inf")

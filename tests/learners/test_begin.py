@@ -1,0 +1,137 @@
+"""Where learners begin: at the best handcrafted solver or the best of their own untrained forms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from mixture_network import mixture_denoiser
+
+from dlms_engine.learners import LEARNERS, begin, distill
+from dlms_engine.learners.begin import BeginAtForm, BeginAtSolver, begun
+from dlms_engine.learners.free_table.settings import FreeTableSettings
+from dlms_engine.learners.ld3.settings import Ld3Settings
+from dlms_engine.learners.start import Candidate, SamplingProblem, handcrafted_candidates
+from dlms_engine.learners.training.start_times import start_times
+from dlms_engine.processes import EDM, Process, RectifiedFlow
+from dlms_engine.solvers import make_solver
+from dlms_engine.solvers.registry import parse_label
+from dlms_engine.solvers.table import SolverTable
+
+NFE = 5
+
+
+def _free_table(process: Process, own: dict[str, Any]) -> SolverTable:
+    made = FreeTableSettings(nfe=NFE, **own)
+    return made.solver.table(process, start_times(process, made.grid, made.steps).grid)
+
+
+def _ld3(process: Process, own: dict[str, Any]) -> SolverTable:
+    made = Ld3Settings(nfe=NFE, **own)
+    return made.base.table(process, start_times(process, made.init, made.steps).grid)
+
+
+def _dode(process: Process, own: dict[str, Any]) -> SolverTable:
+    order = {"order": own["order"]} if "order" in own else {}
+    return make_solver(own["solver"], process, start_times(process, own["grid"], NFE).grid, **order)
+
+
+MADE: dict[str, Callable[[Process, dict[str, Any]], SolverTable]] = {
+    "free_table": _free_table,
+    "ld3": _ld3,
+    "dode": _dode,
+}
+
+
+def differing(method: str, process: Process, candidates: list[Candidate]) -> tuple[int, list[str]]:
+    """(how many solvers the learner can begin at, labels of those where it begins elsewhere)."""
+    entry = LEARNERS[method].begin
+    assert isinstance(entry, BeginAtSolver)
+    count, wrong = 0, []
+    for candidate in candidates:
+        own = entry.of(parse_label(candidate.label))
+        if own is None:
+            continue
+        count += 1
+        table, wanted = MADE[method](process, own), candidate.table
+        same = all(
+            torch.equal(getattr(table, name), getattr(wanted, name)) for name in ("a", "b", "times")
+        )
+        if not same:
+            wrong.append(candidate.label)
+    return count, wrong
+
+
+@pytest.mark.parametrize("process", [EDM(), RectifiedFlow()], ids=["edm", "flow"])
+@pytest.mark.parametrize("method", sorted(MADE))
+def test_the_settings_of_a_label_make_its_table(method: str, process: Process) -> None:
+    count, wrong = differing(method, process, handcrafted_candidates(process, NFE))
+    assert wrong == []
+    assert count >= 10
+
+
+def test_the_comparison_sees_a_solver_taken_for_another() -> None:
+    swapped = [
+        Candidate(one.label, two.table)
+        for one, two in zip(
+            handcrafted_candidates(EDM(), NFE), handcrafted_candidates(EDM(), NFE)[1:], strict=False
+        )
+    ]
+    count, wrong = differing("free_table", EDM(), swapped)
+    assert len(wrong) == count
+
+
+@pytest.mark.parametrize("method", sorted(name for name, entry in LEARNERS.items() if entry.begin))
+def test_where_a_setting_says_the_start_nothing_is_measured(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = LEARNERS[method].begin
+    assert entry is not None
+    measured: list[str] = []
+    monkeypatch.setattr(
+        type(entry), "measured", lambda self, *rest: measured.append(method) or {"found": 1}
+    )
+    problem = SamplingProblem(mixture_denoiser(), (16,))
+    for name in entry.settings:
+        assert begun(entry, problem, NFE, {name: "given"}) == {name: "given"}
+    assert measured == []
+    assert begun(entry, problem, NFE, {"lr": 1.0}) == {"lr": 1.0, "found": 1}
+    assert measured == [method]
+
+
+def test_the_form_with_the_smallest_error_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two forms, whichever comes first; with the errors turned round, the other."""
+    entry = LEARNERS["dlms"].begin
+    assert isinstance(entry, BeginAtForm)
+    one = {"prediction": "noise", "init": "ipndm", "order": 4, "grid": "polynomial", "afs": True}
+    two = {"prediction": "data", "init": "ddim", "grid": "time_uniform", "afs": False}
+    problem = SamplingProblem(mixture_denoiser(), (16,))
+
+    def taken(*forms: dict[str, Any]) -> dict[str, Any]:
+        return begun(
+            BeginAtForm(entry.settings, lambda process, nfe: forms, entry.policy), problem, NFE, {}
+        )
+
+    best = taken(one, two)
+    assert best == taken(two, one)
+    error = begin._error
+    monkeypatch.setattr(begin, "_error", lambda *given: -error(*given))
+    assert taken(one, two) == (two if best == one else one)
+
+
+@pytest.mark.measured_start
+def test_distill_begins_at_the_measured_solver_and_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A free table began at iPNDM-4 on the polynomial grid, whatever the model."""
+    solver = distill(
+        mixture_denoiser(), "free_table", nfe=3, shape=(16,), trajectories=32, batch=16
+    )
+    said = next(line for line in capsys.readouterr().out.splitlines() if "begins at" in line)
+    base, rmse = said.removeprefix("begins at ").split(", RMSE ")
+    assert base.startswith(solver.settings["base"])
+    assert solver.settings["grid"] in base
+    first = solver.history[0]["validation/raw"]
+    assert first == pytest.approx(float(rmse), rel=0.3)  # other samples
