@@ -88,6 +88,11 @@ class BeginAtForm:
             except ValueError:  # times that this form cannot start from or end at
                 continue
             made.append((form, policy))
+        if not made:
+            return {}
+        (first, stay), (second, _) = ROUNDS
+        evaluations = nfe * (len(made) * first + stay * second)
+        say(f"start: {len(made)} untrained forms, about {evaluations:,} evaluations of one sample")
         exact = ExactSolution(problem, samples=4)
         exact.prove()
         errors: list[float] = []
@@ -96,8 +101,6 @@ class BeginAtForm:
             errors = [_error(problem, exact, policy, numbers) for _, policy in made]
             order = sorted(range(len(made)), key=errors.__getitem__)[:keep]
             made, errors = [made[i] for i in order], [errors[i] for i in order]
-        if not made:
-            return {}
         named = ", ".join(f"{key}={value}" for key, value in made[0][0].items())
         say(f"begins at {named}, RMSE {errors[0]:.4g}")
         return made[0][0]
