@@ -28,9 +28,9 @@ from .training.noise import tell_first_sample
 Say = Callable[[str], None]
 Settings = dict[str, Any]
 
-ROUNDS = ((2, 6), (16, 1))
+_ROUNDS = ((2, 6), (16, 1))
 """Samples that forms are compared on, and how many stay."""
-FIRST = 1 << 21
+_FIRST = 1 << 21
 """Number of the first of them, apart from those of proof, training and validation."""
 
 
@@ -90,14 +90,14 @@ class BeginAtForm:
             made.append((form, policy))
         if not made:
             return {}
-        (first, stay), (second, _) = ROUNDS
+        (first, stay), (second, _) = _ROUNDS
         evaluations = nfe * (len(made) * first + stay * second)
         say(f"start: {len(made)} untrained forms, about {evaluations:,} evaluations of one sample")
         exact = ExactSolution(problem, samples=4)
         exact.prove()
         errors: list[float] = []
-        for samples, keep in ROUNDS:
-            numbers = range(FIRST, FIRST + samples)
+        for samples, keep in _ROUNDS:
+            numbers = range(_FIRST, _FIRST + samples)
             errors = [_error(problem, exact, policy, numbers) for _, policy in made]
             order = sorted(range(len(made)), key=errors.__getitem__)[:keep]
             made, errors = [made[i] for i in order], [errors[i] for i in order]
