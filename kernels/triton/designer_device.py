@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from dlms_engine.kernels.triton.columns import C_IN, C_OUT, C_SKIP, GUIDANCE, SLOT, A, B
 
 
 @triton.jit
@@ -316,14 +317,14 @@ def designer_row_kernel(  # type: ignore[no-untyped-def]
             a += through
             b = tl.where(real, b - through * past, 0.0)
             past = a * past + b
-        row = row_ptr + sample * (6 + DEPTH)
-        tl.store(row, (tl.load(state + 1) * scale).to(dtype))
-        tl.store(row + 1, tl.load(state + 2).to(dtype))
-        tl.store(row + 2, (a * scale).to(dtype))
-        tl.store(row + 3, tl.where(last, tl.load(state + 3), c_in).to(dtype))
-        tl.store(row + 4, tl.load(guidance_ptr).to(dtype))
-        tl.store(row + 5, (n % DEPTH).to(tl.float64).to(dtype))
-        tl.store(row + 6 + lane, b.to(dtype), mask=lane < DEPTH)
+        row = row_ptr + sample * (B + DEPTH)
+        tl.store(row + C_SKIP, (tl.load(state + 1) * scale).to(dtype))
+        tl.store(row + C_OUT, tl.load(state + 2).to(dtype))
+        tl.store(row + A, (a * scale).to(dtype))
+        tl.store(row + C_IN, tl.where(last, tl.load(state + 3), c_in).to(dtype))
+        tl.store(row + GUIDANCE, tl.load(guidance_ptr).to(dtype))
+        tl.store(row + SLOT, (n % DEPTH).to(tl.float64).to(dtype))
+        tl.store(row + B + lane, b.to(dtype), mask=lane < DEPTH)
 
     tl.store(next_state, next_t)
     tl.store(next_state + 1, c_skip)

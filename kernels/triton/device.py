@@ -1,12 +1,10 @@
-"""Triton kernels of the fused row; the order of operations is that of `ops/reference.py`.
-
-Columns of a row (`ops/layout.py`): 0 c_skip, 1 c_out, 2 a, 3 c_in, 4 guidance, 5 slot, 6+k b_k.
-"""
+"""Triton kernels of the fused row; the order of operations is that of `ops/reference.py`."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from dlms_engine.kernels.triton.columns import C_IN, C_OUT, C_SKIP, GUIDANCE, SLOT, A, B
 from triton import knobs
 
 if knobs.runtime.interpret:
@@ -100,7 +98,7 @@ def history(  # type: ignore[no-untyped-def]
     weights = ()
     past = ()
     for k in tl.static_range(first, min(first + GROUP, depth)):
-        b = tl.load(row + 6 + k)
+        b = tl.load(row + B + k)
         at = ((slot - k + depth) % depth).to(tl.int64) * total
         wanted = inside
         if not every:
@@ -153,13 +151,13 @@ def fused_row_kernel(  # type: ignore[no-untyped-def]
         row += sample.to(tl.int64) * row_stride  # type: ignore[union-attr]
 
     # All loads before their first use, or each would be a wait of its own.
-    c_skip = tl.load(row)
-    c_out = tl.load(row + 1)
-    a = tl.load(row + 2)
-    c_in = tl.load(row + 3)
-    guidance = tl.load(row + 4)
-    slot = ring_slot(tl.load(row + 5), DEPTH)
-    b0 = tl.load(row + 6)
+    c_skip = tl.load(row + C_SKIP)
+    c_out = tl.load(row + C_OUT)
+    a = tl.load(row + A)
+    c_in = tl.load(row + C_IN)
+    guidance = tl.load(row + GUIDANCE)
+    slot = ring_slot(tl.load(row + SLOT), DEPTH)
+    b0 = tl.load(row + B)
     x = tl.load(x_ptr + at, mask=inside)
     f = tl.load(f_ptr + at, mask=inside)
     f_cond = f
@@ -266,16 +264,16 @@ def fused_row_backward_kernel(  # type: ignore[no-untyped-def]
     inside = lane < n
     at = sample.to(tl.int64) * n + lane
     row = row_ptr + sample.to(tl.int64) * row_stride
-    partial = partial_ptr + program.to(tl.int64) * (6 + DEPTH)
+    partial = partial_ptr + program.to(tl.int64) * (B + DEPTH)
 
     # All loads before their first use and before any store, as in the forward kernel.
-    slot = ring_slot(tl.load(row + 5), DEPTH)
-    c_skip = tl.load(row)
-    c_out = tl.load(row + 1)
-    a = tl.load(row + 2)
-    c_in = tl.load(row + 3)
-    guidance = tl.load(row + 4)
-    b0 = tl.load(row + 6)
+    slot = ring_slot(tl.load(row + SLOT), DEPTH)
+    c_skip = tl.load(row + C_SKIP)
+    c_out = tl.load(row + C_OUT)
+    a = tl.load(row + A)
+    c_in = tl.load(row + C_IN)
+    guidance = tl.load(row + GUIDANCE)
+    b0 = tl.load(row + B)
     x = tl.load(x_ptr + at, mask=inside, other=0.0)
     f = tl.load(f_ptr + at, mask=inside, other=0.0)
     f_cond = f
@@ -330,14 +328,14 @@ def fused_row_backward_kernel(  # type: ignore[no-untyped-def]
     coefficients = sums(products)
     for i in tl.static_range(3):
         tl.store(partial + i, coefficients[i])
-    tl.store(partial + 3, coefficients[len(products) - 1])
+    tl.store(partial + C_IN, coefficients[len(products) - 1])
     if GUIDED:
-        tl.store(partial + 4, coefficients[3])
+        tl.store(partial + GUIDANCE, coefficients[3])
     else:
-        tl.store(partial + 4, 0.0)
-    tl.store(partial + 5, 0.0)
+        tl.store(partial + GUIDANCE, 0.0)
+    tl.store(partial + SLOT, 0.0)
     for k in tl.static_range(DEPTH):
-        tl.store(partial + 6 + k, coefficients[3 + GUIDED + k])
+        tl.store(partial + B + k, coefficients[3 + GUIDED + k])
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -272,7 +272,7 @@ def test_demo_samples_every_seed_under_its_own_condition() -> None:
     assert not torch.equal(together[2], demo.sampled(plain, table, [2])[0])
 
 
-def test_demo_takes_the_emoji_model_where_its_files_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_gives_the_emoji_model_its_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     from dlms_engine import models
     from dlms_engine.cli import demo
 
@@ -281,20 +281,10 @@ def test_demo_takes_the_emoji_model_where_its_files_are(monkeypatch: pytest.Monk
     found = models.PretrainedModel(
         tiny.denoiser, tiny.shape, tiny.features, tiny.reference, ("face", "heart")
     )
-    scales: list[object] = []
-
-    def load(_name: str, _device: object, guidance_scale: object) -> models.PretrainedModel:
-        scales.append(guidance_scale)
-        return found
-
-    monkeypatch.setattr(models, "installed", lambda _name: True)
-    monkeypatch.setattr(models, "load", load)
-    name, model = demo.demo_model("auto")
-    assert (name, scales) == ("emoji", [demo.DEMO_GUIDANCE])
+    monkeypatch.setattr(models, "load", lambda _name, _device: found)
+    name, model = demo.demo_model("emoji")
+    assert name == "emoji"
     assert model.conditions["class_labels"].tolist() == [0, 1]
-    monkeypatch.setattr(models, "installed", lambda _name: False)
-    monkeypatch.setattr(demo, "load_model", lambda spec, _device: spec)
-    assert demo.demo_model("auto") == ("embedded", "embedded")
 
 
 def test_documented_options_exist(capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ..policies.distilled import DistilledSolver
 
 NFE = 5
-DEMO_GUIDANCE: float | None = None
-"""Guidance scale of the emoji model in the demo: a class for every sample, at one call an evaluation."""
 FIRST_MEASURED = 200_000
 """Of the samples that are measured beside those of the picture."""
 SLOW_SECONDS = 0.002
@@ -58,6 +56,8 @@ def demo(
     Some minutes on two cores. Interrupt the distillation and the best so far is taken; what
     is finished is kept in the folder.
     """
+    from ..learners.start import SamplingProblem, seconds_of_one
+
     started = time.perf_counter()
     shown = parse_seeds(seeds)
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,8 @@ def demo(
         for path in folder.glob("*.*"):
             if path.suffix in (".json", ".safetensors", ".png"):
                 path.unlink()
-    effort = "lean" if _seconds(loaded) > SLOW_SECONDS else "full"
+    problem = SamplingProblem(loaded.denoiser, loaded.shape, loaded.conditions)
+    effort = "lean" if seconds_of_one(problem) > SLOW_SECONDS else "full"
     twice = 2 * nfe
     say(f"1/3  {name}: distilling a sampler of {nfe} network calls ({budget})")
     solver, start = _distilled(loaded, folder, name, nfe, budget, effort, progress=not as_json)
@@ -101,11 +102,9 @@ def demo(
 
 
 def demo_model(spec: str, device: str | None = None) -> tuple[str, Model]:
-    """The model and its name; the emoji model comes with a class for every sample."""
+    """The model and its name; a model of the package comes with a class for every sample, unguided."""
     from .. import models
 
-    if spec == "auto":
-        spec = "emoji" if models.installed("emoji") else "embedded"
     if spec not in models.NAMES:
         return spec, load_model(spec, device)
     import torch
@@ -113,7 +112,7 @@ def demo_model(spec: str, device: str | None = None) -> tuple[str, Model]:
     from ..support.parallel import rank_device
 
     place = "cpu" if device is None else rank_device(device)
-    found = models.load(spec, place, guidance_scale=DEMO_GUIDANCE)
+    found = models.load(spec, place)
     labels = {"class_labels": torch.arange(len(found.classes))}
     return spec, Model(
         found.denoiser, found.shape, found.features, found.reference, conditions=labels
@@ -132,22 +131,6 @@ def sampled(model: Model, policy: Any, seeds: list[int]) -> Tensor:
         sampler.sample(part, model.shape, **condition_rows(model, part)).cpu() for part in parts
     ]
     return torch.cat(images)
-
-
-def _seconds(model: Model) -> float:
-    """Of one evaluation of one sample, in a batch, after one to warm up."""
-    import torch
-
-    seeds = list(range(8))
-    x = torch.zeros(len(seeds), *model.shape, device=model.denoiser.device)
-    with torch.no_grad():
-        for _ in range(2):
-            started = time.perf_counter()
-            x = model.denoiser.predict(
-                x, 1.0 * model.denoiser.process.t_max, **condition_rows(model, seeds)
-            )
-            float(x.sum())
-    return (time.perf_counter() - started) / len(seeds)
 
 
 def _path(folder: Path, name: str, nfe: int) -> Path:

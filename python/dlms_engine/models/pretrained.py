@@ -25,7 +25,6 @@ from .unet import UNet
 NAMES = ("emoji", "emoji-flow")
 """Models of the package that :func:`load` knows."""
 NETWORK_FILES = ("config.json", "network.safetensors", "provenance.json")
-FEATURE_FILES = ("features.safetensors", "reference.safetensors")
 _KEYS = {"network", "process", "prediction", "sigma_data", "classes", "features"}
 
 
@@ -102,19 +101,6 @@ def folder(name: str) -> Path:
             "examples/export_models.py"
         )
     return path
-
-
-def installed(name: str) -> bool:
-    """Whether the files of a model of the package are installed.
-
-    Raises:
-        ValueError: no such model.
-    """
-    try:
-        folder(name)
-    except FileNotFoundError:
-        return False
-    return True
 
 
 def read(

@@ -29,8 +29,6 @@ from .calls import (
 from .forms import read_columns
 from .recording import Program, SlotRecord
 
-Stand = list[Any]
-
 
 class StandIns:
     """Random tensors by shape, made once: like a network's outputs, and all different.

@@ -30,7 +30,6 @@ _log = logging.getLogger("dlms_engine")
 _FORMAT = "dlms_engine.prompts/3"
 GROUP = 8  # prompts encoded together
 WITHOUT_BATCH = ("txt_ids", "img_ids", "image_rotary_emb")
-EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "class_labels")
 
 
 class _CapturedError(Exception):

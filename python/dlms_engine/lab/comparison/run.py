@@ -20,11 +20,11 @@ from ...solvers import handcrafted
 from ...solvers.registry import label_of
 from ...support.files import write_text
 from ...support.parallel import World
-from ..evaluation.frechet import FeatureSums, label_of_features
+from ..evaluation.frechet import label_of_features
 from ..plots import side_by_side
 from ..record.measure import Entry, Measurer
-from ..record.rows import Floors, distance, rank
-from ..record.store import Store
+from ..record.record import measuring
+from ..record.rows import Floors, rank
 from .contestants import Contestant
 from .distilled import Distilled, Workshop
 
@@ -125,8 +125,13 @@ def compare(
         raise ValueError("compare runs in one process: start it without torchrun")
     folder.mkdir(parents=True, exist_ok=True)
     total = _work(settings, contestants)
-    with tqdm(total=total, unit="call", unit_scale=True, disable=not progress) as bar:
-        run = _Run(denoiser, features, reference, shape, folder, settings, bar, conditions)
+    with measuring(
+        denoiser, features, shape, folder, conditions,
+        batch=settings.batch, total=total, progress=progress,
+    ) as (measurer, bar):  # fmt: skip
+        run = _Run(
+            denoiser, features, reference, shape, folder, settings, measurer, bar, conditions
+        )
         rows: list[dict[str, Any]] = []
         for nfe in settings.nfes:
             rows += run.rows(contestants, nfe)
@@ -157,6 +162,7 @@ class _Run:
         shape: tuple[int, ...],
         folder: Path,
         settings: CompareSettings,
+        measurer: Measurer,
         bar: tqdm[Any],
         conditions: Conditions,
     ) -> None:
@@ -170,15 +176,7 @@ class _Run:
         def advance(done: int) -> None:
             bar.update(done)
 
-        self._measurer = Measurer(
-            denoiser,
-            features,
-            shape,
-            Store(folder / "cache"),
-            batch=settings.batch,
-            conditions=conditions,
-            advance=advance,
-        )
+        self._measurer = measurer
         solvers = folder / "solvers"
         solvers.mkdir(exist_ok=True)
         self._workshop = Workshop(
@@ -188,16 +186,8 @@ class _Run:
         few = settings.seeds[: settings.exact_samples]
         self._exact = self._measurer.endpoints(settings.exact_nfe, few)
         bar.set_description("accurate samples")
-        accurate = Entry("accurate", self._measurer.accurate_table(settings.accurate_nfe))
-        seeds = settings.seeds
-        others = range(seeds.stop, seeds.stop + len(seeds))
-        own = self._measurer.measure("accurate-own", [accurate], seeds)[0]
-        other = self._measurer.measure("accurate-other", [accurate], others)[0]
-        references: dict[str, FeatureSums | ReferenceStatistics] = {"accurate": other.sums}
-        if reference is not None:
-            references["data"] = reference
-        floors = {side: distance(own.sums, held) for side, held in references.items()}
-        self._floors = Floors(references, floors)
+        own, other = self._measurer.accurate(settings.accurate_nfe, settings.seeds)
+        self._floors = Floors.of(own.sums, other.sums, reference)
 
     def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return {

@@ -120,6 +120,15 @@ class Measurer:
         """What "accurate" and "exact" mean here: ``validation.accurate_table``, proved off EDM."""
         return accurate_table(self.denoiser, torch.Size(self.shape), nfe, self.conditions)
 
+    def accurate(
+        self, nfe: int, seeds: range, exact: Tensor | None = None
+    ) -> tuple[Measured, Measured]:
+        """Accurate samples of ``seeds`` and of as many others: what distances are taken to."""
+        entries = [Entry("accurate", self.accurate_table(nfe))]
+        others = range(seeds.stop, seeds.stop + len(seeds))
+        own = self.measure("accurate-own", entries, seeds, exact)[0]
+        return own, self.measure("accurate-other", entries, others)[0]
+
     @torch.no_grad()
     def endpoints(self, nfe: int, seeds: range) -> Tensor:
         """Exact solutions ``[len(seeds), *shape]`` of the ODE from each seed's noise."""

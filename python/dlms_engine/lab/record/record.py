@@ -10,7 +10,8 @@ compared on more, and at some nfe the finalists' distances are measured on the m
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ from ...models.denoiser import Denoiser
 from ...models.embedded import ReferenceStatistics
 from ...support.files import write_text
 from ...support.parallel import World
-from ..evaluation.frechet import FeatureSums, label_of_features
+from ..evaluation.frechet import label_of_features
 from .measure import Entry, Measurer
-from .rows import Floors, distance, finalists, measured_row, shortlist
+from .rows import Floors, finalists, measured_row, shortlist
 from .store import Store
 
 
@@ -104,15 +105,10 @@ def record(
     settings = settings or RecordSettings()
     learned = [entry for entry in learned if entry.nfe in settings.nfes]
     total = _work(settings, handcrafted, learned)
-    bar = tqdm(
-        total=total,
-        unit="eval",
-        unit_scale=True,
-        disable=not (progress and World.current().rank == 0),
-        desc="record",
-    )
-    measurer = _measurer(denoiser, features, shape, folder, settings, bar, conditions)
-    with bar:
+    with measuring(
+        denoiser, features, shape, folder, conditions,
+        batch=settings.batch, total=total, progress=progress, compiled=settings.compile,
+    ) as (measurer, bar):  # fmt: skip
         result = _measure(measurer, reference, handcrafted, learned, settings, bar)
     if measurer.world.rank != 0:
         return result
@@ -156,17 +152,14 @@ def _measure(
         range(first, first + count)
         for count in (settings.screen_samples, settings.compared_samples, settings.samples)
     )
-    others = range(many.stop, many.stop + settings.samples)
     bar.set_description("exact solutions")
     exact = measurer.endpoints(settings.exact_nfe, some)
     bar.set_description("accurate samples")
-    accurate = Entry("accurate", measurer.accurate_table(settings.accurate_nfe))
-    own = measurer.measure("accurate-own", [accurate], many, exact)[0]
-    other = measurer.measure("accurate-other", [accurate], others)[0]
+    own, other = measurer.accurate(settings.accurate_nfe, many, exact)
     floors = {
-        "screen": _floors(measurer.sums(exact[: len(few)]), other.sums, reference),
-        "compared": _floors(measurer.sums(exact), other.sums, reference),
-        "full": _floors(own.sums, other.sums, reference),
+        "screen": Floors.of(measurer.sums(exact[: len(few)]), other.sums, reference),
+        "compared": Floors.of(measurer.sums(exact), other.sums, reference),
+        "full": Floors.of(own.sums, other.sums, reference),
     }
     rows: list[dict[str, Any]] = []
     for nfe in settings.nfes:
@@ -226,15 +219,11 @@ def evaluate_one(
     """
     count = settings.samples
     total = count * (settings.exact_nfe + settings.accurate_nfe * distances + entry.nfe)
-    bar = tqdm(
-        total=total,
-        unit="eval",
-        unit_scale=True,
-        disable=not (progress and World.current().rank == 0),
-        leave=False,
-    )
-    measurer = _measurer(denoiser, features, shape, folder, settings, bar, conditions)
-    with bar:
+    with measuring(
+        denoiser, features, shape, folder, conditions,
+        batch=settings.batch, total=total, progress=progress, compiled=settings.compile,
+    ) as (measurer, bar):  # fmt: skip
+        bar.leave = False
         bar.set_description("exact solutions (kept)")
         seeds = range(settings.first_seed, settings.first_seed + count)
         exact = measurer.endpoints(settings.exact_nfe, seeds)
@@ -244,41 +233,45 @@ def evaluate_one(
             return {"rmse": found.rmse}
         bar.set_description("accurate samples (kept)")
         accurate = Entry("accurate", measurer.accurate_table(settings.accurate_nfe))
-        other = measurer.measure(
-            "accurate-other", [accurate], range(seeds.stop, seeds.stop + count)
-        )[0]
-    floors = _floors(measurer.sums(exact), other.sums, reference)
+        others = range(seeds.stop, seeds.stop + count)
+        other = measurer.measure("accurate-other", [accurate], others)[0]
+    floors = Floors.of(measurer.sums(exact), other.sums, reference)
     return {"rmse": found.rmse, **floors.figures(found.sums)}
 
 
-def _measurer(
+@contextmanager
+def measuring(
     denoiser: Denoiser,
     features: nn.Module,
     shape: tuple[int, ...],
     folder: Path,
-    settings: RecordSettings,
-    bar: tqdm[Any],
     conditions: Conditions,
-) -> Measurer:
+    *,
+    batch: int,
+    total: int,
+    progress: bool,
+    compiled: bool = False,
+) -> Iterator[tuple[Measurer, tqdm[Any]]]:
+    """(what measures, its progress bar over ``total`` evaluations); its cache is in ``folder``."""
     network = denoiser.network
-    if settings.compile and isinstance(network, nn.Module):
+    if compiled and isinstance(network, nn.Module):
         network.compile()
+    leads = World.current().rank == 0
+    with tqdm(total=total, unit="eval", unit_scale=True, disable=not (progress and leads)) as bar:
 
-    def advance(done: int) -> None:
-        bar.update(done)
+        def advance(done: int) -> None:
+            bar.update(done)
 
-    store = Store(folder / "cache")
-    return Measurer(
-        denoiser, features, shape, store,
-        batch=settings.batch, conditions=conditions, advance=advance,
-    )  # fmt: skip
-
-
-def _floors(
-    perfect: FeatureSums, other: FeatureSums, reference: ReferenceStatistics | None
-) -> Floors:
-    """Floors at the size of ``perfect``, the accurate samples of the seeds that are compared."""
-    references: dict[str, FeatureSums | ReferenceStatistics] = {"accurate": other}
-    if reference is not None:
-        references["data"] = reference
-    return Floors(references, {side: distance(perfect, references[side]) for side in references})
+        store = Store(folder / "cache")
+        yield (
+            Measurer(
+                denoiser,
+                features,
+                shape,
+                store,
+                batch=batch,
+                conditions=conditions,
+                advance=advance,
+            ),
+            bar,
+        )

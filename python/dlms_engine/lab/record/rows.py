@@ -22,6 +22,21 @@ class Floors:
     references: Mapping[str, FeatureSums | ReferenceStatistics]
     values: Mapping[str, float]
 
+    @classmethod
+    def of(
+        cls, perfect: FeatureSums, other: FeatureSums, reference: ReferenceStatistics | None
+    ) -> Floors:
+        """Floors at the size of ``perfect``, the accurate samples of the seeds that are compared.
+
+        Args:
+            other: sums of accurate samples of other seeds.
+            reference: statistics of the data; None leaves the distance to the data out.
+        """
+        references: dict[str, FeatureSums | ReferenceStatistics] = {"accurate": other}
+        if reference is not None:
+            references["data"] = reference
+        return cls(references, {side: distance(perfect, held) for side, held in references.items()})
+
     def figures(self, sums: FeatureSums) -> dict[str, float]:
         """``to_*`` and ``excess_*`` for each side."""
         found: dict[str, float] = {}
