@@ -9,10 +9,10 @@ from typing import Any
 import diffusers
 import tiny_pipelines as tiny
 import torch
-from images import PICTURE, SIZE, Case, common, flow, mask, prompts, quiet
+from images import PICTURE, SIZE, Case, common, flow, generator, mask, prompts, quiet, qwen
 from tiny_pipelines import embeddings, seeded
 from variants import sd_ddim, sd_parts
-from videos import CLIP, TEXT, ltx, wan_vae
+from videos import CLIP, TEXT, ltx, wan, wan_vae
 
 
 class Part(torch.nn.Module):
@@ -168,17 +168,49 @@ def deep_cache() -> Any:
     return pipe
 
 
-def modular_sdxl() -> Any:
-    from diffusers.modular_pipelines.stable_diffusion_xl import (
-        modular_blocks_stable_diffusion_xl as x,
-    )
-
-    blocks = x.StableDiffusionXLAutoBlocks()
+def modular(blocks: Any, parts: dict[str, Any]) -> Any:
+    """A modular pipeline that is given embeddings."""
     for name in ("ip_adapter", "text_encoder"):
-        blocks.sub_blocks.pop(name)
-    pipe, parts = blocks.init_pipeline(), tiny.sdxl().components
-    pipe.update_components(**{k: parts[k] for k in ("unet", "vae", "scheduler")})
+        blocks.sub_blocks.pop(name, None)
+    pipe = blocks.init_pipeline()
+    networks = [name for name in ("unet", "transformer") if name in parts]
+    pipe.update_components(**{k: parts[k] for k in (*networks, "vae", "scheduler")})
     return quiet(pipe)
+
+
+def modular_sdxl() -> Any:
+    return modular(diffusers.StableDiffusionXLAutoBlocks(), tiny.sdxl().components)
+
+
+def modular_flux() -> Any:
+    return modular(diffusers.FluxAutoBlocks(), tiny.flux().components)
+
+
+def modular_wan() -> Any:
+    return modular(diffusers.WanBlocks(), wan().components)
+
+
+def modular_qwen() -> Any:
+    return modular(diffusers.QwenImageAutoBlocks(), qwen().components)
+
+
+def adapter() -> Any:
+    """The network empties the list of the adapter's residuals that it is given."""
+    residuals = seeded(
+        lambda: diffusers.T2IAdapter(
+            in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2,
+            adapter_type="full_adapter",
+        )
+    )  # fmt: skip
+    unet = seeded(
+        lambda: diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), attention_head_dim=4,
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4,
+        )
+    )  # fmt: skip
+    parts = {k: v for k, v in sd_parts(unet=unet).items() if k != "image_encoder"}
+    return quiet(diffusers.StableDiffusionAdapterPipeline(**parts, adapter=residuals))
 
 
 def modular_sdxl_inputs() -> dict[str, Any]:
@@ -213,4 +245,15 @@ CASES: dict[str, Case] = {
         lambda: {**common(height=16, width=16), **prompts(7, 16)}),
     "AnyFlowPipeline": (anyflow, lambda: {**common(**CLIP), **prompts(7, 32)}),
     "StableDiffusionXLModularPipeline": (modular_sdxl, modular_sdxl_inputs),
+    "FluxModularPipeline": (modular_flux, lambda: {**tiny.flux_inputs(), "output": "latents"}),
+    "WanModularPipeline": (
+        modular_wan,
+        lambda: {**CLIP, **prompts(7, 32), "generator": generator(), "output": "latents"}),
+    "QwenImageModularPipeline": (
+        modular_qwen,
+        lambda: {**SIZE, **prompts(7, 16), "generator": generator(), "output": "latents",
+                 "prompt_embeds_mask": torch.ones(1, 7, dtype=torch.long),
+                 "negative_prompt_embeds_mask": torch.ones(1, 7, dtype=torch.long)}),
+    "StableDiffusionAdapterPipeline": (
+        adapter, lambda: {**tiny.sd_inputs(), **SIZE, "image": PICTURE}),
 }  # fmt: skip

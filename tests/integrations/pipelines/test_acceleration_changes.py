@@ -16,6 +16,7 @@ import tiny_pipelines as tiny  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parents[1] / "matrix"))
 import extras  # noqa: E402
 import images  # noqa: E402
+import variants  # noqa: E402
 
 from dlms_engine.integrations.diffusers import DLMSScheduler, accelerate  # noqa: E402
 from dlms_engine.integrations.pipelines import acceleration as module  # noqa: E402
@@ -79,6 +80,46 @@ def test_what_differs_from_its_record_again_and_again_stays_step_by_step() -> No
     same(expected, found)
     kind = next(iter(acceleration._kinds.values()))
     assert kind.stepwise and kind.refuted == module.TRIES
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_run_that_differs_from_its_record_leaves_the_pipeline_as_it_was(
+    fails: bool, monkeypatch: Any
+) -> None:
+    """Perturbed attention puts its processors back at the end of a call, which was never reached."""
+
+    def run(pipe: Any) -> list[torch.Tensor]:
+        found = [pipe(**asked(pag_scale=2.0)).images]
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(module.DryRun, "weights", _differs)
+            found += [pipe(**asked(pag_scale=2.0)).images for _ in range(2)]
+        return [*found, pipe(**asked(pag_scale=0.0)).images]
+
+    expected, found, acceleration = both(variants.pag, run)
+    same(expected, found)
+    kind = next(iter(acceleration._kinds.values()))
+    assert kind.report.whole_loop != fails
+
+
+def _differs(_: Any) -> torch.Tensor:
+    raise module.NotReplayed("this run is another one")
+
+
+def test_a_legacy_callback_is_seen() -> None:
+    """It came with the other keyword arguments, and was shown the latents of a dry run."""
+    seen: list[torch.Tensor] = []
+
+    def run(pipe: Any) -> list[torch.Tensor]:
+        seen.clear()
+        for _ in range(2):
+            pipe(**asked(callback=lambda i, t, x: seen.append(x.clone()), callback_steps=1))
+        return list(seen)
+
+    expected, found, acceleration = both(tiny.sd, run)
+    assert len(found) == 2 * STEPS
+    same(expected, found)
+    assert "callback is called during the loop" in acceleration.report().reason
 
 
 def test_from_pipe_takes_the_components() -> None:

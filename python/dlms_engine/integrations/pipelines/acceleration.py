@@ -70,11 +70,8 @@ class SessionRunner(Runner):
     def advance(self, n: int, output: Tensor, sample: Tensor) -> Tensor:
         """Row ``n``: recorded, answered by a stand-in, or at a dry run's end the engine's result."""
         if isinstance(self.session, DryRun):
-            stand_in = self.session.step(n, self.shaped_output(output, sample), sample)
-            if stand_in is not None:
-                return stand_in
             assert self.finish is not None
-            return self.finish(self.session)
+            return self.session.step(n, self.shaped_output(output, sample), sample, self.finish)
         latents = super().advance(n, output, sample)
         if isinstance(self.session, Recorder):
             self.session.step(self, n, self.shaped_output(output, sample), sample, latents)
@@ -84,7 +81,7 @@ class SessionRunner(Runner):
         """As always, and not in the engine's loop, whose steps have no predictions of their own."""
         reads = "the pipeline reads the scheduler's data prediction"
         if isinstance(self.session, DryRun):
-            raise NotReplayed(reads)
+            self.session.fail(reads)
         if isinstance(self.session, Recorder):
             self.session.reason = reads
         return super().predicted(n, output, sample)
@@ -232,6 +229,8 @@ class Acceleration:
         try:
             dry = DryRun(kind.program, self._names, self._stand_ins)
             result = self._timed(kind, dry, pipe, args, kwargs)
+            if dry.failure is not None:
+                raise dry.failure
             if not dry.finished:
                 raise NotReplayed("the pipeline left its loop early")
             return result

@@ -3,11 +3,13 @@
 Every call is answered by a stand-in, random numbers of the recorded shape, and every step by random
 latents. From what the pipeline makes of them come this run's arguments and the weights with which it
 mixes its network's outputs; both are held against the recorded run. Whatever differs ends the
-attempt before any network was evaluated.
+attempt before any network was evaluated; the pipeline still goes on to its end, where it puts back what
+it changed (attention processors, for instance), and its result is thrown away.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,12 +57,16 @@ class DryRun:
 
     Args:
         program: of a recorded run with the same kinds of arguments.
+
+    Attributes:
+        failure: why this run is not what the recorded one was, or what the engine's loop raised.
     """
 
     def __init__(self, program: Program, names: list[str], stand_ins: StandIns) -> None:
         self.program, self.names = program, names
         self._stand_ins = stand_ins
         self._numbers = {slot.module for slot in program.slots}
+        self.failure: Exception | None = None
         self.begin(None)
 
     def begin(self, runner: Any) -> None:
@@ -93,9 +99,16 @@ class DryRun:
         call = take_apart(number, place, args, kwargs, None)
         record = self.program.slots.get(call.slot)
         if record is None:
-            raise NotReplayed(f"{self.names[number]} is called otherwise than in the recorded run")
+            self.fail(f"{self.names[number]} is called otherwise than in the recorded run")
+        if record is None or self.failure is not None:
+            return original(*args, **kwargs)
         self._calls.append(call)
         return self._answer(record)
+
+    def fail(self, reason: str | Exception) -> None:
+        """The first reason counts."""
+        if self.failure is None:
+            self.failure = NotReplayed(reason) if isinstance(reason, str) else reason
 
     def _answer(self, record: SlotRecord) -> Any:
         base = 64 * len(self._calls) + 8192 * (self._next % 4)
@@ -119,8 +132,23 @@ class DryRun:
         """Whether the last step was taken."""
         return self._next >= self.program.rows[1]
 
-    def step(self, n: int, output: Tensor, sample: Tensor) -> Tensor | None:
-        """``output`` and ``sample`` of row ``n``: stand-in latents back, or None after the last."""
+    def step(
+        self, n: int, output: Tensor, sample: Tensor, finish: Callable[[DryRun], Tensor]
+    ) -> Tensor:
+        """``output`` and ``sample`` of row ``n``: stand-in latents, or ``finish``'s after the last."""
+        try:
+            if self.failure is None and self._taken(n, output, sample):
+                return finish(self)
+        except Exception as exc:
+            self.fail(exc)
+        if self.failure is not None:
+            return self._stand_ins.like(sample, 65536)
+        self._latents = self._stand_ins.like(sample, 65536 + n % 4)
+        self._version = self._latents._version
+        return self._latents
+
+    def _taken(self, n: int, output: Tensor, sample: Tensor) -> bool:
+        """Looks at a step; whether it was the last one."""
         calls, self._calls, self._places = self._calls, [], {}
         if n != self._next:
             raise NotReplayed(f"the pipeline takes step {n} instead of {self._next}")
@@ -136,11 +164,7 @@ class DryRun:
         self._products.append(gram([*columns, sample], output))
         self.dtype = output.dtype
         self._next = n + 1
-        if self.finished:
-            return None
-        self._latents = self._stand_ins.like(sample, 65536 + n % 4)
-        self._version = self._latents._version
-        return self._latents
+        return self.finished
 
     def _state(self, sample: Tensor) -> None:
         if self._latents is None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from .calls import (
     Call,
@@ -114,6 +115,7 @@ class Recorder:
         self, number: int, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """A component is called: the real call, and its arguments as they were before it."""
+        as_given = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # networks empty lists
         factor = 1.0 if self._rows or self._expected is None else self._expected.unscaled_factor()
         if factor == 1.0:
             output = original(*args, **kwargs)
@@ -122,7 +124,7 @@ class Recorder:
             scaled_args, scaled_kwargs = scaled_first(args, kwargs, factor)
             output = original(*scaled_args, **scaled_kwargs)
         if self.reason is None:
-            self._pending.append((number, args, kwargs, output))
+            self._pending.append((number, *as_given, output))
         return output
 
     def step(self, runner: Any, n: int, output: Tensor, sample: Tensor, latents: Tensor) -> None:
