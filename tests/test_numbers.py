@@ -59,6 +59,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "seed 1.5": (lambda: seeded_noise([1.5], (2,)), "seed is 1.5"),
     "seed inf": (lambda: seeded_noise([INF], (2,)), "seed is inf"),
     "distill seed": (lambda: distill(denoiser(), "gits", shape=(2,), seed=1 << 64), "seed is"),
+    "distill seed 1.5": (lambda: distill(denoiser(), "gits", shape=(2,), seed=1.5), "seed is 1.5"),
+    "distill nfe": (lambda: distill(denoiser(), "gits", shape=(2,), nfe="3"), "nfe is '3'"),
+    "distill nfe 0": (lambda: distill(denoiser(), "gits", shape=(2,), nfe=0), "nfe is 0"),
+    "distill shape": (lambda: distill(denoiser(), "gits", shape=(2.5,)), "a size in shape is 2.5"),
+    "shape": (lambda: seeded_noise([0], (3, -1)), "a size in shape is -1"),
     "scale": (lambda: seeded_noise([0], (2,), NAN), "scale is nan"),
     "scale -1": (lambda: seeded_noise([0], (2,), -1), "scale is -1"),
     "sigma_data": (lambda: denoiser(sigma_data=NAN), "sigma_data is nan"),
@@ -91,6 +96,21 @@ def test_noise_that_is_no_tensor_is_refused() -> None:
 
 
 def test_numpy_numbers_and_arrays_are_taken() -> None:
+    """A seed of numpy's overflowed in a distillation."""
+    one, two = (
+        distill(
+            denoiser(),
+            "dode",
+            nfe=kind(2),
+            shape=(kind(2),),
+            seed=kind(3),
+            scale=2,
+            trajectories=4,
+            progress=False,
+        ).policy
+        for kind in (int, np.int64)
+    )
+    assert torch.equal(one.b, two.b)
     assert torch.equal(grids.polynomial(EDM, np.int64(4), np.float64(7)), GRID)
     assert solvers.ipndm(EDM, GRID, order=np.int32(2)).depth == 2
     rising = np.array([0.1, 0.5, 1.0])

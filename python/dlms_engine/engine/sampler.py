@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +19,7 @@ from ..policies.run import run_predictions
 from ..processes.base import as_float64, config_summary
 from ..solvers.policy import Policy, Solved, policy_of
 from ..solvers.table import SolverTable
+from ..support.values import seed_number, whole_number
 from ..support.versioned import Versioned
 from . import cpu_loop
 from .cuda_graph import run_captured
@@ -364,11 +364,12 @@ def seeded_noise(
         ``[len(seeds), *shape]``, drawn in float32.
 
     Raises:
-        ValueError: a seed is negative or beyond 64 bits, or there is no such ``rng``.
+        ValueError: a seed is negative or beyond 64 bits, a size is none, or there is no such ``rng``.
     """
     if rng not in ("cpu", "device"):
         raise ValueError(f"rng is {rng!r}, expected 'cpu' or 'device'")
-    whole = [_seed(s) for s in seeds]
+    whole = [seed_number(s) for s in seeds]
+    shape = [whole_number(size, "a size in shape") for size in shape]
     value: object = scale
     if not (isinstance(value, numbers.Real | Tensor) and 0 <= float(value) < math.inf):
         raise ValueError(f"scale is {scale!r}, expected a finite number >= 0")
@@ -380,13 +381,3 @@ def seeded_noise(
         torch.randn(*shape, generator=g, device=place, dtype=torch.float32) for g in generators
     ]
     return torch.stack(draws).to(dtype).mul_(scale).to(device)
-
-
-def _seed(value: Any) -> int:
-    try:
-        whole = operator.index(value)
-    except TypeError:
-        whole = -1
-    if not 0 <= whole < 1 << 64:
-        raise ValueError(f"seed is {value!r}, expected an integer 0 to 2^64 - 1")
-    return whole

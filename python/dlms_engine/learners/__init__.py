@@ -13,6 +13,7 @@ from ..models.denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
 from ..support.files import only_one, require_writable
 from ..support.parallel import World, restarted
+from ..support.values import seed_number, whole_number
 from .begin import begun
 from .entry import LearnerEntry
 from .options import RunOptions
@@ -78,14 +79,12 @@ def distill(
             checkpoint is kept.
     """
     entry = learner(method)
-    if nfe < 1:
-        raise ValueError(f"nfe is {nfe}, expected at least 1")
-    if not 0 <= seed < 1 << 64:
-        raise ValueError(f"seed is {seed}, expected 0 to 2^64 - 1")
+    nfe, seed = whole_number(nfe, "nfe"), seed_number(seed)
+    shape = tuple(whole_number(size, "a size in shape") for size in shape)
     resolved(method, nfe, settings, trajectories=trajectories)  # refuses what is wrong at once
     conditions = read_conditions(cond)
     identity = {} if output is None else run_identity(denoiser, named_conditions(conditions))
-    problem = SamplingProblem(denoiser, tuple(shape), conditions, seed=seed)
+    problem = SamplingProblem(denoiser, shape, conditions, seed=seed)
     if method != "auto":
         denoiser, cond = conditioned(denoiser, cond, method), None
     path = None if output is None else Path(output)
@@ -127,7 +126,7 @@ def distill(
                 store=None if path is None or world.rank else path.with_suffix(".start.json"),
                 say=tqdm.write if shown else lambda line: None,
             )
-            solver = entry.run(denoiser, tuple(shape), options)
+            solver = entry.run(denoiser, shape, options)
     except FloatingPointError as error:
         if options.checkpoint is None or not options.checkpoint.exists():
             raise

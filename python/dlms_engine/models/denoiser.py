@@ -76,6 +76,9 @@ class Denoiser(Versioned, nn.Module):
             refused when such a time comes.
     """
 
+    holds_branches = False
+    """Whether the network itself knows what it is given in the two halves of a guided batch."""
+
     def __init__(
         self,
         network: Callable[..., Any],
@@ -123,7 +126,7 @@ class Denoiser(Versioned, nn.Module):
 
     @guidance_scale.setter
     def guidance_scale(self, scale: float | None) -> None:
-        check_guidance(scale, self.unconditional)
+        check_guidance(scale, bool(self.unconditional) or self.holds_branches)
         self._guidance_scale = scale
 
     # -- feature tap ------------------------------------------------------------------------

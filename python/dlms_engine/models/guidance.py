@@ -112,8 +112,8 @@ def doubled(batch: int) -> Join:
     return join
 
 
-def check_guidance(scale: Any, unconditional: Mapping[str, Any] | None) -> None:
-    """ValueError unless ``scale`` is None, or finite with something to guide away from."""
+def check_guidance(scale: Any, unconditional: bool) -> None:
+    """ValueError unless ``scale`` is None, or finite with something ``unconditional`` beside it."""
     if scale is None:
         return
     if not is_finite_number(scale):

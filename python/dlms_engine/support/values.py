@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import operator
 
 
 def is_finite_number(value: object) -> bool:
@@ -23,3 +24,34 @@ def require_finite(value: float, what: str) -> float:
         f"{what} is {value}: the network's outputs are not finite (its dtype, its prediction type, the "
         "ends of the time range); dlms_engine.Sampler on a handcrafted solver shows where"
     )
+
+
+def whole_number(value: object, name: str, least: int = 1) -> int:
+    """``value``, an integer of any kind (numpy's too), as Python's.
+
+    Raises:
+        ValueError: it is none, or below ``least``.
+    """
+    whole = _index(value)
+    if whole is None or whole < least:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least {least}")
+    return whole
+
+
+def seed_number(value: object) -> int:
+    """``value``, a seed, as Python's integer.
+
+    Raises:
+        ValueError: it is no integer, or none that a generator takes.
+    """
+    whole = _index(value)
+    if whole is None or not 0 <= whole < 1 << 64:
+        raise ValueError(f"seed is {value!r}, expected an integer 0 to 2^64 - 1")
+    return whole
+
+
+def _index(value: object) -> int | None:
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None

@@ -27,6 +27,7 @@ class PipelineDenoiser(Denoiser):
     """A ``Denoiser`` whose samples have numbers, and whose exact solutions can be kept in a folder."""
 
     folder: Path | None = None
+    holds_branches = True  # its prompts and the negative ones
 
     def first_sample(self, number: int) -> None:
         """Tells which training sample the next batches begin with; learners call it."""
@@ -111,7 +112,6 @@ def pipeline_denoiser(
         model.denoiser.prediction,
         features=features,
         guidance_scale=None if mixed else call.guidance,
-        unconditional={"guided": torch.ones(1)} if call.branches == 2 and not mixed else None,
         time_input=lambda t: model.timestep(t) * scale,
     )
     denoiser.folder = None if folder is None else Path(folder)
