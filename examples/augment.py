@@ -1,6 +1,6 @@
 """Non-leaking augmentation of EDM (Karras et al. 2022, appendix F.2, Table 6).
 
-Each transformation is applied to an image with some probability and its parameters are told to the
+Each transformation is applied to an image with some probability and its parameters are passed to the
 network as 9 labels, all zero for an untouched image. Trained so, the network knows the augmented
 images apart from the real ones, and with zero labels it draws real ones alone.
 

@@ -1,6 +1,6 @@
 """GPU implementations of the fused row: CUDA C++ (`cuda/`, compiled), Triton (`triton/`, source).
 
-`register` tells `dlms_engine.ops` what can be had here; importing this package touches no GPU and
+`register` tells `dlms_engine.ops` what is available here; importing this package touches no GPU and
 imports no Triton.
 """
 

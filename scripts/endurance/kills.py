@@ -187,7 +187,7 @@ def kills(count: int, names: Iterable[str] = COMMANDS) -> dict[str, Any]:
 
 
 SHARING = ("compare", "record", "evaluate")
-"""Commands that keep what they compute in a folder, for whoever comes next."""
+"""Commands that keep what they compute in a folder, for the next run."""
 
 
 def pairs(count: int, names: Iterable[str] = SHARING) -> dict[str, Any]:

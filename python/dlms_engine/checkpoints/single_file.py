@@ -28,7 +28,7 @@ def load_single_file(
     Args:
         path: ``.safetensors``, or a ``.ckpt`` of tensors alone.
         config: directory of a diffusers pipeline of the same architecture (its JSON files are read);
-            without it diffusers asks the hub.
+            without it diffusers contacts the hub.
         pipeline: class name in diffusers.
         options: for ``from_single_file`` (``torch_dtype``, ``text_encoder``, ...).
 

@@ -200,7 +200,7 @@ def capture_state(device: torch.device) -> Iterator[None]:
     """How warm-up and capture run, whatever the caller's modes are.
 
     No autocast cache: weights cast outside would be missing from the graph, and those cast inside
-    would be handed, uncomputed, to whoever looks them up next. No inference mode: what is made here
+    would be returned, uncomputed, to the next lookup. No inference mode: what is made here
     is written to by later runs that may be outside it.
     """
     cached = torch.is_autocast_cache_enabled()

@@ -82,7 +82,7 @@ def policy_steps(
     cond: dict[str, Any],
     backend: str,
 ) -> Steps:
-    """Steps of ``policy``: with the kernel where it can be had and does the same, else in torch."""
+    """Steps of ``policy``: with the kernel where it is available and does the same, else in torch."""
     kernels = designer_row.select_designer(backend, x.device)
     if kernels is not None and takes(policy):
         policy.place(x.device)

@@ -3,7 +3,7 @@
 The rows are packed on the host in float64, as for sampling, and sent to the device as one tensor; their
 gradient comes back as one. The forward pass keeps states and raw outputs, never a network graph: the
 sweep back evaluates the network again, one row at a time, and calls one backward kernel a row for the
-rest. `adjoint` says the same in plain torch operations, for what is no row: thresholding, and tables of
+rest. `adjoint` does the same in plain torch operations, where rows do not serve: thresholding, tables of
 a row a sample.
 """
 

@@ -205,7 +205,7 @@ class EnginePool:
         per_process(self)
 
     def renew(self) -> None:
-        """Empty, with a lock that nobody holds."""
+        """Empty, with an unlocked lock."""
         self._free: OrderedDict[tuple[Any, ...], cpu_loop.Engine] = OrderedDict()
         self._lock = threading.Lock()
 

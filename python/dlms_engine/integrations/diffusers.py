@@ -5,7 +5,7 @@
 
     pipe.scheduler = DLMSScheduler.from_config(pipe.scheduler.config, solver="unipc")
 
-The class lives at this module path for good: saved pipelines name it.
+The class stays at this module path: saved pipelines name it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class DLMSScheduler(EngineScheduler):
         flow_grid: whose rule a flow's times follow: ``"flow_match"`` (the default), ``"unipc"``,
             ``"dpm_solver_pp"`` or ``"deis"``; ``from_config`` takes that of the given class.
         use_flow_sigmas: read by FLUX's pipelines, which then pass no sigmas, not even the caller's.
-        sigma_label: what an EDM network is told, ``"log"`` (0.25 ln sigma) or ``"atan"``.
+        sigma_label: the noise label of an EDM network, ``"log"`` (0.25 ln sigma) or ``"atan"``.
         base_shift, max_shift, base_image_seq_len, max_image_seq_len: read by pipelines, which have
             defaults of their own where the config has none.
         stochastic_sampling: must be False; pipelines read it.

@@ -1,4 +1,4 @@
-r"""``method="auto"`` on models nobody tuned for: one table, models x evaluations.
+r"""``method="auto"`` on models that nothing was tuned on: one table, models x evaluations.
 
     python -m dlms_engine.lab.any_model --folder models --nfes 4,5,6,8,10 --budget 150k \
         --output benchmarks/results/any_model.json --page docs/any_model.md
@@ -100,7 +100,7 @@ def models_page(cells: list[dict[str, Any]], command: str) -> str:
     lines = [
         "# On any model",
         "",
-        "`distill` with its default method on models nobody tuned for: how many times smaller the "
+        "`distill` with its default method on models nothing was tuned on: how many times smaller the "
         "endpoint RMSE is than that of the best handcrafted solver of *that* model at the same number "
         "of evaluations, found by measuring all of them (`dlms recommend`). 95 % interval in brackets, "
         "on samples that neither training nor choice has seen. The only setting is the budget.",

@@ -1,4 +1,4 @@
-"""Small models nobody tuned for, made on the spot: what a learner must also do well on.
+"""Small models that nothing was tuned on, trained on the spot: a learner must do well on them too.
 
 Each is trained here, deterministically, on data drawn from a formula: a plane (a pinwheel of five
 arms) and 8x8 images (soft bars and blobs). Between them they cover velocity, noise and

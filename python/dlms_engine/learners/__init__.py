@@ -57,7 +57,7 @@ def distill(
         nfe: network evaluations of the result.
         shape: shape of one sample, e.g. ``(3, 32, 32)``.
         trajectories: start noises to train on; None is the method's own default.
-        output: where the solver file goes; its checkpoint lies beside it and ``resume`` continues it.
+        output: path of the solver file; the checkpoint is written next to it and ``resume`` continues it.
             A run that torchrun has started again resumes by itself.
         feature_network: module from finished samples to ``[B, F]`` for feature distances.
         cond: keyword arguments of the network. A tensor ``[1, ...]`` serves all samples, a tensor

@@ -1,4 +1,4 @@
-"""Where a method that builds on a handcrafted solver begins: at the best one for the model at hand.
+"""Where a method that builds on a handcrafted solver begins: at the best one for this model.
 
 No solver and no grid is good on every model, so defaults are measured, not written down. Learners of
 tables begin at the best solver of the ranking that they can express; learners of per-sample rows run

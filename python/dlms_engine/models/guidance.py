@@ -1,4 +1,4 @@
-"""The two branches of classifier-free guidance as one batch, in what the network is told."""
+"""The two branches of classifier-free guidance as one batch of the network's arguments."""
 
 from __future__ import annotations
 

@@ -78,13 +78,13 @@ def register_backend(backend: Backend) -> None:
 
 
 def mark_missing(name: str, reason: str) -> None:
-    """Remember why `name` is not here, for the error of whoever asks for it."""
+    """Remember why `name` is not here, for the error raised when it is selected."""
     if name not in _backends:
         _missing[name] = reason
 
 
 def available(device: torch.device | str | None = None) -> tuple[str, ...]:
-    """Names of the backends that can be had, best first; for tensors on `device` if given."""
+    """Names of the available backends, best first; for tensors on `device` if given."""
     if device is None:
         return tuple(b.name for b in _best_first)
     kind = torch.device(device).type
@@ -124,9 +124,7 @@ def advice(kind: str) -> str:
     if kind not in ("cpu", "cuda"):
         return ""
     compiler = " and a C++17 compiler (g++, clang++)" if kind == "cpu" else ""
-    return (
-        f"reinstall dlms_engine where torch >= 2.11{compiler} can be had; `dlms doctor` shows more"
-    )
+    return f"reinstall dlms_engine where torch >= 2.11{compiler} is available; `dlms doctor` shows more"
 
 
 def missing(name: str) -> str:

@@ -78,7 +78,7 @@ class AmedPolicy:
         grid = self._grids[device]
 
         def scale(weight: Tensor, form: Form) -> Form:
-            return form.__mul__(weight)  # with the operator, torch.compile asks the tensor first
+            return form.__mul__(weight)  # torch.compile tries the tensor's operator first
 
         return Walk(self.base, self.process, grid, scale, self._asked)
 

@@ -30,7 +30,7 @@ _ROOM = 1 << 16
 def replacing(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; the end of the block renames it to ``path``.
 
-    A reader sees the old file or the new one, never half of one, and so does whoever comes after a
+    A reader sees the old file or the new one, never half of one, and so does a reader that comes after a
     kill or a full disk: bytes and folder are on the disk before the block ends. Two processes may
     replace one file at once; the last rename stays. The file's mode is that of a new file under the
     umask, whatever the writer in the block does.
@@ -66,7 +66,7 @@ def require_writable(path: Path) -> None:
 
 
 def written(write: Callable[[], object], what: str) -> bool:
-    """Calls ``write``; what lies beside a result and cannot be written does not end the work.
+    """Calls ``write``; a side file that cannot be written does not end the work.
 
     Args:
         what: begins the warning, such as ``"no report"``.
@@ -103,7 +103,9 @@ def only_one(path: Path, *, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        if not wait:  # one that waits has the file open: it would get a lock nobody else can see
+        if (
+            not wait
+        ):  # one that waits has the file open: its lock would be invisible to everyone else
             with contextlib.suppress(OSError):
                 os.unlink(lock.lock_file)
         lock.release()
@@ -166,7 +168,7 @@ def _create(partial: Path, path: Path) -> int:
 
 def _finish(partial: Path, path: Path, mode: int) -> None:
     """Onto the disk, then under its name, then the folder's entry onto the disk."""
-    os.chmod(partial, mode)  # whoever wrote it may have made a file of its own
+    os.chmod(partial, mode)  # the writer may have replaced the file
     _sync(partial)
     partial.replace(path)
     with contextlib.suppress(OSError):  # not every file system has folders that can be synchronised

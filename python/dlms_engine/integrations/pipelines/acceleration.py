@@ -54,7 +54,7 @@ class SessionRunner(Runner):
     finish: Callable[[DryRun], Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "session": None, "finish": None}  # a copy is nobody's to listen to
+        return {**vars(self), "session": None, "finish": None}  # no session listens to a copy
 
     def begin(self, index: int) -> None:
         """As always; a session scales the first input where the pipeline does not."""
@@ -254,7 +254,7 @@ class Acceleration:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Step by step; where only our scheduler fails, the pipeline's own runs, and that is told."""
+        """Step by step; if only our scheduler fails, the pipeline's own runs and is reported."""
         try:
             return self._timed(kind, session, pipe, args, kwargs)
         except Exception as exc:

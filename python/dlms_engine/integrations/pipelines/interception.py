@@ -1,7 +1,7 @@
 """Listening to a pipeline's modules: every call goes through a listener, hooks included.
 
 The module's class is replaced by a subclass of the same name that overrides ``__call__``, so that
-forward hooks, offloading, compiled modules and whatever else lies inside the call stay where they
+forward hooks, offloading, compiled modules and anything else inside the call stay where they
 are.
 """
 

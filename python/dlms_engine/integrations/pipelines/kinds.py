@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 
 def bound(call: Any, pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The call's arguments by name, defaults included, as far as they can be told."""
+    """The call's arguments by name, defaults included, as far as they can be known."""
     try:
         signature = inspect.signature(call)
         binding = signature.bind(pipe, *args, **kwargs)

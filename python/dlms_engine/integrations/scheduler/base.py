@@ -60,7 +60,7 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
 
     @property
     def timesteps(self) -> Tensor:
-        """``[steps]`` what the network is told in this thread's run."""
+        """``[steps]`` the times that this thread's run passes to the network."""
         return self._run().timesteps
 
     @timesteps.setter
@@ -185,7 +185,7 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
         """The solver's name, or the learned solver itself."""
         return self._source
 
-    # -- what servers ask for --------------------------------------------------------------------
+    # -- what servers need -----------------------------------------------------------------------
 
     @property
     def shift(self) -> float:

@@ -48,6 +48,6 @@ class StepTuple(tuple[Tensor, ...]):
 
 
 def without_missing(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """``config`` without those of ``names`` that are None: whoever reads it has a default of its own."""
+    """``config`` without those of ``names`` that are None: the reader has defaults of its own."""
     left_out = {name for name in names if config.get(name) is None}
     return {key: value for key, value in config.items() if key not in left_out}

@@ -142,7 +142,7 @@ def strictly_falling(alphas_cumprod: list[float]) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class NoiseModel:
-    """A process together with what its network predicts and is told.
+    """A process together with its network's prediction type and time input.
 
     Attributes:
         levels: training timesteps, the unit of the network's time (VP and flow).
@@ -197,7 +197,7 @@ class NoiseModel:
         return self  # immutable
 
     def timestep(self, t: Tensor) -> Tensor:
-        """float64: what the network is told at process time ``t``."""
+        """float64: the network's time input at process time ``t``."""
         if isinstance(self.process, VPDiscrete):
             return self.process.timestep(t)
         if self.kind == "edm":

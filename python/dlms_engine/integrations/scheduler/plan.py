@@ -1,4 +1,4 @@
-"""Rows of one run, as the fused row reads them, and what the pipeline is told about them."""
+"""Rows of one run, as the fused row reads them, and the times and scales that the pipeline sees."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ class Runner:
     """Everything between two ``set_timesteps``: rows, levels, and the state once it is running.
 
     Attributes:
-        timesteps: ``[steps]`` what the network is told; int64 where all are whole, else float32.
+        timesteps: ``[steps]`` the times passed to the network; int64 where all are whole, else float32.
         levels: ``[steps + 1]`` float64 process times of the states.
         sigmas: ``[steps + 1]`` float32: sigma / alpha of the states, or a flow's sigma.
         correctors: what follows the rows of a learned solver, if anything does.

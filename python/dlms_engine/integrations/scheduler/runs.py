@@ -31,7 +31,7 @@ class SchedulerRun:
 
 
 class SchedulerRuns:
-    """The run of the thread that asks; a thread without one takes the newest, if nobody steps it."""
+    """The calling thread's run; a thread without one takes the newest, if no thread steps it."""
 
     def __init__(self, newest: SchedulerRun | None = None) -> None:
         self._own = threading.local()

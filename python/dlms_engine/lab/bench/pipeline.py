@@ -179,7 +179,7 @@ def _report(args: argparse.Namespace) -> dict[str, Any]:
     """Everything, as JSON."""
     network, shape = make_network(args.model, args.device, _DTYPES[args.dtype])
     label, policy = solver_of(args.solver, args.nfe)
-    # Copies, so that nobody's network carries the hook that a learned solver needs.
+    # Copies, so that no rival's network carries the hook that a learned solver needs.
     rivals = {"diffusers": copy.deepcopy(network)}
     if args.compile and args.device == "cuda":
         rivals["diffusers, reduce-overhead"] = copy.deepcopy(network)

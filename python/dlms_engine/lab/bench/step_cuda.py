@@ -87,7 +87,7 @@ class Case:
         self.absent: list[dict[str, str]] = []
 
     def measure(self) -> dict[str, Any]:
-        """Every way that can be had: a dict for JSON.
+        """Every available way: a dict for JSON.
 
         Raises:
             RuntimeError: a kernel of the engine does not give the reference's bits.

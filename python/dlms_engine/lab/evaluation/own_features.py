@@ -1,4 +1,4 @@
-"""Features of a model's own for the Frechet distance, where no feature network is at hand."""
+"""Features of a model's own for the Frechet distance, where there is no feature network."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ LEAN_BELOW = 60_000
 
 
 class Auto:
-    """One run; ``stages`` holds what there is so far, best last."""
+    """One run; ``stages`` holds the results so far, best last."""
 
     def __init__(
         self, problem: SamplingProblem, settings: AutoSettings, options: RunOptions
@@ -78,7 +78,7 @@ class Auto:
     def interrupted(self) -> None:
         """Nothing new is begun."""
         self.budget.interrupted = True
-        self.say("interrupted: choosing among what there is (interrupt again to give up)")
+        self.say("interrupted: choosing among the results so far (interrupt again to give up)")
 
     def start(self) -> tuple[Start, ExactSolution]:
         effort = effort_of(self.settings)

@@ -84,7 +84,7 @@ class Normal:
 
 
 def samples_for(parameters: int, numbers: int) -> int:
-    """Training samples of ``numbers`` numbers each for so many parameters.
+    """How many training samples of ``numbers`` numbers this many parameters need.
 
     Four hundred residuals a parameter, as neighbouring pixels err alike: with a fifth of that, 64
     images of 8x8 for 31 parameters, the error on other samples was a fifth above that on these.

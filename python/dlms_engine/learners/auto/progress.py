@@ -79,7 +79,7 @@ class RunCheckpoint:
             self._budget.set(self.found.calls, self.found.seconds)
 
     def keep(self, phase: str, tensors: dict[str, Tensor], **changes: Any) -> None:
-        """Writes what there is; a disk without room does not end the run."""
+        """Writes a checkpoint; a full disk does not end the run."""
         self.standing = dataclasses.replace(
             self.standing,
             phase=phase,

@@ -20,7 +20,7 @@ class AutoSettings:
         base: label of the handcrafted solver to start from, as ``dlms recommend`` prints it; "best"
             measures all of them.
         effort: of that measurement, "full", "lean" or "auto" (by the network's speed).
-        samples: most samples that are trained on; None for what parameters and budget ask for.
+        samples: most samples that are trained on; None to follow the number of parameters and the budget.
         depth: outputs a row may weigh; None for all up to six evaluations, else four.
         corrector: whether a small residual after the last row is tried.
         feature_phase: whether it is also trained on the feature distance, where the denoiser taps

@@ -1,7 +1,7 @@
 """The general table: a handcrafted closed form at learned times, plus corrections that start at zero.
 
     (a, b)_n = closed form of the base at the grid t(theta) + unit_n * (corrections of row n)
-    tau_n    = t_n moved by a learned offset                   what the network is told
+    tau_n    = t_n moved by a learned offset                   the time the network is called with
     x_0      = exp(scale) * initial scale * noise
 
 Row n may weigh every earlier output. Without training it is the base, to the bit. The

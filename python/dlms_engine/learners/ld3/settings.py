@@ -44,7 +44,7 @@ class Ld3Settings:
         stop_at_floor: decays with the network times' rate at its floor before stopping early.
         teacher, teacher_nfe, teacher_order, teacher_grid: the teacher.
         loss: "lpips" (needs ``lpips_weights``), "features", "bottleneck", "l2", "l1", "auto" (the
-            first of these that can be had) or a callable (student, target) -> ``[B]``.
+            first of these that is available) or a callable (student, target) -> ``[B]``.
         lpips_weights: safetensors file for "lpips".
         feature_sigma: noise level of "bottleneck".
         loss_scale: factor on the loss; None for 1 with lpips, and otherwise for what makes the

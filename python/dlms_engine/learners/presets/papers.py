@@ -64,7 +64,7 @@ _DLMS: dict[str, Any] = {
     "lr": 5e-3,
     "ema_kimg": (1.0, 2.0, 3.0),
 }
-# Tong et al. 2024, appendix B.1; the loss is the most perceptual one that can be had (LPIPS in the
+# Tong et al. 2024, appendix B.1; the loss is the most perceptual one available (LPIPS in the
 # paper). For latent models the public code differs: lr 0.005, three rounds with network times.
 _LD3_PIXEL: dict[str, Any] = {
     "method": "ld3",

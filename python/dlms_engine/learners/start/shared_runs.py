@@ -1,6 +1,6 @@
 """Many tables from the same noise, each distinct evaluation made once.
 
-Two tables whose first rows lead to the same state ask the network the same question: all multistep
+Two tables whose first rows lead to the same state call the network with the same input: all multistep
 solvers on one grid share their first two evaluations, and a table whose last row alone was changed
 shares all of them. States are written over the start state and the data predictions so far, in
 float64, and two evaluations are one where these coefficients and the network's time agree.

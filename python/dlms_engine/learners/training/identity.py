@@ -14,7 +14,7 @@ from ..._version import __version__
 from ...models.denoiser import Denoiser
 
 WHOLE = 65_536
-"""Tensors of at most so many elements are read whole."""
+"""Tensors with at most this many elements are read whole."""
 SAMPLED = 4_096
 """Elements read of a larger one, evenly spread: a network of gigabytes is known in a second."""
 

@@ -123,7 +123,7 @@ def l1(student: Tensor, target: Tensor) -> Tensor:
 def resolve_kind(
     kind: str, denoiser: Denoiser, feature_network: nn.Module | None, lpips_weights: Any
 ) -> str:
-    """What ``"auto"`` stands for: the most perceptual distance that can be had."""
+    """What ``"auto"`` stands for: the most perceptual distance available."""
     if kind not in KINDS:
         raise ValueError(f"loss is {kind!r}, expected a callable or one of {KINDS}")
     if kind != "auto":

@@ -148,7 +148,7 @@ class Trainer:
         except (KeyboardInterrupt, RuntimeError) as stop:
             if isinstance(stop, RuntimeError) and self.world.size == 1:
                 raise
-            self._rewind()  # with several ranks an error is most often another rank's end
+            self._rewind()  # with several ranks an error usually means that another rank died
             saved_now = try_to_save(self._save, self.state.update)
             if saved_now and self._path is not None and self.world.rank == 0:
                 _log.warning("interrupted: %s is saved, resume continues it", self._path)
