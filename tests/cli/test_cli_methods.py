@@ -43,3 +43,19 @@ def test_method_runs_from_the_command_line(
     assert not torch.equal(images[0], images[1])
     # the same command refuses to replace what it made
     assert "exists" in complaint(capsys, *words, "--output", path)
+
+
+def test_a_learned_solver_is_measured_beside_the_best_handcrafted_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The baseline's error is the one that ``evaluate`` gives for its label alone."""
+    path = tmp_path / "auto.safetensors"
+    small = [word for pair in SMALL["auto"] for word in ("--set", pair)]
+    answer(capsys, "distill", *TINY, "--nfe", 3, *small, "--output", path)
+    sizes = ("--samples", 8, "--exact-nfe", 12, "--accurate-nfe", 8, "--folder", tmp_path)
+    found = answer(capsys, "evaluate", *TINY, "--solver", path, *sizes)
+    baseline = found["baseline"]
+    assert isinstance(baseline, dict)
+    alone = answer(capsys, "evaluate", *TINY, "--method", baseline["solver"], "--nfe", 3, *sizes)
+    assert alone["rmse"] == baseline["rmse"] and alone["baseline"] is None
+    assert alone["rmse"] != found["rmse"] or baseline["solver"] in str(found["solver"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,7 @@ from .common import (
 if TYPE_CHECKING:
     from ..lab.record.measure import Entry
     from ..lab.record.record import RecordSettings
+    from ..processes import Process
 
 RECORD_ONLY = (
     "screen_samples", "compared_samples", "shortlist", "finalists", "full_nfes", "nfes"
@@ -148,11 +150,31 @@ def evaluate_command(
         accurate_nfe=accurate_nfe,
         compile=compile_,
     )
-    _single(held, Entry(label, policy), settings, (folder or CACHE).expanduser(), as_json)
+    baseline = None if not solver else _baseline(solver[0], held.denoiser.process)
+    entries = Entry(label, policy), baseline
+    _single(held, *entries, settings, (folder or CACHE).expanduser(), as_json)
+
+
+def _baseline(path: Path, process: Process) -> Entry | None:
+    """The handcrafted solver that a learned one was chosen against; None where its file names none."""
+    from ..lab.record.measure import Entry
+    from ..learners.start.search import candidate_of
+    from ..policies.distilled import DistilledSolver, load_solver
+
+    held = load_solver(path)
+    report = held.best.get("report") if isinstance(held, DistilledSolver) else None
+    if not isinstance(report, dict) or not isinstance(report.get("base"), str):
+        return None
+    return Entry(report["base"], candidate_of(process, held.nfe, report["base"]).table)
 
 
 def _single(
-    model: Model, entry: Entry, settings: RecordSettings, folder: Path, as_json: bool
+    model: Model,
+    entry: Entry,
+    baseline: Entry | None,
+    settings: RecordSettings,
+    folder: Path,
+    as_json: bool,
 ) -> None:
     from ..lab.evaluation.frechet import label_of_features
     from ..lab.record.record import evaluate_one
@@ -161,21 +183,23 @@ def _single(
     features = distance_features(model)
     label = label_of_features(features)
     distances = importlib.util.find_spec("torchmetrics") is not None
-    found = evaluate_one(
+    measure = functools.partial(
+        evaluate_one,
         model.denoiser,
         features,
         model.reference,
         model.shape,
-        entry,
-        folder,
-        settings,
-        distances=distances,
+        folder=folder,
+        settings=settings,
         conditions=model.conditions,
         progress=not as_json,
     )
+    found = measure(entry, distances=distances)
+    base = None if baseline is None else measure(baseline, distances=False)["rmse"]
     lines = [
         f"{entry.label}: {entry.nfe} network evaluations, {settings.samples:,} samples",
         f"  endpoint RMSE to the exact solution: {number(found['rmse'])}",
+        *_beside(baseline, base, found["rmse"]),
         f"  {label}:" if distances else f"  {label}: needs pip install 'dlms-engine[evaluation]'",
         *(
             f"    to {name:17}{number(found[f'to_{side}'])} "
@@ -190,11 +214,21 @@ def _single(
             "nfe": entry.nfe,
             "samples": settings.samples,
             "distance": label if distances else None,
+            "baseline": None if baseline is None else {"solver": baseline.label, "rmse": base},
             **found,
         },
         as_json,
         lines,
     )
+
+
+def _beside(baseline: Entry | None, base: float | None, rmse: float) -> list[str]:
+    from ..lab.record.report import number
+
+    if baseline is None or base is None:
+        return []
+    times = f"{base / rmse:.2f} times this" if rmse > 0 else "not reached"
+    return [f"  the best handcrafted solver, {baseline.label}: {number(base)}, {times}"]
 
 
 def _record(
