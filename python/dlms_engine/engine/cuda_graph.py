@@ -1,8 +1,7 @@
 """A whole sampling run as one CUDA graph: network, guidance and fused rows of every evaluation.
 
-`run_captured` captures any function of named tensors and replays it; `GraphedLoop` is the sampling loop
-on top, with a cache of captures and, in mode "auto", the plain loop where a capture cannot be had. New
-tables, noise and conditioning of the same shapes are copied to its buffers: no new capture.
+`run_captured` captures any function of named tensors, replays it, and runs it plainly where it cannot be
+captured. New tables, noise and conditioning of the same shapes are copied to its buffers: no new capture.
 
 Recording is in `cuda_graph_capture.py`; what a graph depends on and which are kept in
 `cuda_graph_cache.py`; the run itself, one call, in C++ (``csrc/cuda/graph_run.h``).
@@ -14,13 +13,12 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..ops import libraries
 from . import cuda_graph_capture as capture
 from .cuda_graph_cache import GraphCache, graph_key, ignore_tensor_attributes, token
@@ -31,7 +29,6 @@ from .native import native, problem
 __all__ = [
     "CapturedRun",
     "GraphCaptureError",
-    "GraphedLoop",
     "StaleGraphError",
     "explain",
     "obstacle",
@@ -39,10 +36,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger("dlms_engine")
-
-StepNetwork = Callable[[int, Tensor, Inputs], "Tensor | tuple[Tensor, Tensor]"]
-RowFunction = Callable[[int, Inputs], Tensor]
-Mode = Literal["auto", "always", "never"]
 
 _DRIVER_ERRORS: tuple[type[Exception], ...] = () if native is None else (native.DriverError,)
 _shown: set[Any] = set()  # reasons that have been logged
@@ -394,132 +387,3 @@ def _verify(output: Tensor, expected: Tensor) -> None:
             "something that the graph has frozen was changed. Call GraphCache.invalidate(network) "
             "after such a change, or sample without a graph"
         )
-
-
-class GraphedLoop:
-    """The sampling loop of `n_rows` evaluations, replayed as one graph where it can be captured.
-
-    Args:
-        step_network: ``(n, network_input [B, ...], inputs) -> F`` or ``(F_uncond, F_cond)``; what
-            varies between runs (noise levels, labels) must come from ``inputs``, not from closures.
-        row_fn: ``(n, inputs) -> row [R] or [B, R]`` after evaluation n, in torch operations on the
-            device (a designer network); None when ``run`` is given the rows.
-        shape: ``(B, ...)`` of the state.
-        depth: ring slots.
-        n_rows: network evaluations.
-        dtype: of state, ring and rows; ``network_dtype`` (default ``dtype``) of the network's side.
-        backend: of the fused row, as in ``ops.select``.
-        network: whose identity keys the cache; by default ``step_network`` itself.
-        mode: ``"auto"`` captures where it can, ``"always"`` raises ``GraphCaptureError`` where it
-            cannot, ``"never"`` runs the plain loop.
-        options: whatever else the closures depend on (guidance scale, feature taps), hashable.
-    """
-
-    def __init__(
-        self,
-        step_network: StepNetwork,
-        row_fn: RowFunction | None,
-        shape: Sequence[int],
-        depth: int,
-        n_rows: int,
-        *,
-        dtype: torch.dtype = torch.float32,
-        network_dtype: torch.dtype | None = None,
-        backend: str = "auto",
-        network: Any = None,
-        cache: GraphCache | None = None,
-        mode: Mode = "auto",
-        options: tuple[Any, ...] = (),
-    ) -> None:
-        if mode not in ("auto", "always", "never"):
-            raise ValueError(f"mode is {mode!r}, expected 'auto', 'always' or 'never'")
-        if n_rows < 1 or depth < 1:
-            raise ValueError(f"n_rows is {n_rows} and depth {depth}, expected both at least 1")
-        self.step_network = step_network
-        self.row_fn = row_fn
-        self.shape = tuple(shape)
-        self.depth = depth
-        self.n_rows = n_rows
-        self.dtype = dtype
-        self.network_dtype = network_dtype or dtype
-        self.backend = backend
-        self.network = step_network if network is None else network
-        self.cache = GraphCache() if cache is None else cache
-        self.mode = mode
-        self.options = options
-
-    def run(
-        self,
-        x0: Tensor,
-        rows: Tensor | None = None,
-        *,
-        first_scale: Tensor | float = 1.0,
-        inputs: Inputs | None = None,
-    ) -> Tensor:
-        """The state after all rows, a new tensor ``[B, ...]``; ``x0`` is left alone.
-
-        Args:
-            x0: ``[B, ...]`` the start state.
-            rows: ``[n_rows, R]`` or ``[n_rows, B, R]``; None with a ``row_fn``.
-            first_scale: ``[]`` or ``[B]``, scale of the first network input (c_in of evaluation 0).
-            inputs: named tensors on x0's device that the network or ``row_fn`` reads.
-
-        Raises:
-            ValueError: a shape does not fit. GraphCaptureError: mode is "always" and it cannot be.
-        """
-        given = self._gather(x0, rows, first_scale, inputs or {})
-        if self.mode == "never":
-            return _plainly(self._body, given)
-        modules = () if self.row_fn is None else (self.row_fn,)
-        if self.mode == "auto":
-            return run_captured(
-                self.cache, self.network, self._options(), self._body, given, modules
-            )
-        reason = obstacle(x0.device)
-        if reason is None:
-            this = Runnable(self.network, self._options(), self._body, given, modules)
-            output, reason = _try_captured(self.cache, this)
-            if output is not None:
-                return output
-        raise GraphCaptureError(f"{reason}; pass mode='auto' to run without a graph")
-
-    def _options(self) -> tuple[Any, ...]:
-        return (self.depth, self.n_rows, self.network_dtype, self.backend, *self.options)
-
-    def _gather(
-        self, x0: Tensor, rows: Tensor | None, first_scale: Tensor | float, inputs: Inputs
-    ) -> dict[str, Tensor]:
-        if tuple(x0.shape) != self.shape:
-            raise ValueError(f"x0 is {tuple(x0.shape)}, this loop was made for {self.shape}")
-        if (rows is None) == (self.row_fn is None):
-            raise ValueError("give rows to run() or row_fn to GraphedLoop, one of the two")
-        reserved = {"x", "rows", "first_scale"} & set(inputs)
-        if reserved:
-            raise ValueError(f"inputs may not be called {sorted(reserved)}: the loop uses these")
-        scale = torch.as_tensor(first_scale, dtype=self.dtype, device=x0.device)
-        given = {"x": x0.to(self.dtype).contiguous(), "first_scale": scale, **inputs}
-        if rows is not None:
-            if rows.ndim not in (2, 3) or rows.shape[0] != self.n_rows:
-                raise ValueError(
-                    f"rows are {tuple(rows.shape)}, expected [{self.n_rows}, R] or "
-                    f"[{self.n_rows}, {self.shape[0]}, R]"
-                )
-            given["rows"] = rows.to(self.dtype)
-        return given
-
-    def _body(self, inputs: Inputs) -> Tensor:
-        """The plain loop; overwrites ``inputs["x"]`` and returns it."""
-        x = inputs["x"]
-        ring = x.new_empty((self.depth, *x.shape))
-        scale = inputs["first_scale"]
-        scale = scale.reshape(-1, *[1] * (x.ndim - 1)) if scale.ndim else scale
-        network_input = (scale * x).to(self.network_dtype).contiguous()
-        fused_row_ = ops.select(self.backend, x.device).fused_row_
-        for n in range(self.n_rows):
-            out = self.step_network(n, network_input, inputs)
-            f, f_cond = (out, None) if isinstance(out, Tensor) else out
-            row = inputs["rows"][n] if self.row_fn is None else self.row_fn(n, inputs)
-            f = f.to(self.network_dtype)
-            f_cond = None if f_cond is None else f_cond.to(self.network_dtype)
-            fused_row_(f, f_cond, x, ring, row.to(self.dtype), network_input)
-        return x
