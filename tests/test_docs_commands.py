@@ -133,7 +133,7 @@ def test_the_commands_of_the_pages(
             assert status == 0, f"{page}: dlms {' '.join(words)}: {capsys.readouterr().err}"
             done += 1
     assert done >= 9
-    assert (tmp_path / "five.safetensors").is_file() and (
+    assert (tmp_path / "mine.safetensors").is_file() and (
         tmp_path / "samples.safetensors"
     ).is_file()
 
