@@ -50,13 +50,16 @@ class Run:
                 "pytest",
                 "-m",
                 "slow or not slow",
+                *("-n", "auto", "--dist", "loadfile"),
                 *arguments,
             ],
         ]
 
     def environment(self, index: str | None) -> dict[str, str]:
         torch = TORCHES[self.torch] + (f" --index-url {index}" if index else "")
-        return {**os.environ, "PYTHON": self.interpreter, "TORCH": torch}
+        # a process a core, as in the Makefile: one thread each
+        one = {"OMP_NUM_THREADS": "1"}
+        return {**os.environ, **one, "PYTHON": self.interpreter, "TORCH": torch}
 
 
 def chosen(pythons: Sequence[str] | None, torches: Sequence[str] | None) -> list[Run]:
