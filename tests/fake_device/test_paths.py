@@ -93,8 +93,9 @@ def test_noise_from_the_cpu_is_moved_once_and_a_trajectory_stays() -> None:
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
     "dlms": ("dlms", {"teacher_interpolation": 1, "last_step": "bottleneck"}, {"host_numbers": 1}),
     "dlms, endpoint": ("dlms", {"endpoint_share": 1.0, "endpoint_steps": 6}, {"host_numbers": 1}),
-    "amed": ("amed", {}, {"host_numbers": 3}),
-    "plugin": ("amed", {"solver": "ipndm"}, {"host_numbers": 3}),
+    "amed": ("amed", {"endpoint_share": 0.0}, {"host_numbers": 3}),
+    "amed, endpoint": ("amed", {"endpoint_share": 1.0}, {"host_numbers": 1}),
+    "plugin": ("amed", {"solver": "ipndm", "endpoint_share": 0.0}, {"host_numbers": 3}),
     "free_table": ("free_table", {"teacher_steps": 6}, {"host_numbers": 1, "rows_down": 1}),
     "free_table, trajectory": (
         "free_table",
