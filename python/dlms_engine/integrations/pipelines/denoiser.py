@@ -16,9 +16,12 @@ from torch import Tensor
 from ...models.denoiser import Denoiser
 from ...support.files import replacing
 from ..diffusers import DLMSScheduler
+from ..scheduler.noise import NoiseModel
 from ..scheduler.probe import first_argument
+from .acceleration import set_scheduler
 from .prompt_calls import NetworkCall, network_of, prompt_calls
 from .prompt_network import PipelineNetwork, SwitchedNetwork
+from .proof import proved
 
 _log = logging.getLogger("dlms_engine")
 
@@ -92,18 +95,29 @@ def pipeline_denoiser(
     if guidance_scale is not None:
         asked["guidance_scale"] = guidance_scale
     original = pipe.scheduler
-    scheduler = DLMSScheduler.from_config(original.config, solver="ddim")
-    pipe.scheduler = scheduler
-    try:
-        call = prompt_calls(pipe, prompts, asked, folder)
-    finally:
-        pipe.scheduler = original
     model = DLMSScheduler.from_config(original.config).noise_model
     if model.sign < 0:
         raise ValueError(
             f"{type(pipe).__name__}: networks that predict the negative (EDM v-prediction, inverted "
             "flows) run handcrafted solvers only; distilling for them is not supported"
         )
+
+    def prove(call: NetworkCall, given: dict[str, Any]) -> None:
+        proved(pipe, _denoiser(pipe, call, model, None), given)
+
+    set_scheduler(pipe, DLMSScheduler.from_config(original.config, solver="ddim"))
+    try:
+        call = prompt_calls(pipe, prompts, asked, folder, prove)
+    finally:
+        set_scheduler(pipe, original)
+    denoiser = _denoiser(pipe, call, model, features)
+    denoiser.folder = None if folder is None else Path(folder)
+    return denoiser, tuple(first_argument(call.args, call.kwargs).shape[1:])
+
+
+def _denoiser(
+    pipe: Any, call: NetworkCall, model: NoiseModel, features: str | None
+) -> PipelineDenoiser:
     network, scale = _network(pipe, call, model.levels)
     mixed = isinstance(network, SwitchedNetwork)
     denoiser = PipelineDenoiser(
@@ -114,10 +128,8 @@ def pipeline_denoiser(
         guidance_scale=None if mixed else call.guidance,
         time_input=lambda t: model.timestep(t) * scale,
     )
-    denoiser.folder = None if folder is None else Path(folder)
-    shape = tuple(first_argument(call.args, call.kwargs).shape[1:])
-    _check_output(pipe, denoiser, shape)
-    return denoiser, shape
+    _check_output(pipe, denoiser, tuple(first_argument(call.args, call.kwargs).shape[1:]))
+    return denoiser
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from .networks import network_of
 _log = logging.getLogger("dlms_engine")
 _FORMAT = "dlms_engine.prompts/3"
 GROUP = 8  # prompts encoded together
+Prove = Callable[["NetworkCall", dict[str, Any]], None]
 WITHOUT_BATCH = ("txt_ids", "img_ids", "image_rotary_emb")
 
 
@@ -172,6 +173,7 @@ def prompt_calls(
     prompts: Sequence[str] | None,
     arguments: dict[str, Any],
     folder: str | Path | None = None,
+    prove: Prove = lambda call, arguments: None,
 ) -> NetworkCall:
     """The joined call for all prompts; read from ``folder`` where it is there already.
 
@@ -180,12 +182,13 @@ def prompt_calls(
         prompts: None for unconditional pipelines, or with embeddings among the arguments.
         arguments: for the pipeline's call.
         folder: made if missing. Files of other prompts, arguments or text encoders are not used.
+        prove: is given the first group's call and the pipeline's arguments where the call is made anew.
     """
     store = Path(folder) if folder is not None else None
     if store is not None:
         store.mkdir(parents=True, exist_ok=True)
     parts = [
-        _one(pipe, {**arguments, **group}, store, number)
+        _one(pipe, {**arguments, **group}, store, number, prove)
         for number, group in enumerate(_groups(prompts, arguments))
     ]
     return join(parts)
@@ -210,14 +213,22 @@ def _groups(prompts: Sequence[str] | None, arguments: dict[str, Any]) -> Iterato
         yield group
 
 
-def _one(pipe: Any, arguments: dict[str, Any], store: Path | None, number: int) -> NetworkCall:
+def _one(
+    pipe: Any, arguments: dict[str, Any], store: Path | None, number: int, prove: Prove
+) -> NetworkCall:
+    def made() -> NetworkCall:
+        call = capture(pipe, arguments)
+        if number == 0:
+            prove(call, arguments)
+        return call
+
     if store is None:
-        return capture(pipe, arguments)
+        return made()
     key = _fingerprint(pipe, arguments)
     path = store / f"prompts-{number:05d}.safetensors"
     found = _read(path, key)
     if found is None:
-        found = capture(pipe, arguments)
+        found = made()
         _write(path, key, found)
     return found
 

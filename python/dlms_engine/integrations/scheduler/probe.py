@@ -131,7 +131,10 @@ class ProbeLoop:
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The network's sample, whatever it is called."""
     sample = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
-    assert isinstance(sample, Tensor)
+    if not isinstance(sample, Tensor):
+        raise NotPlain(
+            f"the network is called with a {type(sample).__name__} of latents, not a tensor"
+        )
     return sample
 
 
