@@ -50,6 +50,18 @@ def test_the_mode_is_that_of_a_new_file(umask: int, mode: int, tmp_path: Path) -
     )
 
 
+def test_a_file_without_end_is_refused(tmp_path: Path) -> None:
+    """/dev/zero as a configuration was read until the memory was full."""
+    path = tmp_path / "config.json"
+    path.write_bytes(b"\xef\xbb\xbf{}")
+    assert files.read_text(path) == "{}"
+    with pytest.raises(ValueError, match=r"config\.json has more than 4 bytes"):
+        files.read_text(path, 4)
+    if Path("/dev/zero").exists():
+        with pytest.raises(ValueError, match="/dev/zero has more than 1048576 bytes"):
+            files.read_text(Path("/dev/zero"))
+
+
 def no_room(*_: object) -> None:
     raise OSError(28, "No space left on device")
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..support.files import write_text
+from ..support.files import read_text, write_text
 
 _SETTINGS = "settings"
 _HELD = "dlms_engine.config"
@@ -63,7 +63,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         ImportError: PyYAML is needed and missing.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors begin with a mark
+        text = read_text(path)
     except OSError as error:
         raise ValueError(f"config: {path} cannot be read: {error.strerror}") from error
     try:

@@ -111,6 +111,20 @@ def only_one(path: Path, *, wait: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def read_text(path: Path, most: int = 1 << 20) -> str:
+    """The UTF-8 text in ``path``, without the mark that some editors begin with.
+
+    Raises:
+        ValueError: more than ``most`` bytes, as a device or a wrong file has, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as opened:
+        data = opened.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path} has more than {most} bytes, the limit for such a file")
+    return data.decode("utf-8-sig")
+
+
 def write_text(path: Path, text: str) -> None:
     """Replaces ``path`` by ``text`` in UTF-8."""
     write_bytes(path, text.encode("utf-8"))

@@ -131,3 +131,24 @@ def test_a_refusal_that_never_comes_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(adopt, "_check", lambda *_: None)
     DLMSScheduler.from_config(scheduler("algorithm_type is 'sde-dpmsolver++'").config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"num_train_timesteps": 10**9},
+        {"num_train_timesteps": -1},
+        {"num_train_timesteps": "many"},
+        {"beta_start": "x"},
+        {"beta_end": float("nan")},
+        {"trained_betas": "x"},
+        {"trained_betas": [[1e-4]]},
+        {"trained_betas": [1e-4, None]},
+    ],
+    ids=str,
+)
+def test_numbers_that_are_none_are_refused_before_anything_is_made(config: dict[str, Any]) -> None:
+    """A billion levels took 8 GB, a text ended in a TypeError of torch's."""
+    (key,) = config
+    with pytest.raises(ValueError, match=key):
+        DLMSScheduler(**config)

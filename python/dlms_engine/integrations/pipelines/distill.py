@@ -27,6 +27,7 @@ from ...learners.registry import learner
 from ...learners.start import SamplingProblem, cost, seconds_of_one, start_effort
 from ...models.denoiser import Denoiser, find_module
 from ...models.tap import FeatureTap
+from ...support.files import read_text
 from ...support.parallel import World
 from ..diffusers import DLMSScheduler
 from ..scheduler.origin import ORIGIN, pipeline_facts
@@ -36,6 +37,7 @@ from .prompt_network import SwitchedNetwork
 __all__ = ["distill_pipeline", "load_pipeline", "pipeline_denoiser"]
 
 _log = logging.getLogger("dlms_engine")
+MOST_PROMPTS = 64 << 20  # bytes of a file of prompts
 FEATURES = 64  # length of the bottleneck vector the learned designers read
 
 
@@ -160,7 +162,7 @@ def _texts(prompts: str | Path | Sequence[str] | None) -> list[str] | None:
     if prompts is None:
         return None
     if isinstance(prompts, (str, Path)):
-        prompts = Path(prompts).read_text(encoding="utf-8-sig").splitlines()
+        prompts = read_text(Path(prompts), MOST_PROMPTS).splitlines()
     texts = [line.strip() for line in prompts if line.strip()]
     if not texts:
         raise ValueError("prompts are empty, expected at least one line")

@@ -13,7 +13,11 @@ from torch import Tensor
 from ...models.denoiser import Denoiser, NetworkPrediction, Preconditioning
 from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
 from ...processes import as_float64 as f64
+from ...support.values import is_finite_number, whole_number
 from .spread import modifier_of
+
+MOST_LEVELS = 100_000
+"""Noise levels of a config: 100 times what networks are trained with."""
 
 _Kind = Literal["vp", "flow", "edm"]
 _NEARLY_ZERO = 2.0**-48  # an alpha_bar that float32 states cannot tell from zero
@@ -41,12 +45,12 @@ def make_betas(config: Mapping[str, Any]) -> Tensor:
     float32 and in this order of operations because the networks were trained with these roundings.
 
     Raises:
-        ValueError: unknown ``beta_schedule``.
+        ValueError: unknown ``beta_schedule``, or a number that is none or beyond any model's.
     """
-    count, schedule = int(config["num_train_timesteps"]), config["beta_schedule"]
-    start, end = config["beta_start"], config["beta_end"]
+    count, schedule = _level_count(config), config["beta_schedule"]
+    start, end = (_beta(config, key) for key in ("beta_start", "beta_end"))
     if config.get("trained_betas") is not None:
-        betas = torch.tensor(config["trained_betas"], dtype=torch.float32)
+        betas = _trained_betas(config["trained_betas"])
     elif schedule == "linear":
         betas = torch.linspace(start, end, count, dtype=torch.float32)
     elif schedule == "scaled_linear":
@@ -61,6 +65,34 @@ def make_betas(config: Mapping[str, Any]) -> Tensor:
             "'squaredcos_cap_v2' or 'sigmoid'; other schedules can be given as trained_betas"
         )
     return _zero_snr(betas) if config.get("rescale_betas_zero_snr") else betas
+
+
+def _level_count(config: Mapping[str, Any]) -> int:
+    value = config["num_train_timesteps"]
+    whole = isinstance(value, float) and value.is_integer()
+    count = whole_number(int(value) if whole else value, "num_train_timesteps")
+    if count > MOST_LEVELS:
+        raise ValueError(f"num_train_timesteps is {count}, expected at most {MOST_LEVELS}")
+    return count
+
+
+def _beta(config: Mapping[str, Any], key: str) -> float:
+    value = config[key]
+    if not is_finite_number(value) or value < 0:
+        raise ValueError(f"{key} is {value!r}, expected a finite number >= 0")
+    return float(value)
+
+
+def _trained_betas(values: Any) -> Tensor:
+    try:
+        betas = torch.as_tensor(values, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"trained_betas is {str(values)[:80]}, expected numbers") from error
+    if betas.ndim != 1 or not 1 < len(betas) <= MOST_LEVELS:
+        raise ValueError(
+            f"trained_betas has shape {tuple(betas.shape)}, expected 2 to {MOST_LEVELS} numbers"
+        )
+    return betas
 
 
 def _cosine_betas(count: int, highest: float = 0.999) -> Tensor:
