@@ -11,6 +11,7 @@ neither the training nor the choice has seen.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import platform
 import tempfile
@@ -37,15 +38,20 @@ WORDS = {
     "v-8x8": "the same, v-prediction",
     "guided-8x8": "the same, noise, a class a sample, guidance 2",
     "embedded": "EDM, 16x16 CIFAR-10, the model in the package",
+    "examples.published_score_network:hsc32": "a published score network, VP, 32x32 galaxies, noise",
+    "examples.published_score_network:ztf32": "another, of another survey",
 }
 
 
 def _load(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], Any]:
-    """(denoiser, shape, conditions) of a model by name."""
+    """(denoiser, shape, conditions) of a model by name, or of ``module:function`` as for ``--model``."""
     if name == "embedded":
         from ..models.embedded import IMAGE_SHAPE, load_embedded
 
         return load_embedded(), IMAGE_SHAPE, None
+    module, _, function = name.rpartition(":")
+    if module:
+        return *getattr(importlib.import_module(module), function)(), None
     return grounds.load_ground(name, folder)
 
 
@@ -111,7 +117,7 @@ def models_page(cells: list[dict[str, Any]], command: str) -> str:
         "|---|" + "---|" * len(nfes),
     ]
     for name in names:
-        row = [f"{name}: {WORDS.get(name, 'published')}"]
+        row = [f"{_short(name)}: {WORDS.get(name, 'of another package')}"]
         for nfe in nfes:
             found = [c for c in cells if c["model"] == name and c["nfe"] == nfe]
             row.append(_entry(found[-1]) if found else "")
@@ -123,12 +129,16 @@ def models_page(cells: list[dict[str, Any]], command: str) -> str:
         "|---|---:|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]  # fmt: skip
     lines += [
-        f"| {c['model']} | {c['nfe']} | {c['base']} | {c['base_rmse']:.4g} | {c['chosen']} | "
+        f"| {_short(c['model'])} | {c['nfe']} | {c['base']} | {c['base_rmse']:.4g} | {c['chosen']} | "
         f"{c['auto_rmse']:.4g} | {c['base_frechet']:.2g} | {c['auto_frechet']:.2g} | "
         f"{c['budget']} | {c['calls']:,} | {c['seconds']:.0f} |"
         for c in sorted(cells, key=lambda c: (names.index(c["model"]), c["nfe"]))
     ]
     return "\n".join(lines) + "\n"
+
+
+def _short(name: str) -> str:
+    return name.rpartition(":")[2]
 
 
 def _entry(found: dict[str, Any]) -> str:
@@ -163,8 +173,8 @@ def _main() -> None:
             print(f"== {name}, {nfe} evaluations", flush=True)
             cells.append(cell(name, nfe, chosen.budget, chosen.folder, chosen.samples))
             write_text(chosen.output, json.dumps(cells, indent=1) + "\n")
-            if chosen.page is not None:
-                write_text(chosen.page, models_page(cells, command))
+    if chosen.page is not None:
+        write_text(chosen.page, models_page(cells, command))
 
 
 if __name__ == "__main__":
