@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -596,6 +597,20 @@ def test_the_command_takes_settings_and_a_model(
     network = write(tmp_path / "n.pkl", {"ema": 1})
     other = ("convert", network, tmp_path / "n.safetensors", "--model", "zero_model:model")
     assert "--model is for learned solvers" in complaint(capsys, *other)
+
+
+def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    dyweight_file(tmp_path / "network-snapshot-000010.pkl", dyweight_weights(5), None, afs=False)
+    page = Path(__file__).parents[2] / "docs" / "integrations" / "published.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
+    names: dict[str, Any] = {
+        "denoiser": Denoiser(lambda x, sigma: 0.1 * x, EDM(), "data"),
+        "shape": (3, 4, 4),
+    }
+    exec(compile(block, page.name, "exec"), names)
+    assert names["images"].shape == (4, 3, 4, 4)
+    assert load_solver(tmp_path / "five.safetensors").method == "dyweight"
 
 
 def test_formats_are_in_the_docs() -> None:

@@ -222,6 +222,12 @@ def test_pipelines_page() -> None:
     assert "```python" not in page and "WanPipeline" in page
 
 
+def test_published_page() -> None:
+    """Its example runs where the files that it reads are written."""
+    tests = (DOCS.parents[1] / "tests" / "checkpoints" / "test_published.py").read_text()
+    assert "\ndef test_the_example_of_the_page(" in tests
+
+
 def test_every_page_is_run() -> None:
     """A new page needs a test here."""
     tested = {f"test_{page.stem}_page" for page in DOCS.glob("*.md")}
