@@ -11,7 +11,9 @@ from dlms_engine import Denoiser, Sampler, distill, grids, ops, solvers
 from dlms_engine.engine import sampler
 from dlms_engine.engine.cuda_graph_cache import GraphCache
 from dlms_engine.learners.training.conditioned import conditioned
-from dlms_engine.processes import EDM
+from dlms_engine.learners.training.noise import tell_first_sample
+from dlms_engine.learners.training.validation import exact_solution
+from dlms_engine.processes import EDM, RectifiedFlow
 
 
 class Labelled(nn.Module):
@@ -80,6 +82,21 @@ def test_one_row_for_all_or_a_refusal(method: str) -> None:
         assert distill(
             denoiser, method, nfe=4, shape=(2,), cond=cond, trajectories=4, points=12
         ).nfe == 4  # fmt: skip
+
+
+def test_the_first_exact_solution_has_the_conditions_of_its_batch() -> None:
+    """Its proof, made on the first call, left other samples' conditions for the run after it."""
+    denoiser = conditioned(
+        Denoiser(Labelled(), RectifiedFlow(), "flow"), {"label": torch.eye(2)}, "dlms"
+    )
+    x = torch.ones(3, 2)
+    ends = []
+    for _ in range(2):
+        tell_first_sample(denoiser, 1)
+        ends.append(exact_solution(denoiser, x, 4))
+    assert torch.equal(*ends)
+    tell_first_sample(denoiser, 0)
+    assert not torch.equal(exact_solution(denoiser, x, 4), ends[0])  # the order matters
 
 
 def test_a_captured_run_takes_the_rows_of_its_batch_as_inputs(captured, monkeypatch) -> None:

@@ -36,6 +36,11 @@ class PipelineDenoiser(Denoiser):
         """Tells which training sample the next batches begin with; learners call it."""
         self.network.first = number
 
+    @property
+    def next_sample(self) -> int:
+        """What ``first_sample`` was told."""
+        return int(self.network.first)
+
     def kept_solution(self, noise: Tensor, steps: int, solve: Callable[[], Tensor]) -> Tensor:
         """``solve()`` for start noise ``[B, ...]``, or what it gave in an earlier run.
 

@@ -43,6 +43,11 @@ class ConditionedDenoiser(Denoiser):
         """Number of the first sample of the next batches; learners call it."""
         self._batch.first = number
 
+    @property
+    def next_sample(self) -> int:
+        """What ``first_sample`` was told."""
+        return self._batch.first
+
     def batch_conditions(self, batch: int) -> dict[str, Any]:
         """As ``Denoiser.batch_conditions``."""
         first = self._batch.first

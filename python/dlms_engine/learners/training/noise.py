@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +40,15 @@ def tell_first_sample(denoiser: Any, number: int) -> None:
     tell = getattr(denoiser, "first_sample", None)
     if tell is not None:
         tell(number)
+
+
+@contextmanager
+def numbered_as_before(denoiser: Any) -> Iterator[None]:
+    """The next batch is numbered after the block as it was before it, whatever is run inside."""
+    number = getattr(denoiser, "next_sample", None)
+    yield
+    if number is not None:
+        tell_first_sample(denoiser, number)
 
 
 def _mix(seed: int, index: int) -> int:

@@ -19,7 +19,7 @@ from ...support.progress import inner_progress_shown
 from ...support.transfer import host_numbers
 from ..start import Conditions, ExactSolution, Proof, SamplingProblem
 from .losses import FeatureDistance
-from .noise import tell_first_sample
+from .noise import numbered_as_before, tell_first_sample
 
 _log = logging.getLogger("dlms_engine")
 _PROOFS: weakref.WeakKeyDictionary[Denoiser, Proof] = weakref.WeakKeyDictionary()
@@ -51,7 +51,8 @@ def accurate_table(
     proof = _PROOFS.get(denoiser)
     if proof is None:
         problem = SamplingProblem(denoiser, tuple(shape), cond or None)
-        proof = _PROOFS[denoiser] = ExactSolution(problem, samples=4).prove()
+        with numbered_as_before(denoiser):
+            proof = _PROOFS[denoiser] = ExactSolution(problem, samples=4).prove()
         _log.info("%s", proof.line())
     return proof.table(process, max(steps, proof.steps))
 
