@@ -18,6 +18,8 @@ from ..start import ExactSolution, SamplingProblem, rmse_with_error, run_tables
 from .features import features_of, projected_frechet
 from .runs import corrected_ends
 
+LESS = 0.9
+"""RMSE, as a share of the other's, below which logarithms may decide."""
 HELD_OUT_FIRST = 1 << 22
 """Number of the first held-out sample, apart from those of proof, start and training."""
 
@@ -100,7 +102,8 @@ def choose_stage(stages: Sequence[AutoStage], uncertainty: float = 0.0) -> AutoS
 
     A later stage, which is less simple, must also not be worse in feature distance by two standard
     errors, nor have a Frechet distance above that of the first. Differences are taken sample by
-    sample.
+    sample. Where a few samples, which end in another mode of the data, hold most of the squared error,
+    their mean says little: there the logarithms decide, if the RMSE is a tenth smaller too.
 
     Args:
         uncertainty: RMSE by which the exact solution is known; a smaller gain counts for nothing.
@@ -108,13 +111,21 @@ def choose_stage(stages: Sequence[AutoStage], uncertainty: float = 0.0) -> AutoS
     chosen = stages[0]
     for stage in stages[1:]:
         if (
-            _wins(chosen.squares - stage.squares)
+            _nearer(chosen, stage)
             and not _wins(stage.features - chosen.features)
             and _rmse(chosen) - _rmse(stage) > uncertainty
             and stage.frechet <= stages[0].frechet
         ):
             chosen = stage
     return chosen
+
+
+def _nearer(chosen: AutoStage, stage: AutoStage) -> bool:
+    """Whether ``stage`` ends nearer to the exact solution than ``chosen``, beyond chance."""
+    if _wins(chosen.squares - stage.squares):
+        return True
+    logarithms = [each.squares.clamp_min(1e-300).log() for each in (chosen, stage)]
+    return _rmse(stage) < LESS * _rmse(chosen) and _wins(logarithms[0] - logarithms[1])
 
 
 def _rmse(stage: AutoStage) -> float:
