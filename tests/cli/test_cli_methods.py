@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import answer, complaint
+from commands import answer, complaint, run
 from safetensors.torch import load_file
 
+from dlms_engine import grids, solvers
+from dlms_engine.cli.outcome import outcome_lines
 from dlms_engine.learners import LEARNERS
+from dlms_engine.policies.distilled import save_solver
+from dlms_engine.processes import EDM, VP
 
 TINY = ("--model", "cli_model:tiny")
 SMALL = {
@@ -58,3 +62,39 @@ def test_a_learned_solver_is_measured_beside_the_best_handcrafted_one(
     assert isinstance(baseline, dict)
     alone = answer(capsys, "evaluate", *TINY, "--method", baseline["solver"], "--nfe", 3, *sizes)
     assert alone["rmse"] == baseline["rmse"] and alone["baseline"] is None
+    # for people: the choice beside its baseline, not the report's page of numbers
+    run("inspect", path)
+    shown = capsys.readouterr().out
+    assert f"the best handcrafted solver, {baseline['solver']}, has" in shown
+    assert "ranking" not in shown
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A solver of another process was refused after the exact solutions, a folder and minutes later."""
+    path, folder = tmp_path / "other.safetensors", tmp_path / "folder"
+    save_solver(path, solvers.ddim(VP(), grids.logsnr(VP(), 3)))
+    refused = complaint(capsys, "evaluate", *TINY, "--solver", path, "--folder", folder)
+    assert "the solver was made for name=vp" in refused
+    assert not folder.exists()
+
+
+def test_a_file_that_names_no_baseline_says_how_to_get_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "table.safetensors"
+    save_solver(path, solvers.ddim(EDM(), grids.polynomial(EDM(), 3)))
+    sizes = ("--samples", 8, "--exact-nfe", 12, "--accurate-nfe", 8, "--folder", tmp_path)
+    assert run("evaluate", *TINY, "--solver", path, *sizes) == 0
+    assert "dlms recommend --nfe 3 finds it" in capsys.readouterr().out
+    assert run("evaluate", *TINY, "--method", "ddim", "--nfe", 3, *sizes) == 0
+    assert "the best handcrafted solver" not in capsys.readouterr().out
+
+
+def test_a_kept_base_is_not_called_times_better_than_itself() -> None:
+    report = {"rmse": 0.5, "ratio": 1.0, "ratio_interval": [1.0, 1.0], "base": "ddim/logsnr"}
+    (line,) = outcome_lines("auto", {}, [], {"report": {**report, "chosen": "base"}})
+    assert "times below" not in line and "that of the best handcrafted solver, ddim/logsnr" in line
+    learned = outcome_lines("auto", {}, [], {"report": {**report, "ratio": 2, "chosen": "table"}})
+    assert "2.00 times below the best handcrafted solver, ddim/logsnr" in learned[0]

@@ -191,6 +191,15 @@ def test_a_solver_of_another_process_is_refused_with_both_named():
         Sampler(small_network_denoiser(), table)
 
 
+def test_what_is_no_solver_and_no_seeds_is_refused_with_what_to_do():
+    """A path was "str, expected a table or policy", and a number "not iterable"."""
+    with pytest.raises(TypeError, match=r"solver is str.*load_solver\(path\)"):
+        Sampler(small_network_denoiser(), "five.safetensors")
+    sampler = Sampler(small_network_denoiser(), solvers.ddim(EDM, grids.polynomial(EDM, 3)))
+    with pytest.raises(TypeError, match=r"seeds is 8, expected .* such as range\(8\)"):
+        sampler.sample(8, (3, 8, 8))
+
+
 def test_an_unknown_backend_is_refused():
     with pytest.raises(ValueError, match="'fastest'"):
         Sampler(

@@ -137,8 +137,10 @@ def evaluate_command(
         afs=afs,
         options=options,
     )
+    from ..engine.sampler import Sampler
     from ..lab.record.measure import Entry
 
+    Sampler(held.denoiser, policy)  # one that does not fit is refused before anything is measured
     count = samples or 2_000
     settings = RecordSettings(
         nfes=(int(policy.nfe),),
@@ -151,7 +153,7 @@ def evaluate_command(
         compile=compile_,
     )
     baseline = None if not solver else _baseline(solver[0], held.denoiser.process)
-    entries = Entry(label, policy), baseline
+    entries = Entry(label, policy, learned=bool(solver)), baseline
     _single(held, *entries, settings, (folder or CACHE).expanduser(), as_json)
 
 
@@ -199,7 +201,7 @@ def _single(
     lines = [
         f"{entry.label}: {entry.nfe} network evaluations, {settings.samples:,} samples",
         f"  endpoint RMSE to the exact solution: {number(found['rmse'])}",
-        *_beside(baseline, base, found["rmse"]),
+        *_beside(entry, baseline, base, found["rmse"]),
         f"  {label}:" if distances else f"  {label}: needs pip install 'dlms-engine[evaluation]'",
         *(
             f"    to {name:17}{number(found[f'to_{side}'])} "
@@ -222,11 +224,12 @@ def _single(
     )
 
 
-def _beside(baseline: Entry | None, base: float | None, rmse: float) -> list[str]:
+def _beside(entry: Entry, baseline: Entry | None, base: float | None, rmse: float) -> list[str]:
     from ..lab.record.report import number
 
     if baseline is None or base is None:
-        return []
+        beside = f"the file names none to set beside it, dlms recommend --nfe {entry.nfe} finds it"
+        return [f"  the best handcrafted solver: {beside}"] if entry.learned else []
     times = f"{base / rmse:.2f} times this" if rmse > 0 else "not reached"
     return [f"  the best handcrafted solver, {baseline.label}: {number(base)}, {times}"]
 

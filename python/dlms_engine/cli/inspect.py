@@ -49,7 +49,8 @@ def _lines(facts: dict[str, Any], table: dict[str, Any]) -> list[str]:
         value = config_summary(facts[key]) if key == "process" else facts[key]
         lines.append(f"  {key:12} {value}")
     for key in ("settings", "best"):
-        lines.extend(f"  {key}.{name} = {value}" for name, value in facts[key].items())
+        values = facts[key].items()
+        lines.extend(f"  {key}.{name} = {_short(value)}" for name, value in values)
     for key in ("grid", "initial_grid"):
         if key in table:
             lines.append(f"  {key:12} " + "  ".join(f"{t:.5g}" for t in table[key]))
@@ -61,3 +62,13 @@ def _lines(facts: dict[str, Any], table: dict[str, Any]) -> list[str]:
             weights = "  ".join(f"{weight:+.5f}" for weight in row["b"])
             lines.append(f"  {index:3}  {row['time']:12.6g}  {row['a']:+11.6f}  {weights}")
     return lines
+
+
+def _short(value: Any) -> Any:
+    """``value``; of a report, which has a page of numbers, the choice beside its baseline."""
+    if not (isinstance(value, dict) and {"chosen", "base", "rmse", "ratio"} <= set(value)):
+        return value
+    return (
+        f"{value['chosen']}, RMSE {value['rmse']:.4g}; the best handcrafted solver, {value['base']}, "
+        f"has {value['ratio']:.2f} times that (--json prints the whole report)"
+    )

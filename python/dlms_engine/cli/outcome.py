@@ -48,9 +48,15 @@ def outcome_lines(
     report = best.get("report")
     if isinstance(report, Mapping):  # method auto measures its base on the same samples
         low, high = report["ratio_interval"]
+        reached = f"  {MEASURES['rmse']} (lower is better): {report['rmse']:.4g}"
+        if report["chosen"] == "base":
+            return [
+                f"{reached}, that of the best handcrafted solver, {report['base']}, which is kept: "
+                "nothing learned within the budget beat it"
+            ]
         return [
-            f"  {MEASURES['rmse']} (lower is better): {report['rmse']:.4g}, {report['ratio']:.2f} times "
-            f"below the best handcrafted solver, {report['base']} ({low:.2f} to {high:.2f})",
+            f"{reached}, {report['ratio']:.2f} times below the best handcrafted solver, "
+            f"{report['base']} ({low:.2f} to {high:.2f})",
             f"  kept: {report['chosen']}",
         ]
     score = best.get("score")

@@ -53,9 +53,9 @@ def sample(
     order: OrderOption = None,
     afs: AfsOption = "off",
     set_: SetOption = None,
-    seeds: Annotated[str, typer.Option(help="Numbers and ranges, one image each.")] = "0-63",
+    seeds: Annotated[str, typer.Option(help="Numbers and ranges, one sample each.")] = "0-63",
     batch: Annotated[
-        int, typer.Option(min=1, help="Images at a time; the result is the same.")
+        int, typer.Option(min=1, help="Samples at a time; the result is the same.")
     ] = 64,
     columns: Annotated[int, typer.Option(min=0, help="Images a row; 0 makes a square.")] = 0,
     backend: BackendOption = "auto",
@@ -111,7 +111,7 @@ def sample(
         },
         as_json,
         [
-            f"{output}: {len(numbers)} images, {label}, {sampler.nfe} network evaluations each, "
+            f"{output}: {len(numbers)} samples, {label}, {sampler.nfe} network evaluations each, "
             f"{seconds:.1f} s"
         ],
     )

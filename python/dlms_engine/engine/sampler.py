@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -365,9 +365,12 @@ def seeded_noise(
 
     Raises:
         ValueError: a seed is negative or beyond 64 bits, a size is none, or there is no such ``rng``.
+        TypeError: ``seeds`` is one number.
     """
     if rng not in ("cpu", "device"):
         raise ValueError(f"rng is {rng!r}, expected 'cpu' or 'device'")
+    if not isinstance(seeds, Iterable):
+        raise TypeError(f"seeds is {seeds!r}, expected one number a sample, such as range(8)")
     whole = [seed_number(s) for s in seeds]
     shape = [whole_number(size, "a size in shape") for size in shape]
     value: object = scale

@@ -85,5 +85,8 @@ def policy_of(solver: Policy | Solved) -> Policy:
     if isinstance(solver, Solved):
         solver = solver.policy
     if not isinstance(solver, Policy):
-        raise TypeError(f"solver is {type(solver).__name__}, expected a table or policy")
+        raise TypeError(
+            f"solver is {type(solver).__name__}, expected a table, a policy or a distilled solver: "
+            "dlms.load_solver(path) reads a file, dlms.recommend(...).best.table is a handcrafted one"
+        )
     return solver

@@ -114,6 +114,18 @@ def test_a_directory_and_a_prompt_file(tmp_path: Any) -> None:
         distill_pipeline(str(tmp_path / "missing"))
 
 
+def test_a_pipeline_with_a_learned_solver_is_distilled_again() -> None:
+    """A second distillation, of another count, ended in an error about the first one's file."""
+    pipe = tiny.sd()
+    asked = without(CASES["sd"][1](1))
+    before, shape = pipeline_denoiser(pipe, **asked)
+    table = solvers.ddim(before.process, grids.time_uniform(before.process, 3))
+    pipe.scheduler = DLMSScheduler.from_config(pipe.scheduler.config, solver=table)
+    assert pipe.scheduler.config.solver == "dlms_solver.safetensors"
+    again, same = pipeline_denoiser(pipe, **asked)
+    assert same == shape and again.process.config() == before.process.config()
+
+
 def test_same_process_as_the_scheduler() -> None:
     """A table on the denoiser's process fits the pipeline's scheduler; on another it is refused."""
     pipe = tiny.sd()

@@ -85,6 +85,36 @@ def test_a_network_that_knows_nothing_is_said_to() -> None:
     assert not found.ok and "no wrapping" in str(found)
 
 
+def test_the_best_of_wrappings_that_all_fail_may_be_the_given_one() -> None:
+    """It named the best of the others, whose error was larger than that of the given one."""
+    network = network_of(VP(), "noise")
+
+    def faint(x: Tensor, t: Tensor) -> Tensor:  # knows little more than nothing
+        sigma = VP().sigma(t.double())[:, None].float()
+        return 0.02 * network(x, t) + 0.98 * sigma * x
+
+    found = check(Denoiser(faint, VP(), "noise"), real())
+    assert not found.ok and "no wrapping" in str(found)
+    assert found.best == min(found.scores, key=found.scores.__getitem__)
+    assert f"{min(found.scores.values()):.2f} of a blind guess" in str(found)
+
+
+def test_rows_of_conditions_are_dealt_to_the_samples() -> None:
+    """Three rows and sixteen samples of its own: sample i has row i mod 3; it was a size mismatch."""
+    network = network_of(VP(), "noise")
+    seen: set[int] = set()
+
+    def labelled(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        assert label.tolist() == [i % 3 for i in range(len(x))]
+        seen.add(len(x))
+        return network(x, t)
+
+    denoiser = Denoiser(labelled, VP(), "noise")
+    assert check(denoiser, shape=(2,), cond={"label": torch.arange(3)}).ok
+    assert check(denoiser, real(), cond={"label": torch.arange(3)}).ok
+    assert seen == {16, 64}
+
+
 @pytest.mark.parametrize(
     ("process", "usual"),
     [(EDM(), "edm"), (VP(), "noise"), (Cosine(), "noise"), (RectifiedFlow(), "flow")],

@@ -100,7 +100,7 @@ def pipeline_denoiser(
     if guidance_scale is not None:
         asked["guidance_scale"] = guidance_scale
     original = pipe.scheduler
-    model = DLMSScheduler.from_config(original.config).noise_model
+    model = DLMSScheduler.from_config(original.config, solver="ddim").noise_model
     if model.sign < 0:
         raise ValueError(
             f"{type(pipe).__name__}: networks that predict the negative (EDM v-prediction, inverted "

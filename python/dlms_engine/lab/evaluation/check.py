@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...learners.start.problem import rows_of
 from ...models.denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NetworkPrediction
 from ...models.preconditioning import NamedTime
 from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
@@ -77,7 +78,7 @@ def check(
         denoiser: what to check.
         samples: ``[B, ...]`` real data, which decide surely; None samples with the denoiser itself.
         shape: of one sample, needed without ``samples``.
-        cond: keyword arguments of the network.
+        cond: keyword arguments of the network. A tensor ``[M, ...]`` gives sample i its row i mod M.
         count: samples to draw without ``samples``.
 
     Raises:
@@ -85,7 +86,7 @@ def check(
     """
     if samples is None and shape is None:
         raise ValueError("check needs samples [B, ...], or shape= of one sample")
-    values = dict(cond or {})
+    values = rows_of(dict(cond or {}), range(count if samples is None else len(samples)))
     wrapped = describe_wrapping(denoiser)
     every = {wrapped: denoiser, **variants(denoiser)}
     size = None if shape is None else (count, *shape)
@@ -105,7 +106,8 @@ def check(
         }
         score = max(score, scores[wrapped])
     ranked = dict(sorted(scores.items(), key=lambda item: item[1]))
-    best = wrapped if ok else next(name for name in ranked if name != wrapped)
+    none_fits = min(ranked.values()) >= GOOD
+    best = wrapped if ok else next(n for n in ranked if n != wrapped or none_fits)
     return Check(ok, score, best, ranked, samples is None)
 
 
