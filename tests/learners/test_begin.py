@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +100,45 @@ def test_where_a_setting_says_the_start_nothing_is_measured(
     assert measured == []
     assert begun(entry, problem, NFE, {"lr": 1.0}) == {"lr": 1.0, "found": 1}
     assert measured == [method]
+
+
+@pytest.mark.parametrize("method", sorted(name for name, entry in LEARNERS.items() if entry.begin))
+def test_afs_is_kept_to_by_the_start_that_is_measured(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``afs=False``, which pipelines that cannot rescale their input ask for, measured nothing."""
+    entry = LEARNERS[method].begin
+    problem = SamplingProblem(mixture_denoiser(), (16,))
+    asked: list[bool] = []
+    labels = ["ipndm3/logsnr/afs-dockhorn", "ipndm3/time_quadratic", "ipndm4/logsnr/afs-dockhorn"]
+
+    def find_start(*_: Any, afs: bool, **__: Any) -> tuple[Any, None]:
+        asked.append(afs)
+        ranking = [SimpleNamespace(candidate=Candidate(n, None), rmse=1.0) for n in labels]  # type: ignore[arg-type]
+        return SimpleNamespace(ranking=ranking), None
+
+    monkeypatch.setattr(begin, "find_start", find_start)
+    monkeypatch.setattr(begin, "_error", lambda *_: 1.0)
+    if isinstance(entry, BeginAtSolver):
+        best = entry.of(parse_label(labels[0]))
+        plain = begun(entry, problem, NFE, {"afs": False})
+        assert plain == {"afs": False, **(entry.of(parse_label(labels[1])) or {})}
+        if best is not None:  # D-ODE has no such step
+            assert begun(entry, problem, NFE, {}) == best
+        assert asked[0] is False and all(asked[1:])
+    else:
+        for afs in (True, False) if method == "dlms" else (True,):  # AMED: NFE says which
+            assert begun(entry, problem, NFE, {"afs": afs})["afs"] is afs
+            assert "grid" in begun(entry, problem, NFE, {"afs": afs})
+
+
+@pytest.mark.parametrize("method", sorted(MADE | {"gits": None}))
+def test_who_may_begin_with_an_analytical_first_step_says_so(method: str) -> None:
+    """LD3 and GITS began at such solvers for pipelines that cannot run them."""
+    entry = LEARNERS[method]
+    assert isinstance(entry.begin, BeginAtSolver)
+    every = [entry.begin.of(parse_label(c.label)) for c in handcrafted_candidates(EDM(), NFE)]
+    assert entry.afs == any(own and own.get("afs") for own in every)
 
 
 def test_the_form_with_the_smallest_error_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 No solver and no grid is good on every model, so defaults are measured, not written down. Learners of
 tables begin at the best solver of the ranking that they can express; learners of per-sample rows run
 each of their own untrained forms. A setting that says where to begin, as a paper's preset has it, is
-taken as given and nothing is measured.
+taken as given and nothing is measured. ``afs`` does not say where to begin: it is kept to.
 """
 
 from __future__ import annotations
@@ -47,15 +47,17 @@ class BeginAtSolver:
     of: Callable[[Label], Settings | None]
 
     def measured(
-        self, problem: SamplingProblem, nfe: int, store: Path | None, say: Say
+        self, problem: SamplingProblem, nfe: int, store: Path | None, say: Say, afs: Any = None
     ) -> Settings:
-        """Settings of the best solver of the ranking that has some."""
+        """Settings of the best solver of the ranking that has some, with this ``afs`` unless None."""
         # by the clock, some processes of one run would search longer than others
         effort: Effort | None = "lean" if World.current().size > 1 else None
-        start, _ = find_start(problem, nfe, effort=effort, store=store, say=say)
+        start, _ = find_start(
+            problem, nfe, effort=effort, store=store, say=say, afs=afs is None or bool(afs)
+        )
         for found in start.ranking:
             settings = self.of(parse_label(found.candidate.label))
-            if settings is not None:
+            if settings is not None and (afs is None or settings.get("afs", False) == afs):
                 say(f"begins at {found.candidate.label}, RMSE {found.rmse:.4g}")
                 return settings
         return {}
@@ -78,11 +80,14 @@ class BeginAtForm:
     policy: Callable[[Denoiser, tuple[int, ...], int, Settings], Policy]
 
     def measured(
-        self, problem: SamplingProblem, nfe: int, store: Path | None, say: Say
+        self, problem: SamplingProblem, nfe: int, store: Path | None, say: Say, afs: Any = None
     ) -> Settings:
         """The form whose end is nearest to the exact solution; the others are left on the way."""
         made: list[tuple[Settings, Policy]] = []
         for form in self.forms(problem.process, nfe):
+            if afs is not None and form.get("afs", afs) != afs:
+                continue
+            form = form if afs is None else {**form, "afs": afs}
             try:
                 policy = self.policy(problem.denoiser, problem.shape, nfe, form)
             except ValueError:  # times that this form cannot start from or end at
@@ -121,12 +126,13 @@ def begun(
     """``given`` with the measured start, where the learner has one and ``given`` does not say it.
 
     Args:
+        given: ``afs`` among them is a condition on the start, not the start.
         store: file that keeps the measurement.
     """
     settings = dict(given)
     if begin is None or set(begin.settings) & set(settings):
         return settings
-    return {**settings, **begin.measured(problem, nfe, store, say)}
+    return {**settings, **begin.measured(problem, nfe, store, say, settings.get("afs"))}
 
 
 @torch.no_grad()

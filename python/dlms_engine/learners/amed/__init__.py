@@ -63,5 +63,5 @@ AMED = LearnerEntry(
     trained=True,
     defaults=_DEFAULTS,
     presets=presets.of("amed"),
-    begin=BeginAtForm(("solver", "order", "prediction", "afs", "grid"), _forms, _untrained),
+    begin=BeginAtForm(("solver", "order", "prediction", "grid"), _forms, _untrained),
 )

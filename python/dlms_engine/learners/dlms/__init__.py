@@ -74,5 +74,5 @@ DLMS = LearnerEntry(
     trained=True,
     afs=True,
     presets=presets.of("dlms"),
-    begin=BeginAtForm(("prediction", "init", "order", "grid", "afs"), _forms, _untrained),
+    begin=BeginAtForm(("prediction", "init", "order", "grid"), _forms, _untrained),
 )

@@ -54,5 +54,5 @@ FREE_TABLE = LearnerEntry(
     defaults=_DEFAULTS,
     afs=True,
     presets=presets.of("free_table"),
-    begin=BeginAtSolver(("base", "order", "variant", "afs", "store", "grid"), _begin),
+    begin=BeginAtSolver(("base", "order", "variant", "store", "grid"), _begin),
 )

@@ -67,6 +67,7 @@ GITS = LearnerEntry(
     GitsSettings,
     trajectories=None,
     samples=_SAMPLES,
+    afs=True,
     presets=presets.of("gits"),
-    begin=BeginAtSolver(("solver", "order", "options", "afs"), _begin),
+    begin=BeginAtSolver(("solver", "order", "options"), _begin),
 )

@@ -68,6 +68,7 @@ LD3 = LearnerEntry(
     _run,
     Ld3Settings,
     trajectories="train",
+    afs=True,
     presets=presets.of("ld3"),
-    begin=BeginAtSolver(("student", "order", "variant", "afs", "init"), _begin),
+    begin=BeginAtSolver(("student", "order", "variant", "init"), _begin),
 )
