@@ -80,11 +80,11 @@ def distill(
     """
     entry = learner(method)
     nfe, seed = whole_number(nfe, "nfe"), seed_number(seed)
-    shape = tuple(whole_number(size, "a size in shape") for size in shape)
     resolved(method, nfe, settings, trajectories=trajectories)  # refuses what is wrong at once
     conditions = read_conditions(cond)
     identity = {} if output is None else run_identity(denoiser, named_conditions(conditions))
     problem = SamplingProblem(denoiser, shape, conditions, seed=seed)
+    shape = problem.shape
     if method != "auto":
         denoiser, cond = conditioned(denoiser, cond, method), None
     path = None if output is None else Path(output)

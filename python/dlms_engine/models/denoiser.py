@@ -26,7 +26,7 @@ from .preconditioning import (
     time_function,
     usual_prediction,
 )
-from .tap import FeatureTap, Owner, find_module, first_parameter, unwrap
+from .tap import FeatureTap, Owner, find_module, first_parameter, like_input, unwrap
 
 __all__ = [
     "BLIND_AT_NOISE",
@@ -259,9 +259,9 @@ class Denoiser(Versioned, nn.Module):
         """Data or noise prediction ``[B, ...]`` at ``x`` ``[B, ...]`` and time ``t`` (scalar, [B])."""
         times = as_level(t).to(x.device)
         pre = self.preconditioning(times, prediction)
-        dtype = self.network_dtype or x.dtype
-        scaled = (per_sample(pre.c_in, x) * x).to(dtype)
+        scaled = (per_sample(pre.c_in, x) * x).to(self.network_dtype or x.dtype)
         output = self.combine(self.network_output(scaled, pre.c_noise, **cond), x.dtype)
+        output = like_input(output, x)
         value = per_sample(pre.c_skip, x) * x + per_sample(pre.c_out, x) * output
         if self.dynamic_thresholding is None:
             return value

@@ -65,6 +65,21 @@ def unwrap(output: Any) -> Tensor:
     raise TypeError(f"network returned {type(output).__name__}, expected a tensor or .sample")
 
 
+def like_input(output: Tensor, x: Tensor) -> Tensor:
+    """``output`` of a network on ``x`` ``[B, ...]``.
+
+    Raises:
+        ValueError: one sample of it has another shape, which broadcasting would hide.
+    """
+    if output.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"the network returned {list(output.shape)} for x {list(x.shape)}, expected a tensor like x: "
+            "wrap it in a function that takes the prediction out (of one that also learned a variance "
+            "the first half of the channels)"
+        )
+    return output
+
+
 def first_parameter(module: nn.Module) -> nn.Parameter | None:
     """The first floating-point parameter; in every run, so not by ``parameters()``, ten times slower."""
     for parameter in module._parameters.values():

@@ -119,12 +119,18 @@ def recommend(
 
     Returns:
         the ranking, ``start.best.table`` ready for ``Sampler``, and the exact solution's proof.
+
+    Raises:
+        ValueError: another ``effort``, or sizes or evaluations that are no integers of at least 1.
+        FloatingPointError: the network's outputs are not finite.
     """
 
     def say(line: str) -> None:
         if progress:
             print(line, flush=True)
 
+    if effort not in (None, "full", "lean"):
+        raise ValueError(f"effort is {effort!r}, expected 'full', 'lean' or None")
     problem = SamplingProblem(denoiser, shape, conditions)
     path = None if store is None else Path(store)
     start, _ = find_start(problem, nfe, effort=effort, store=path, say=say)

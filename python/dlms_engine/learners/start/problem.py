@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...models.denoiser import Denoiser
+from ...support.values import whole_number
 from ..training.noise import tell_first_sample, unit_noise
 
 Conditions = Mapping[str, Any] | Callable[[Tensor], Mapping[str, Any]] | str | Path | None
@@ -31,6 +32,10 @@ class SamplingProblem:
         conditions: see ``Conditions``.
         seed: of the noise.
 
+    Raises:
+        TypeError: ``shape`` is no tuple of sizes.
+        ValueError: a size is no integer of at least 1.
+
     Attributes:
         calls: network evaluations of one sample so far (a guided one counts once).
     """
@@ -45,7 +50,9 @@ class SamplingProblem:
     ) -> None:
         self.denoiser = denoiser
         self.process = denoiser.process
-        self.shape = tuple(shape)
+        if not isinstance(shape, list | tuple):
+            raise TypeError(f"shape is {shape!r}, expected that of one sample, such as (3, 32, 32)")
+        self.shape = tuple(whole_number(size, "a size in shape") for size in shape)
         self.seed = seed
         self.device = denoiser.device
         self.conditions = conditions_on(read_conditions(conditions), self.device)
@@ -83,9 +90,15 @@ def read_conditions(conditions: Conditions) -> Any:
     """``conditions`` with a file read.
 
     Raises:
+        TypeError: they are none of ``Conditions``.
         ValueError: the file is no safetensors file of tensors, or has none.
     """
     if not isinstance(conditions, str | Path):
+        if not (conditions is None or callable(conditions) or isinstance(conditions, Mapping)):
+            raise TypeError(
+                f"conditions are {type(conditions).__name__}, expected keywords of the network such as "
+                "{'label': tensor}, a function from sample numbers to them, or a safetensors file"
+            )
         return conditions
     from safetensors import SafetensorError
     from safetensors.torch import load_file
