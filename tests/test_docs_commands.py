@@ -14,6 +14,7 @@ from marks import slow
 from torch import Tensor
 
 from dlms_engine import Denoiser, processes
+from dlms_engine.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 SHAPE = (3, 8, 8)
@@ -34,6 +35,7 @@ ELSEWHERE = ("bench", "doctor", "compare")
 MINE = """
 import torch
 from dlms_engine import Denoiser, processes
+from dlms_engine.cli.app import app
 
 def network(x, sigma):
     s = sigma.reshape(-1, 1, 1, 1) ** 2
@@ -136,6 +138,14 @@ def test_the_commands_of_the_pages(
     assert (tmp_path / "mine.safetensors").is_file() and (
         tmp_path / "samples.safetensors"
     ).is_file()
+
+
+def test_every_command_has_a_part_of_the_page() -> None:
+    """``dlms convert`` had none."""
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    named = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
+    assert len(named) >= 10
+    assert {name for name in named if f"\n## {name}\n" not in page} == set()
 
 
 def test_pages_say_nothing_of_what_has_not_been_done() -> None:

@@ -12,6 +12,7 @@ from dlms_engine import Sampler, distill
 from dlms_engine.lab.evaluation.frechet import FeatureSums, frechet_distance
 from dlms_engine.learners.auto.choose import AutoStage, choose_stage
 from dlms_engine.learners.auto.features import projected_frechet
+from dlms_engine.learners.auto.report import report_lines
 from dlms_engine.learners.start import ExactSolution, SamplingProblem, handcrafted_candidates
 from dlms_engine.learners.start.search import candidate_of
 from dlms_engine.models.denoiser import Denoiser
@@ -158,3 +159,32 @@ def test_projected_frechet_is_the_frechet_distance() -> None:
     expected = frechet_distance(sums(one), sums(two))
     assert abs(projected_frechet(one, two) - expected) < 1e-9 * expected
     assert abs(projected_frechet(one, one)) < 1e-9 < expected  # planted: the same samples
+
+
+def test_the_report_says_why_a_smaller_error_was_not_taken() -> None:
+    """The smallest error of the table of stages was passed over without a word."""
+    stage = {"standard_error": 0.0, "samples": 8, "calls": 1, "seconds": 1.0, "frechet": 1.0}
+    stages = [
+        {**stage, "name": n, "rmse": e} for n, e in (("base", 0.3), ("table", 0.2), ("x", 0.1))
+    ]
+    exact = {
+        "solver": "ddim",
+        "grid": "logsnr",
+        "steps": 9,
+        "disagreement": 0.15,
+        "against": 0.1,
+        "holds": True,
+    }
+    report = {
+        "stages": stages,
+        "exact": exact,
+        "ratio": 1.5,
+        "ratio_interval": [1.4, 1.6],
+        "base": "ddim/logsnr",
+    }
+    said = report_lines({**report, "chosen": "table"})[-1]
+    assert said.startswith("not taken: x, RMSE 0.1: the difference is less than the 0.15")
+    exact["disagreement"] = 0.01
+    stages[2]["frechet"] = 2.0
+    assert "above the base's" in report_lines({**report, "chosen": "table"})[-1]
+    assert report_lines({**report, "chosen": "x"})[-1].startswith("chosen: x")

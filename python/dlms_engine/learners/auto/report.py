@@ -83,7 +83,23 @@ def report_lines(report: dict[str, Any]) -> list[str]:
             f"handcrafted solver, {report['base']} ({low:.2f} to {high:.2f}, {samples} samples not "
             "trained on)"
         )
-    return lines
+    return lines + _passed_over(report)
+
+
+def _passed_over(report: dict[str, Any]) -> list[str]:
+    """Why the stage with the smallest error was not taken, where it was not."""
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    chosen, least = stages[report["chosen"]], min(stages.values(), key=lambda each: each["rmse"])
+    if least["rmse"] >= chosen["rmse"]:
+        return []
+    known = report["exact"]["disagreement"]
+    if chosen["rmse"] - least["rmse"] <= known:
+        why = f"the difference is less than the {known:.2g} to which the exact solution is known"
+    elif least["frechet"] > report["stages"][0]["frechet"]:
+        why = "its Frechet distance is above the base's"
+    else:
+        why = "it is not two standard errors better, or its features are worse"
+    return [f"not taken: {least['name']}, RMSE {least['rmse']:.4g}: {why}"]
 
 
 def write_report(output: Path, report: dict[str, Any]) -> None:
