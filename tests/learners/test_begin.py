@@ -150,9 +150,8 @@ def test_the_form_with_the_smallest_error_is_taken(monkeypatch: pytest.MonkeyPat
     problem = SamplingProblem(mixture_denoiser(), (16,))
 
     def taken(*forms: dict[str, Any]) -> dict[str, Any]:
-        return begun(
-            BeginAtForm(entry.settings, lambda process, nfe: forms, entry.policy), problem, NFE, {}
-        )
+        small = BeginAtForm(entry.settings, lambda process, nfe: forms, entry.learner, entry.own)
+        return begun(small, problem, NFE, {})
 
     best = taken(one, two)
     assert best == taken(two, one)

@@ -18,6 +18,7 @@ import torch
 from ..engine.sampler import Sampler
 from ..models.denoiser import Denoiser
 from ..processes import Process
+from ..solvers.common import afs_kind
 from ..solvers.policy import Policy
 from ..solvers.registry import Label, parse_label
 from ..support.parallel import World
@@ -57,7 +58,9 @@ class BeginAtSolver:
         )
         for found in start.ranking:
             settings = self.of(parse_label(found.candidate.label))
-            if settings is not None and (afs is None or settings.get("afs", False) == afs):
+            if settings is None:
+                continue
+            if afs is None or bool(settings.get("afs")) == (afs_kind(afs) is not None):
                 say(f"begins at {found.candidate.label}, RMSE {found.rmse:.4g}")
                 return settings
         return {}
@@ -70,14 +73,15 @@ class BeginAtForm:
     Attributes:
         settings: those that say where to begin.
         forms: the settings of every form of ``nfe`` evaluations.
-        policy: the untrained policy of (denoiser, shape, nfe, settings).
-
-    ``policy`` may raise ValueError for a form that the process does not have.
+        learner: the objective of (denoiser, settings, shape), whose ``policy`` is untrained; it may
+            raise ValueError for a form that the process does not have.
+        own: its settings, with ``nfe`` and ``bottleneck``.
     """
 
     settings: tuple[str, ...]
     forms: Callable[[Process, int], Sequence[Settings]]
-    policy: Callable[[Denoiser, tuple[int, ...], int, Settings], Policy]
+    learner: Callable[[Denoiser, Any, tuple[int, ...]], Any]
+    own: Callable[..., Any]
 
     def measured(
         self, problem: SamplingProblem, nfe: int, store: Path | None, say: Say, afs: Any = None
@@ -89,7 +93,8 @@ class BeginAtForm:
                 continue
             form = form if afs is None else {**form, "afs": afs}
             try:
-                policy = self.policy(problem.denoiser, problem.shape, nfe, form)
+                own = self.own(nfe=nfe, bottleneck=False, **form)
+                policy = self.learner(problem.denoiser, own, problem.shape).policy
             except ValueError:  # times that this form cannot start from or end at
                 continue
             made.append((form, policy))
@@ -132,7 +137,7 @@ def begun(
     settings = dict(given)
     if begin is None or set(begin.settings) & set(settings):
         return settings
-    return {**settings, **begin.measured(problem, nfe, store, say, settings.get("afs"))}
+    return {**begin.measured(problem, nfe, store, say, settings.get("afs")), **settings}
 
 
 @torch.no_grad()

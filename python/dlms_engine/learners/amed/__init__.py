@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ...models.denoiser import Denoiser
-from ...policies.amed import AmedPolicy
 from ...policies.distilled import DistilledSolver
 from ...processes import Process
 from ...solvers.registry import standard_grids
@@ -49,13 +48,6 @@ def _forms(process: Process, nfe: int) -> list[dict[str, Any]]:
     return [{**each, "grid": grid} for each in solvers for grid in standard_grids(process)]
 
 
-def _untrained(
-    denoiser: Denoiser, shape: tuple[int, ...], nfe: int, settings: dict[str, Any]
-) -> AmedPolicy:
-    own = AmedSettings(nfe=nfe, bottleneck=False, **settings)
-    return Amed(denoiser, own, shape).policy
-
-
 AMED = LearnerEntry(
     "amed",
     _run,
@@ -63,5 +55,5 @@ AMED = LearnerEntry(
     trained=True,
     defaults=_DEFAULTS,
     presets=presets.of("amed"),
-    begin=BeginAtForm(("solver", "order", "prediction", "grid"), _forms, _untrained),
+    begin=BeginAtForm(("solver", "order", "prediction", "grid"), _forms, Amed, AmedSettings),
 )

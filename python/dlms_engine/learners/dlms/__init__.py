@@ -6,7 +6,6 @@ from typing import Any
 
 from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
-from ...policies.dlms import DesignerPolicy
 from ...processes import Process, RectifiedFlow
 from ...solvers.registry import standard_grids
 from ...support.parallel import World
@@ -60,13 +59,6 @@ def _forms(process: Process, nfe: int) -> list[dict[str, Any]]:
     ]
 
 
-def _untrained(
-    denoiser: Denoiser, shape: tuple[int, ...], nfe: int, settings: dict[str, Any]
-) -> DesignerPolicy:
-    own = DlmsSettings(nfe=nfe, bottleneck=False, **settings)
-    return Dlms(denoiser, own, shape).policy
-
-
 DLMS = LearnerEntry(
     "dlms",
     _run,
@@ -74,5 +66,5 @@ DLMS = LearnerEntry(
     trained=True,
     afs=True,
     presets=presets.of("dlms"),
-    begin=BeginAtForm(("prediction", "init", "order", "grid"), _forms, _untrained),
+    begin=BeginAtForm(("prediction", "init", "order", "grid"), _forms, Dlms, DlmsSettings),
 )
