@@ -188,3 +188,6 @@ def test_the_report_says_why_a_smaller_error_was_not_taken() -> None:
     stages[2]["frechet"] = 2.0
     assert "above the base's" in report_lines({**report, "chosen": "table"})[-1]
     assert report_lines({**report, "chosen": "x"})[-1].startswith("chosen: x")
+    stages[2] |= {"rmse": None, "frechet": None}  # a stage that diverged
+    lines = report_lines({**report, "chosen": "table"})
+    assert lines[-1].startswith("chosen: table") and "inf" in lines[3]

@@ -60,7 +60,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         shown = "-" if features is None else f"{features:.4g}"
         error = stage["standard_error"]
         lines.append(
-            f"{stage['name']:10}  {stage['rmse']:9.5f}  {0.0 if error is None else error:8.5f}  "
+            f"{stage['name']:10}  {_number(stage['rmse']):9.5f}  {0.0 if error is None else error:8.5f}  "
             f"{shown:>10}  {stage['calls']:9,}  {stage['seconds']:7.0f}"
         )
     exact = report["exact"]
@@ -89,17 +89,23 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 def _passed_over(report: dict[str, Any]) -> list[str]:
     """Why the stage with the smallest error was not taken, where it was not."""
     stages = {stage["name"]: stage for stage in report["stages"]}
-    chosen, least = stages[report["chosen"]], min(stages.values(), key=lambda each: each["rmse"])
-    if least["rmse"] >= chosen["rmse"]:
+    chosen = stages[report["chosen"]]
+    least = min(stages.values(), key=lambda each: _number(each["rmse"]))
+    if least["name"] == chosen["name"] or least["rmse"] >= chosen["rmse"]:
         return []
     known = report["exact"]["disagreement"]
     if chosen["rmse"] - least["rmse"] <= known:
         why = f"the difference is less than the {known:.2g} to which the exact solution is known"
-    elif least["frechet"] > report["stages"][0]["frechet"]:
+    elif _number(least["frechet"]) > _number(report["stages"][0]["frechet"]):
         why = "its Frechet distance is above the base's"
     else:
         why = "it is not two standard errors better, or its features are worse"
     return [f"not taken: {least['name']}, RMSE {least['rmse']:.4g}: {why}"]
+
+
+def _number(value: float | None) -> float:
+    """What ``finite`` made None is infinite again."""
+    return math.inf if value is None else value
 
 
 def write_report(output: Path, report: dict[str, Any]) -> None:
