@@ -154,6 +154,7 @@ def test_modules_import_or_name_their_extra(answers: dict[str, Answer]) -> None:
     done = answers[IMPORTS]
     assert done.status == 0, done.stderr
     assert set(done.stdout.split()) == {
+        "dlms_engine.integrations.pipelines.denoiser",
         "dlms_engine.integrations.pipelines.distill",
         "dlms_engine.integrations.diffusers",
         "dlms_engine.integrations.scheduler.base",

@@ -11,7 +11,7 @@ from typing import Any
 # every package that only an extra brings, and what those bring
 EXTRAS = (
     "PIL", "accelerate", "diffusers", "huggingface_hub", "k_diffusion", "lpips", "matplotlib", "mkdocs",
-    "mlflow", "onnx", "scipy", "tensorboard", "tokenizers", "torch_fidelity", "torchmetrics",
+    "mlflow", "onnx", "peft", "scipy", "tensorboard", "tokenizers", "torch_fidelity", "torchmetrics",
     "torchvision", "transformers", "wandb", "yaml",
 )  # fmt: skip
 

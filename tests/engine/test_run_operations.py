@@ -51,12 +51,14 @@ def row() -> ops.Backend:
     return replace(ops.select("eager"), fused_row_=lambda f, f_cond, x, *rest: x.neg_())
 
 
-def operations(dtype: torch.dtype, row: ops.Backend, **options) -> tuple[list[str], Silent]:
+def operations(
+    dtype: torch.dtype, row: ops.Backend, cond: dict[str, Tensor] | None = None, **options
+) -> tuple[list[str], Silent]:
     network = Silent(dtype)
     table = solvers.ipndm(EDM(), grids.polynomial(EDM(), 5), order=3)
     held = Sampler(Denoiser(network, EDM(), "edm", **options), table)
     x = torch.zeros(2, 3, 4, 4)
-    taken = held._steps(x, {})
+    taken = held._steps(x, cond or {})
     with torch.no_grad(), Operations() as found:
         steps.run_plain(taken, x, held._network_dtype(x), row, None)
     assert len(network.levels) == 5
@@ -84,11 +86,11 @@ def test_a_cast_in_the_run_would_be_counted(row, monkeypatch):
     assert len(names) == 12 and names.count("aten::_to_copy") == 6, names
 
 
-def test_guidance_joins_the_network_input_alone(row):
-    names, _ = operations(
-        torch.float32, row, guidance_scale=2.0, unconditional={"y": torch.zeros(1)}
-    )
-    assert names.count("aten::cat") == 5 and len(names) == 11, names
+def test_guidance_joins_the_network_input_and_its_conditions_alone(row):
+    """Two joins an evaluation beside the row: the noise level is not joined."""
+    label = {"y": torch.zeros(1)}
+    names, _ = operations(torch.float32, row, label, guidance_scale=2.0, unconditional=label)
+    assert names.count("aten::cat") == 10 and len(names) == 16, names
 
 
 def test_levels_stay_float64_for_a_float64_network(row):

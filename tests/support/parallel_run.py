@@ -27,11 +27,11 @@ TRAINED = {
     "validate_every": 0, "checkpoint_seconds": 0.0,
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
-    "dlms": {**TRAINED, "lr": 1e-3, "grid": "polynomial"},
+    "dlms": {**TRAINED, "lr": 1e-3, "grid": "polynomial", "endpoint_share": 0.0},
     # a logarithm of batch means: not a mean of the ranks' losses
     "dlms-endpoint": {**TRAINED, "lr": 1e-3, "grid": "polynomial", "endpoint_share": 0.5,
                       "last_step": "bottleneck", "endpoint_steps": 8, "ema_kimg": []},
-    "amed": {**TRAINED, "lr": 1e-3, "solver": "amed"},
+    "amed": {**TRAINED, "lr": 1e-3, "solver": "amed", "endpoint_share": 0.0},
     "free_table": {**TRAINED, "lr": 1e-3, "teacher_steps": 12, "base": "ipndm"},
     "ld3": {"trajectories": 6, "validation": 4, "rounds": 0, "rounds_times": 3, "loss": "l2",
             "teacher_nfe": 12, "radius": 0.05, "batch": 2, "student": "ipndm", "lr_times": 0.5},
