@@ -21,9 +21,7 @@ from ..processes import Process
 from ..solvers.common import afs_kind
 from ..solvers.policy import Policy
 from ..solvers.registry import Label, parse_label
-from ..support.parallel import World
 from .start import ExactSolution, SamplingProblem, find_start, rmse
-from .start.search import Effort
 from .training.noise import tell_first_sample
 
 Say = Callable[[str], None]
@@ -51,10 +49,9 @@ class BeginAtSolver:
         self, problem: SamplingProblem, nfe: int, store: Path | None, say: Say, afs: Any = None
     ) -> Settings:
         """Settings of the best solver of the ranking that has some, with this ``afs`` unless None."""
-        # by the clock, some processes of one run would search longer than others
-        effort: Effort | None = "lean" if World.current().size > 1 else None
+        # lean: a start, not a claim; and the same in every process of a run
         start, _ = find_start(
-            problem, nfe, effort=effort, store=store, say=say, afs=afs is None or bool(afs)
+            problem, nfe, effort="lean", store=store, say=say, afs=afs is None or bool(afs)
         )
         for found in start.ranking:
             settings = self.of(parse_label(found.candidate.label))
