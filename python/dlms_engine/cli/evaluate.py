@@ -164,7 +164,7 @@ def _baseline(path: Path, process: Process) -> Entry | None:
     from ..policies.distilled import DistilledSolver, load_solver
 
     held = load_solver(path)
-    report = held.best.get("report") if isinstance(held, DistilledSolver) else None
+    report = held.report if isinstance(held, DistilledSolver) else None
     if not isinstance(report, dict) or not isinstance(report.get("base"), str):
         return None
     return Entry(report["base"], candidate_of(process, held.nfe, report["base"]).table)
