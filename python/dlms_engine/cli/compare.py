@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from ..support.files import write_text
-from .checks import check_seed
 from .common import (
     ConditionsOption,
     DeviceOption,
@@ -49,7 +48,16 @@ def compare_command(
         typer.Option(min=0, help="Samples to find the best handcrafted solver on; 0: leave out."),
     ] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Samples at a time.")] = 125,
-    seed: Annotated[int, typer.Option(help="Seed of the training noise.")] = 0,
+    trajectories: Annotated[
+        int | None,
+        typer.Option(min=1, help="Start noises a distillation, instead of what --budget pays for."),
+    ] = None,
+    seed: Annotated[
+        str,
+        typer.Option(
+            help="Seeds of the training noise: numbers and ranges; several give mean and error."
+        ),
+    ] = "0",
     folder: Annotated[
         Path, typer.Option(help="Where everything is kept; a second call goes on there.")
     ] = Path("compare-out"),
@@ -63,7 +71,6 @@ def compare_command(
     from ..lab.comparison import compare as run
     from ..lab.comparison.page import markdown, page
 
-    check_seed(seed)
     if methods is not None and study is not None:
         raise ValueError("give --methods or --study, not both")
     names = None if methods is None else [name.strip() for name in methods.split(",")]
@@ -78,7 +85,8 @@ def compare_command(
         accurate_nfe=accurate_nfe,
         screen_samples=screen_samples,
         batch=batch,
-        seed=seed,
+        training_seeds=tuple(parse_seeds(seed)),
+        trajectories=trajectories,
     )
     held = load_model(model, device, conditions)
     result = run(

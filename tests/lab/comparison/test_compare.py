@@ -19,8 +19,9 @@ from dlms_engine.lab.comparison import CONTESTANTS, STUDIES, CompareSettings, ch
 from dlms_engine.lab.comparison import distilled as workshop
 from dlms_engine.lab.comparison.budget import affordable, counted
 from dlms_engine.lab.comparison.contestants import BuildsOn, Contestant
-from dlms_engine.lab.comparison.page import draw, markdown, page
+from dlms_engine.lab.comparison.page import draw, markdown, over_seeds, page
 from dlms_engine.lab.record.measure import Entry, Measurer
+from dlms_engine.lab.record.report import number
 from dlms_engine.lab.record.store import Store
 from dlms_engine.policies.distilled import DistilledSolver, load_solver
 from dlms_engine.support.files import only_one
@@ -40,14 +41,35 @@ HEUN_LIKE = Contestant(
 )
 
 
-def run(folder: Path, who: list[Contestant], nfes: tuple[int, ...] = (3,)) -> dict[str, Any]:
+def run(
+    folder: Path, who: list[Contestant], nfes: tuple[int, ...] = (3,), **changes: Any
+) -> dict[str, Any]:
     held = cli_model.tiny()
     assert held.features is not None and held.reference is not None
-    settings = CompareSettings(nfes=nfes, **SIZES)
+    settings = CompareSettings(nfes=nfes, **SIZES | changes)
     return compare(
         held.denoiser, held.features, held.reference, held.shape, who, folder, settings,
         progress=False,
     )  # fmt: skip
+
+
+def test_several_seeds_are_one_line_with_an_error(tmp_path: Path) -> None:
+    keen = dataclasses.replace(FREE, settings={**FREE.settings, "weights_lr": 2.0})
+    result = run(tmp_path, [keen], training_seeds=(0, 3), trajectories=128, screen_samples=0)
+    first, second = [row for row in result["rows"] if row["learned"]]
+    assert (first["seed"], second["seed"]) == (0, 3) and first["trajectories"] == 128
+    assert first["rmse"] != second["rmse"], "both were trained on the same noise"
+    half = abs(first["rmse"] - second["rmse"]) / 2  # the standard error of two
+    (merged,) = [row for row in over_seeds(result["rows"]) if row["learned"]]
+    assert merged["rmse"] == pytest.approx((first["rmse"] + second["rmse"]) / 2)
+    assert merged["errors"]["rmse"] == pytest.approx(half)
+    text = markdown(result)
+    assert text.count("**free**") == 1 and f"± {number(half)}" in text
+    assert "128 start noises" in text and "error of 2 distillations" in text
+    again = run(tmp_path, [keen], training_seeds=(0, 3), trajectories=128, screen_samples=0)
+    assert again == result, "finished solvers were made again"
+    with pytest.raises(ValueError, match=r"training_seeds is \(1, 1\)"):
+        CompareSettings(training_seeds=(1, 1))
 
 
 @pytest.mark.slow
@@ -215,7 +237,7 @@ def test_a_solver_that_another_comparison_is_making_is_waited_for(
     table = solvers.ddim(held.denoiser.process, grids.polynomial(held.denoiser.process, 3))
     made: list[Path] = []
 
-    def make(_self: object, _contestant: Contestant, _nfe: int, path: Path) -> Any:
+    def make(_self: object, _who: Contestant, _nfe: int, _seed: int, path: Path) -> Any:
         made.append(path)
         DistilledSolver(table, "dode").save(path)
         return workshop.Distilled(table, 16, 1, 0, 0.5)

@@ -21,7 +21,7 @@ LABELS = [
 def test_it_distils(study: str, label: str, tmp_path: Path) -> None:
     held = cli_model.tiny()
     assert held.features is not None
-    shop = Workshop(held.denoiser, held.features, held.shape, tmp_path, 1, 0, lambda done: None)
+    shop = Workshop(held.denoiser, held.features, held.shape, tmp_path, 1, lambda done: None)
     contestant = next(each for each in choose(None, study) if each.label == label)
     policy, calls = shop._run(contestant, 3, 32, None)
     assert policy.nfe == 3 and calls.total > 0

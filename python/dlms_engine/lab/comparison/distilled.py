@@ -54,6 +54,7 @@ class Workshop:
         budget: network calls, forward and backward, a contestant may spend.
         advance: called with the number of network calls as they are made.
         conditions: the network's keyword arguments, ``learners.start.Conditions``.
+        trajectories: start noises a distillation takes; None for what ``budget`` pays for.
     """
 
     denoiser: Denoiser
@@ -61,45 +62,45 @@ class Workshop:
     shape: tuple[int, ...]
     folder: Path
     budget: int
-    seed: int
     advance: Callable[[int], None]
     conditions: Conditions = None
+    trajectories: int | None = None
 
     @cached_property
     def _model(self) -> str:
         """Of the weights: hashed once, not for every contestant and count."""
         return network_digest(self.denoiser.network)
 
-    def distilled(self, contestant: Contestant, nfe: int) -> Distilled:
-        """The solver of ``nfe`` evaluations.
+    def distilled(self, contestant: Contestant, nfe: int, seed: int = 0) -> Distilled:
+        """The solver of ``nfe`` evaluations, trained on the noise of ``seed``.
 
         Raises:
             ValueError: the method has no solver of that cost, or the budget is too small.
         """
-        stem = f"{_file_name(contestant.label)}-{nfe}"
+        stem = f"{_file_name(contestant.label)}-{nfe}" + (f"-seed{seed}" if seed else "")
         path = self.folder / f"{stem}.safetensors"
         facts_path = path.with_suffix(".json")
-        key = self._key(contestant, nfe)
+        key = self._key(contestant, nfe, seed)
         with only_one(facts_path, wait=True):  # another comparison in this folder makes it once
             held = _read(facts_path)
             if path.exists() and held.get("key") == key:
                 policy = load_solver(path).policy
                 return Distilled(policy, **held["cost"])
-            found = self._make(contestant, nfe, path)
+            found = self._make(contestant, nfe, seed, path)
             cost = {k: v for k, v in vars(found).items() if k != "policy"}
             write_text(facts_path, json.dumps({"key": key, "cost": cost}, indent=1))
         return found
 
-    def _make(self, contestant: Contestant, nfe: int, path: Path) -> Distilled:
+    def _make(self, contestant: Contestant, nfe: int, seed: int, path: Path) -> Distilled:
         trajectories = contestant.trajectories
         if contestant.scales:
-            trajectories = affordable(
-                lambda count: self._run(contestant, nfe, count, None)[1].total,
+            trajectories = self.trajectories or affordable(
+                lambda count: self._run(contestant, nfe, count, None, seed)[1].total,
                 self.budget,
                 contestant.batch,
             )
         started = time.perf_counter()
-        policy, calls = self._run(contestant, nfe, trajectories, path, self.advance)
+        policy, calls = self._run(contestant, nfe, trajectories, path, seed, self.advance)
         seconds = time.perf_counter() - started
         return Distilled(policy, trajectories, calls.forward, calls.backward, seconds)
 
@@ -109,6 +110,7 @@ class Workshop:
         nfe: int,
         trajectories: int | None,
         output: Path | None,
+        seed: int = 0,
         advance: Callable[[int], None] | None = None,
     ) -> tuple[Policy, Calls]:
         settings = dict(contestant.settings)
@@ -124,19 +126,22 @@ class Workshop:
                 trajectories=trajectories,
                 output=output,
                 progress=False,
-                seed=self.seed,
+                seed=seed,
                 feature_network=self.features,
                 **settings,
             )
         return solver.policy, calls
 
-    def _key(self, contestant: Contestant, nfe: int) -> dict[str, Any]:
+    def _key(self, contestant: Contestant, nfe: int, seed: int) -> dict[str, Any]:
         described = {k: v for k, v in asdict(contestant).items() if k not in ("label", "base")}
+        scaled = contestant.scales and self.trajectories is None
+        if contestant.scales and not scaled:
+            described["trajectories"] = self.trajectories
         key = {
             **described,
             "nfe": nfe,
-            "budget": self.budget if contestant.scales or contestant.budgeted else None,
-            "seed": self.seed,
+            "budget": self.budget if scaled or contestant.budgeted else None,
+            "seed": seed,
             "model": self._model,
             "conditions": conditions_digest(read_conditions(self.conditions)),
         }

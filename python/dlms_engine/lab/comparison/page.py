@@ -7,6 +7,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from ...support.files import write_text
@@ -51,16 +52,27 @@ def _conditions(result: Mapping[str, Any]) -> str:
         f"{s['samples']:,} samples, minus the floor, i.e. what accurate samples "
         f"({s['accurate_nfe']} evaluations) of the same seeds have: "
         f"{floors['accurate']:.4g} to accurate samples of other seeds{to_data}. "
-        f"Budget: {s['budget']:,} network calls (a pass of one "
-        "sample in either direction) for each distillation; closed forms and searches take what "
-        f"they need. torch {result['torch']}."
+        f"{_cost_of(s)} torch {result['torch']}."
     )
+
+
+def _cost_of(settings: Mapping[str, Any]) -> str:
+    trajectories = settings.get("trajectories")
+    spent = (
+        f"Budget: {settings['budget']:,} network calls (a pass of one sample in either direction) "
+        "for each distillation;"
+        if trajectories is None
+        else f"Each distillation takes {trajectories:,} start noises;"
+    )
+    seeds = len(settings.get("training_seeds", ()))
+    each = f" Mean and standard error of {seeds} distillations each." if seeds > 1 else ""
+    return f"{spent} closed forms and searches take what they need.{each}"
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The conditions and one table."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---:|---|---:|---:|---:|---|---:|---:|---:|"]
-    for row in ordered(result["rows"]):
+    for row in ordered(over_seeds(result["rows"])):
         cells = _cells(row, result["rows"])
         if row["learned"]:
             cells[1] = f"**{cells[1]}**"
@@ -71,6 +83,30 @@ def markdown(result: Mapping[str, Any]) -> str:
 def ordered(rows: Sequence[_Row]) -> list[_Row]:
     """By evaluations, then by distance to accurate samples; what was refused comes last."""
     return sorted(rows, key=lambda row: (row["nfe"], rank(row.get("excess_accurate"))))
+
+
+def over_seeds(rows: Sequence[_Row]) -> list[_Row]:
+    """One row for the solvers that differ in the seed of their training alone.
+
+    Its figures are the means; ``errors`` holds their standard errors.
+    """
+    groups: dict[tuple[Any, ...], list[_Row]] = {}
+    for row in rows:
+        groups.setdefault((row["nfe"], row["solver"], row["learned"]), []).append(row)
+    return [_mean(held) if len(held) > 1 else held[0] for held in groups.values()]
+
+
+def _mean(rows: Sequence[_Row]) -> _Row:
+    measured = [row for row in rows if "refused" not in row]
+    if len(measured) < 2:
+        return [*measured, *rows][0]
+    found: dict[str, Any] = {**measured[0], "errors": {}}
+    for key, value in measured[0].items():
+        if isinstance(value, float) or key in ("forward", "backward"):
+            values = [row[key] for row in measured]
+            found[key] = type(value)(mean(values))
+            found["errors"][key] = stdev(values) / math.sqrt(len(values))
+    return found
 
 
 def base_of(row: _Row, rows: Sequence[_Row]) -> _Row | None:
@@ -90,9 +126,14 @@ def _cells(row: _Row, rows: Sequence[_Row]) -> list[str]:
     calls = f"{row['forward'] + row['backward']:,}" if row["learned"] else ""
     seconds = f"{row['seconds']:.0f}" if row["learned"] else ""
     keys = ("rmse", "excess_accurate", "excess_data")
-    figures = [number(row[key]) if key in row else "" for key in keys]
+    figures = [_figure_of(row, key) if key in row else "" for key in keys]
     named = [str(row["nfe"]), str(row["solver"]), *figures]
     return [*named, str(row.get("base") or ""), ratio, calls, seconds]
+
+
+def _figure_of(row: _Row, key: str) -> str:
+    error = row.get("errors", {}).get(key)
+    return number(row[key]) + ("" if error is None else f" ± {number(error)}")
 
 
 def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -110,7 +151,7 @@ def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
     found = []
     for key, label in names.items():
         curves: tuple[dict[str, dict[int, float]], ...] = ({}, {})
-        for row in result["rows"]:
+        for row in over_seeds(result["rows"]):
             if key in row:
                 side = curves[row["learned"]].setdefault(row["solver"], {})
                 side[row["nfe"]] = max(row[key], 1e-3)  # an excess may be negative; a log axis
@@ -133,7 +174,7 @@ def _lowest(curves: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
 def page(result: Mapping[str, Any], folder: Path, *, command: str = "") -> Path:
     """``compare.html``: table, plots and samples in one file, nothing loaded from elsewhere."""
     rows = []
-    for row in ordered(result["rows"]):
+    for row in ordered(over_seeds(result["rows"])):
         cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row, result["rows"]))
         rows.append(f'<tr class="{"learned" if row["learned"] else "handcrafted"}">{cells}</tr>')
     head = "".join(f"<th>{name}</th>" for name in COLUMNS)

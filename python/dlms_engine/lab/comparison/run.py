@@ -46,7 +46,10 @@ class CompareSettings:
         shown: samples in the pictures.
         batch: samples at a time.
         first_seed: seed of the first sample; distillation never draws from these.
-        seed: of the training noise.
+        training_seeds: seeds of the training noise; with several, each contestant is distilled
+            once for each, and the table has the mean and its standard error.
+        trajectories: start noises a distillation takes instead of what ``budget`` pays for; a
+            closed form or a search takes its own number, ``auto`` the budget.
     """
 
     nfes: tuple[int, ...] = tuple(range(3, 11))
@@ -59,11 +62,18 @@ class CompareSettings:
     shown: int = 16
     batch: int = 125
     first_seed: int = 100_000
-    seed: int = 0
+    training_seeds: tuple[int, ...] = (0,)
+    trajectories: int | None = None
 
     def __post_init__(self) -> None:
         if not self.nfes or min(self.nfes) < 1:
             raise ValueError(f"nfes is {self.nfes}, expected at least one number >= 1")
+        if not self.training_seeds or len(set(self.training_seeds)) < len(self.training_seeds):
+            raise ValueError(
+                f"training_seeds is {self.training_seeds}, expected different numbers, at least one"
+            )
+        if self.trajectories is not None and self.trajectories < 1:
+            raise ValueError(f"trajectories is {self.trajectories}, expected >= 1 or None")
         if not 2 <= self.exact_samples <= self.samples:
             raise ValueError(
                 f"exact_samples is {self.exact_samples}, expected 2 to samples ({self.samples})"
@@ -132,23 +142,21 @@ def compare(
         run = _Run(
             denoiser, features, reference, shape, folder, settings, measurer, bar, conditions
         )
-        rows: list[dict[str, Any]] = []
         for nfe in settings.nfes:
-            rows += run.rows(contestants, nfe)
+            run.measure(contestants, nfe)
             if settings.shown:
                 side_by_side(run.panels, folder / f"samples-{nfe}.png", title=f"{nfe} evaluations")
-            result = run.result(rows)
-            write_text(folder / "compare.json", json.dumps(result, indent=1))
-    return result
+    return run.result()
 
 
 def _work(settings: CompareSettings, contestants: Sequence[Contestant]) -> int:
     """Network calls in all, about: solvers are screened with many evaluations in common."""
     fixed = 2 * settings.samples * settings.accurate_nfe
     fixed += settings.exact_samples * settings.exact_nfe
-    entries = 2 * len(contestants) + 1
+    distilled = len(contestants) * len(settings.training_seeds)
+    entries = len(contestants) + distilled + 1
     measured = sum(settings.nfes) * settings.samples * entries
-    return fixed + measured + len(settings.nfes) * len(contestants) * settings.budget
+    return fixed + measured + len(settings.nfes) * distilled * settings.budget
 
 
 class _Run:
@@ -177,11 +185,14 @@ class _Run:
             bar.update(done)
 
         self._measurer = measurer
+        self._rows: list[dict[str, Any]] = []
+        self._file = folder / "compare.json"
         solvers = folder / "solvers"
         solvers.mkdir(exist_ok=True)
         self._workshop = Workshop(
-            denoiser, features, shape, solvers, settings.budget, settings.seed, advance, conditions
-        )
+            denoiser, features, shape, solvers, settings.budget, advance, conditions,
+            settings.trajectories,
+        )  # fmt: skip
         bar.set_description("exact solutions")
         few = settings.seeds[: settings.exact_samples]
         self._exact = self._measurer.endpoints(settings.exact_nfe, few)
@@ -189,30 +200,37 @@ class _Run:
         own, other = self._measurer.accurate(settings.accurate_nfe, settings.seeds)
         self._floors = Floors.of(own.sums, other.sums, reference)
 
-    def result(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def result(self) -> dict[str, Any]:
         return {
             "format": _FORMAT,
-            "settings": {**asdict(self.settings), "nfes": list(self.settings.nfes)},
+            "settings": json.loads(json.dumps(asdict(self.settings))),
             "torch": torch.__version__,
             "distance": label_of_features(self._measurer.features),
             "floors": dict(self._floors.values),
-            "rows": rows,
+            "rows": self._rows,
         }
 
-    def rows(self, contestants: Sequence[Contestant], nfe: int) -> list[dict[str, Any]]:
-        """Handcrafted solvers first, then the learned ones; ``panels`` holds samples of each."""
+    def measure(self, contestants: Sequence[Contestant], nfe: int) -> None:
+        """All solvers of one count; after each, ``compare.json`` holds what there is."""
         self.panels = {"accurate": self._exact[: self.settings.shown]}
-        learned: list[dict[str, Any]] = []
-        hand: dict[str, Entry] = {}
-        for contestant in contestants:
-            base = self._base(contestant, nfe)
-            if base is not None:
-                base = hand.setdefault(base.digest, base)
-            learned.append(self._learned(contestant, nfe, base))
+        hand: set[str] = set()
+        for seed in self.settings.training_seeds:
+            for contestant in contestants:
+                base = self._base(contestant, nfe)
+                if base is not None:
+                    self._handcrafted(base, hand)
+                self._add(self._learned(contestant, nfe, base, seed))
         if self.settings.screen_samples:
-            entry = self._best_handcrafted(nfe)
-            hand.setdefault(entry.digest, entry)
-        return [*(self._row(entry) for entry in hand.values()), *learned]
+            self._handcrafted(self._best_handcrafted(nfe), hand)
+
+    def _handcrafted(self, entry: Entry, measured: set[str]) -> None:
+        if entry.digest not in measured:
+            measured.add(entry.digest)
+            self._add(self._row(entry))
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        write_text(self._file, json.dumps(self.result(), indent=1))
 
     def _best_handcrafted(self, nfe: int) -> Entry:
         self._bar.set_description(f"{nfe} evaluations: handcrafted")
@@ -232,17 +250,21 @@ class _Run:
             return None
         return Entry(label_of(table, contestant.base.grid), table)
 
-    def _learned(self, contestant: Contestant, nfe: int, base: Entry | None) -> dict[str, Any]:
+    def _learned(
+        self, contestant: Contestant, nfe: int, base: Entry | None, seed: int
+    ) -> dict[str, Any]:
         self._bar.set_description(f"{nfe} evaluations: {contestant.label}")
-        beside = {"base": None if base is None else base.label}
+        beside = {"base": None if base is None else base.label, "seed": seed}
         spent = self._bar.n
         try:
-            solver = self._workshop.distilled(contestant, nfe)
+            solver = self._workshop.distilled(contestant, nfe, seed)
         except ValueError as refusal:
             row = {"nfe": nfe, "solver": contestant.label, "learned": True}
             return {**row, "method": contestant.method, "refused": str(refusal), **beside}
         finally:  # a closed form takes less than its budget, a solver of an earlier run nothing
-            self._bar.update(max(0, self.settings.budget - (self._bar.n - spent)))
+            took = self._bar.n - spent
+            self._bar.total = (self._bar.total or 0) + max(0, took - self.settings.budget)
+            self._bar.update(max(0, self.settings.budget - took))
         entry = Entry(contestant.label, solver.policy, learned=True)
         return {**self._row(entry), "method": contestant.method, **_cost(solver), **beside}
 
@@ -252,7 +274,7 @@ class _Run:
             0
         ]
         shown = list(settings.seeds[: settings.shown])
-        if shown:
+        if shown and entry.label not in self.panels:  # of several seeds, the first
             self.panels[entry.label] = Sampler(self._denoiser, entry.policy).sample(
                 shown, self._shape, **rows_of(self._measurer.conditions, shown)
             )
