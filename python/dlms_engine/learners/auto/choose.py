@@ -106,14 +106,16 @@ def choose_stage(stages: Sequence[AutoStage], uncertainty: float = 0.0) -> AutoS
     their mean says little: there the logarithms decide, if the RMSE is a tenth smaller too.
 
     Args:
-        uncertainty: RMSE by which the exact solution is known; a smaller gain counts for nothing.
+        uncertainty: RMSE by which the exact solution is known. Both errors hold it (a stage may have
+            learned it, the one before may owe its error to it), and what is orthogonal adds in squares:
+            a gain in squares below twice its own counts for nothing.
     """
     chosen = stages[0]
     for stage in stages[1:]:
         if (
             _nearer(chosen, stage)
             and not _wins(stage.features - chosen.features)
-            and _rmse(chosen) - _rmse(stage) > uncertainty
+            and _rmse(chosen) ** 2 - _rmse(stage) ** 2 > 2 * uncertainty**2
             and stage.frechet <= stages[0].frechet
         ):
             chosen = stage
