@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from .start.problem import SamplingProblem, read_conditions
 from .training.conditioned import conditioned
 from .training.identity import named_conditions, run_identity
 from .training.monitor import Silent, TensorBoard
+
+_log = logging.getLogger("dlms_engine")
 
 __all__ = [
     "LEARNERS",
@@ -118,6 +121,9 @@ def distill(
         with lock, torch.inference_mode(False), torch.enable_grad():
             if path is not None and not world.rank:
                 require_writable(path)
+            if options.resume and not world.rank and not _exists(options.checkpoint):
+                where = "without an output" if path is None else f"{options.checkpoint} is not there"
+                _log.warning("resume: %s: %s starts from the beginning", where, method)
             options.settings = begun(
                 entry.begin,
                 problem,
@@ -128,7 +134,7 @@ def distill(
             )
             solver = entry.run(denoiser, shape, options)
     except FloatingPointError as error:
-        if options.checkpoint is None or not options.checkpoint.exists():
+        if not _exists(options.checkpoint):
             raise
         raise FloatingPointError(
             f"{error}; {options.checkpoint} holds the last good state"
@@ -143,12 +149,16 @@ def distill(
     return solver
 
 
+def _exists(path: Path | None) -> bool:
+    return path is not None and path.exists()
+
+
 def _save(solver: DistilledSolver, path: Path, checkpoint: Path | None) -> None:
     """Writes the solver, which makes its checkpoint needless."""
     try:
         solver.save(path)
     except OSError as error:
-        if checkpoint is None or not checkpoint.exists():
+        if not _exists(checkpoint):
             raise
         raise OSError(f"{error}; {checkpoint} is kept, resume goes on from it") from error
     if checkpoint is not None:

@@ -94,6 +94,17 @@ def test_a_run_of_another_model_is_not_resumed(what, tmp_path):
     dlms.distill(denoiser, output=output, resume=True, **options, **SETTINGS)
 
 
+@pytest.mark.parametrize("method", ["gits", "dode"])
+def test_a_restart_says_so(method, tmp_path, caplog):
+    """They keep no checkpoint: what was asked to go on began anew without a word."""
+    denoiser, _ = plain()
+    settings = {"solver": "ddim", "trajectories": 4, "progress": False, "output": tmp_path / "s"}
+    dlms.distill(denoiser, method, nfe=3, shape=(2, 8, 8), **settings)
+    assert "starts from the beginning" not in caplog.text, "nothing was asked to go on"
+    dlms.distill(denoiser, method, nfe=3, shape=(2, 8, 8), resume=True, **settings)
+    assert f"s.checkpoint.safetensors is not there: {method} starts from the" in caplog.text
+
+
 def test_how_often_a_checkpoint_is_written_may_change(tmp_path):
     output = tmp_path / "run.safetensors"
     interrupted(plain(), output)
