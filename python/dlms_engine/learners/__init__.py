@@ -122,7 +122,9 @@ def distill(
             if path is not None and not world.rank:
                 require_writable(path)
             if options.resume and not world.rank and not _exists(options.checkpoint):
-                where = "without an output" if path is None else f"{options.checkpoint} is not there"
+                where = (
+                    "without an output" if path is None else f"{options.checkpoint} is not there"
+                )
                 _log.warning("resume: %s: %s starts from the beginning", where, method)
             options.settings = begun(
                 entry.begin,
