@@ -38,6 +38,7 @@ from dlms_engine.checkpoints.restricted import UnsafeCheckpointError
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.amed import AmedPolicy
+from dlms_engine.policies.coordinates import EdmCoordinates
 from dlms_engine.policies.distilled import DistilledSolver, load_solver
 from dlms_engine.processes import EDM, Process, RectifiedFlow, VPDiscrete
 
@@ -307,11 +308,14 @@ def test_a_wrong_amed_file_is_refused(change: dict[str, Any], message: str, tmp_
         load_published(amed_file(tmp_path / "s.pkl", tensors, **change))
 
 
-def test_amed_that_scales_times_of_another_process_is_refused(tmp_path: Path) -> None:
+def test_amed_that_scales_times_of_another_process_works_in_edms_coordinates(
+    tmp_path: Path,
+) -> None:
+    """The official code runs every model so: its input is rescaled with the level it is told."""
     tensors = dict(reference_predictor().state_dict())
     path = amed_file(tmp_path / "s.pkl", tensors, dataset_name="ms_coco", schedule_type="discrete")
-    with pytest.raises(ValueError, match="scales the network's time"):
-        load_published(path, LDM)
+    solver = load_published(path, LDM)
+    assert isinstance(solver.policy, EdmCoordinates) and solver.policy.process == LDM
     without = {k: v for k, v in tensors.items() if not k.startswith("fc_scale_time")}
     path = amed_file(tmp_path / "s.pkl", without, scale_time=0, schedule_type="discrete")
     assert load_published(path, LDM).policy.process == LDM

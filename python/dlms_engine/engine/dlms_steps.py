@@ -84,7 +84,8 @@ def policy_steps(
 ) -> Steps:
     """Steps of ``policy``: with the kernel where it is available and does the same, else in torch."""
     kernels = designer_row.select_designer(backend, x.device)
-    if kernels is not None and takes(policy):
+    own = denoiser.network_process is denoiser.process
+    if kernels is not None and own and takes(policy):
         policy.place(x.device)
         try:
             return DesignerSteps(denoiser, policy, kernels, x, dtype, cond)

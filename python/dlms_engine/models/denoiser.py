@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
@@ -10,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from ..processes import Process
+from ..processes import Process, edm_coordinates
 from ..processes.base import as_level
 from ..support.versioned import Versioned
 from .guidance import Branches, check_guidance, doubled
@@ -27,6 +28,7 @@ from .preconditioning import (
     usual_prediction,
 )
 from .tap import FeatureTap, Owner, find_module, first_parameter, like_input, unwrap
+from .thresholding import quantile, thresholded
 
 __all__ = [
     "BLIND_AT_NOISE",
@@ -109,6 +111,7 @@ class Denoiser(Versioned, nn.Module):
         self.unconditional = dict(unconditional or {})
         self.guidance_scale = guidance_scale
         self.dynamic_thresholding = dynamic_thresholding
+        self.network_process: Process = process  # of its input, where the state is x / alpha
         self._branches = Branches()
         self._time_input = time_function(process, time_input, time_scale)
         self._tap = FeatureTap()
@@ -152,6 +155,17 @@ class Denoiser(Versioned, nn.Module):
         wide = raw if raw.dtype == torch.float64 else raw.float()
         return (wide.mean(dim=1) if raw.ndim > 2 else wide).flatten(1)
 
+    # -- coordinates --------------------------------------------------------------------------
+
+    def in_edm_coordinates(self) -> Denoiser:
+        """The same network for the state x / alpha, whose time is its noise level sigma / alpha.
+
+        ValueError: alpha is 0 at the start.
+        """
+        twin = copy.copy(self)
+        twin.process = edm_coordinates(self.network_process)
+        return twin
+
     # -- coefficients -----------------------------------------------------------------------
 
     @property
@@ -175,8 +189,8 @@ class Denoiser(Versioned, nn.Module):
         if self._time_input is not None:
             return self._time_input(t)
         if self.prediction == "edm":
-            return torch.log(self.process.sigma(t) / self.process.alpha(t)) / 4
-        timestep = getattr(self.process, "timestep", None)
+            return torch.log(self.network_process.sigma(t) / self.network_process.alpha(t)) / 4
+        timestep = getattr(self.network_process, "timestep", None)
         if timestep is not None and self.prediction != "data":
             return cast(Tensor, timestep(t))
         return t
@@ -185,13 +199,17 @@ class Denoiser(Versioned, nn.Module):
         self, t: Tensor, prediction: Literal["data", "noise"] = "data"
     ) -> Preconditioning:
         """Coefficients at times ``t`` (any shape, float64) for the ring quantity asked for."""
-        t = t.to(torch.float64)
-        alpha, sigma = self.process.alpha(t), self.process.sigma(t)
+        t, process = t.to(torch.float64), self.network_process
+        if process is not self.process:
+            t = process.inverse_sigma(t).clamp(process.t_min, process.t_max)
+        alpha, sigma = process.alpha(t), process.sigma(t)
         if self.prediction in BLIND_AT_NOISE:
             self._refuse_blind(alpha)
         c_skip, c_out, c_in = coefficients(
             self.prediction, self.sigma_data, alpha, sigma, prediction
         )
+        if process is not self.process:  # of x / alpha; the predictions are the same
+            c_skip, c_in = alpha * c_skip, alpha * c_in
         return Preconditioning(c_skip, c_out, c_in, self._noise_level(t))
 
     def _refuse_blind(self, alpha: Tensor) -> None:
@@ -265,16 +283,10 @@ class Denoiser(Versioned, nn.Module):
         value = per_sample(pre.c_skip, x) * x + per_sample(pre.c_out, x) * output
         if self.dynamic_thresholding is None:
             return value
-        return self._threshold(x, times, value, prediction)
-
-    def _threshold(self, x: Tensor, t: Tensor, value: Tensor, prediction: str) -> Tensor:
-        alpha, sigma = per_sample(self.process.alpha(t), x), per_sample(self.process.sigma(t), x)
-        data = value if prediction == "data" else (x - sigma * value) / alpha
-        assert self.dynamic_thresholding is not None
-        bound = quantile(data.flatten(1).abs(), self.dynamic_thresholding).clamp(min=1)
-        bound = per_sample(bound, x)
-        data = data.clamp(-bound, bound) / bound
-        return data if prediction == "data" else (x - alpha * data) / sigma
+        alpha, sigma = (
+            per_sample(v, x) for v in (self.process.alpha(times), self.process.sigma(times))
+        )
+        return thresholded(x, value, prediction, alpha, sigma, self.dynamic_thresholding)
 
     def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
         """E[x0 | x_t = x], same shape and dtype as ``x``."""
@@ -285,15 +297,3 @@ def per_sample(value: Tensor, like: Tensor) -> Tensor:
     """Casts a scalar or ``[B]`` coefficient to ``like``'s dtype, broadcastable over ``[B, ...]``."""
     value = value.to(device=like.device, dtype=like.dtype)
     return value if value.ndim == 0 else value.reshape(-1, *([1] * (like.ndim - 1)))
-
-
-def quantile(values: Tensor, q: float) -> Tensor:
-    """The q-quantile of each row of ``[B, n]``, linear between neighbours: ``[B]``.
-
-    ``torch.quantile`` takes at most 2^24 numbers, and torch 2.11 cannot export it with a dynamic batch.
-    """
-    ordered = values.sort(dim=1).values
-    last = values.shape[1] - 1
-    position = q * last
-    low = min(int(position), last)
-    return torch.lerp(ordered[:, low], ordered[:, min(low + 1, last)], position - low)

@@ -87,9 +87,13 @@ class AmedPolicy:
         choice: Choice = self.predictor(features, *at)
         return choice
 
-    def start(self, batch: int, device: torch.device) -> AmedRun:
+    def place(self, device: torch.device) -> None:
+        """Moves the predictor to ``device`` if it lies elsewhere."""
         if self.predictor.fc_r.weight.device != device:
             self.predictor.to(device)
+
+    def start(self, batch: int, device: torch.device) -> AmedRun:
+        self.place(device)
         return self.run(batch, device)
 
     def run(self, batch: int, device: torch.device) -> AmedRun:

@@ -22,7 +22,7 @@ from ..solvers.file import (
 from ..solvers.policy import Policy, Solved
 from ..solvers.table import SolverTable
 from ..support.versioned import Versioned
-from . import amed, corrector, dlms  # noqa: F401  (a file may hold their policies)
+from . import coordinates, corrector  # noqa: F401  (a file may hold their policies)
 from .static_table import Deciding, average_table
 
 

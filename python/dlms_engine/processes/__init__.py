@@ -1,7 +1,7 @@
 """Noise processes, and grids of their times (``processes.grids``)."""
 
 from .base import Process, as_float64
-from .continuous import EDM, PROCESSES, VP, Cosine, RectifiedFlow, from_config
+from .continuous import EDM, PROCESSES, VP, Cosine, RectifiedFlow, edm_coordinates, from_config
 from .discrete import VPDiscrete
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "RectifiedFlow",
     "VPDiscrete",
     "as_float64",
+    "edm_coordinates",
     "from_config",
 ]

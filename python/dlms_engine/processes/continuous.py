@@ -25,6 +25,7 @@ __all__ = [
     "RectifiedFlow",
     "VPDiscrete",
     "as_float64",
+    "edm_coordinates",
     "from_config",
 ]
 
@@ -231,6 +232,21 @@ class RectifiedFlow(Process):
 PROCESSES: dict[str, type[Process]] = {
     kind.name: kind for kind in (EDM, VP, VPDiscrete, Cosine, RectifiedFlow)
 }
+
+
+def edm_coordinates(process: Process) -> EDM:
+    """The process of x / alpha: its time is sigma / alpha, the noise level of Karras et al. 2022.
+
+    Raises:
+        ValueError: sigma / alpha is infinite at the start (a flow at t = 1, zero terminal SNR).
+    """
+    low, high = (float(process.sigma_over_alpha(t)) for t in (process.t_min, process.t_max))
+    if not math.isfinite(high):
+        raise ValueError(
+            f"sigma / alpha is {high} at t = {process.t_max} of {process!r}: EDM's coordinates need a "
+            "finite level, so use coordinates='process', or a process that starts at t_max=0.999"
+        )
+    return EDM(low, high)
 
 
 def from_config(config: Mapping[str, Any]) -> Process:

@@ -10,8 +10,9 @@ from torch import Tensor
 from ...policies.amed import AmedPolicy
 from ...policies.amed_formulas import AmedBase
 from ...policies.amed_predictor import AmedPredictor
+from ...policies.coordinates import EdmCoordinates
 from ...policies.distilled import DistilledSolver
-from ...processes import EDM, Process
+from ...processes import EDM, Process, edm_coordinates
 from ..restricted import Record, state_dict
 from .contents import Predictor, no_more
 from .levels import schedule
@@ -42,17 +43,16 @@ def from_amed(held: Any, process: Process | None, options: dict[str, Any]) -> Di
     process = found.process(process)
     base = _base(found)
     predictor = _predictor(found)
-    if predictor.scale_time and not isinstance(process, EDM):
-        raise ValueError(
-            "its predictor scales the network's time (scale_time), which on a process other than EDM's "
-            "scales the network's input too; the policy's rows do not"
-        )
     kind = found.get("schedule_type", str)
     times = schedule(process, kind, found.get("schedule_rho", float, 7.0), found.points)
     settings = {"method": "amed", **found.notes()}
     if base.solver == "dpm_solver_pp" and base.prediction == "data":
         settings["dynamic_thresholding"] = 0.995  # of the denoiser, which the policy does not set
-    return DistilledSolver(AmedPolicy(predictor, base, process, times), "amed", settings)
+    if isinstance(process, EDM) or not predictor.scale_time:
+        return DistilledSolver(AmedPolicy(predictor, base, process, times), "amed", settings)
+    levels = process.sigma_over_alpha(times)
+    inner = AmedPolicy(predictor, base, edm_coordinates(process), levels)
+    return DistilledSolver(EdmCoordinates(inner, process), "amed", settings)
 
 
 def _base(found: Predictor) -> AmedBase:

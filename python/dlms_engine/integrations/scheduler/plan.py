@@ -74,6 +74,8 @@ def strided_rows(model: NoiseModel, grid: Tensor, stride: int) -> Rows:
 
 def _levels(table: SolverTable) -> Tensor:
     steps = table.grid.shape[-1] - 1
+    if table.options.get("coordinates") == "edm":  # states are those of the network's times
+        return torch.cat([table.grid[:1], table.times[1:], table.grid[-1:]])
     if steps == table.nfe:
         return table.grid
     if steps == table.nfe + 1:  # analytical first step: the given state lies one time earlier

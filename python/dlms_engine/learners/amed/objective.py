@@ -27,9 +27,10 @@ from ...support.parallel import World
 from ...support.transfer import host_numbers
 from ..settings import plain
 from ..training.bottleneck import feature_size, reads_bottleneck
+from ..training.coordinates import Coordinates
 from ..training.losses import log_distance
 from ..training.trainer import Numbers
-from ..training.validation import Validation, exact_solution
+from ..training.validation import Validation
 from .settings import AmedSettings
 
 INFINITE_GRADIENT = 1e5
@@ -49,26 +50,28 @@ class Amed:
     ) -> None:
         reads = reads_bottleneck(denoiser, settings.bottleneck, "amed")
         settings = dataclasses.replace(settings, bottleneck=reads)
-        self.denoiser = denoiser
+        self.coordinates = Coordinates.of(denoiser, settings.coordinates)
+        model, self.denoiser = denoiser, self.coordinates.denoiser
         self.settings = settings
         self.cond = cond
         self.progress = 0.0  # share of the run that is done, set by the trainer
-        process = denoiser.process
-        self.grid, fine = settings.grids(process)
+        process = self.denoiser.process
+        self.grid, fine = map(self.coordinates.times, settings.grids(model.process))
         self._start = float(process.sigma(self.grid[0]))
         self._here = self.grid.to(denoiser.device)
         self._asked = level_range(process)
         self._teacher = settings.teacher_table(process, fine)
-        size = feature_size(denoiser, shape, self.grid[0], cond) if settings.bottleneck else 64
+        size = feature_size(self.denoiser, shape, self.grid[0], cond) if settings.bottleneck else 64
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             predictor = AmedPredictor(
                 size, settings.scale_dir, settings.scale_time, bottleneck=settings.bottleneck
             )
         self.module: nn.Module = predictor.to(denoiser.device)
-        self.policy = AmedPolicy(predictor, settings.base(), process, self.grid)
+        inner = AmedPolicy(predictor, settings.base(), process, self.grid)
+        self.policy = self.coordinates.policy(inner)
         self._validation = Validation(
-            denoiser,
+            model,
             shape,
             settings.validation_samples,
             settings.validation_steps,
@@ -105,11 +108,12 @@ class Amed:
             walk.rewrite(Tensor.detach)
 
     def validate(self) -> dict[str, float]:
-        return self._validation.measure(Sampler(self.denoiser, self.policy), self.cond)
+        return self._validation.measure(Sampler(self.coordinates.model, self.policy), self.cond)
 
     def describe(self) -> dict[str, Any]:
         noise, _ = self._validation.pair()
-        choices = mean_decisions(self.policy, self.denoiser, noise[:16], **self.cond).values()
+        model = self.coordinates.model
+        choices = mean_decisions(self.policy, model, noise[:16], **self.cond).values()
         return {name: host_numbers([getattr(c, name) for c in choices]) for name in Choice._fields}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -147,7 +151,7 @@ class Amed:
 
     def endpoint_loss(self, x: Tensor) -> Tensor:
         """Logarithm of the mean squared distance of the student's end to the exact one from ``x``."""
-        target = exact_solution(self.denoiser, x, self.settings.endpoint_steps, **self.cond)
+        target = self.coordinates.exact_solution(x, self.settings.endpoint_steps, self.cond)
         return log_distance(self.student_end(x), target, None, World.current())
 
     def student_end(self, x: Tensor) -> Tensor:

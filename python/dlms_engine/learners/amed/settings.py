@@ -12,6 +12,7 @@ from ...processes import Process
 from ...processes.grids import GRIDS, named_grid
 from ...solvers import make_solver
 from ...solvers.table import SolverTable
+from ..training.coordinates import CoordinatesName
 from ..training.start_times import GridSource, refine, start_times
 
 TEACHERS = ("same", "heun", "dpm_solver_2", "ddim", "ipndm", "dpm_solver_pp")
@@ -34,6 +35,9 @@ class AmedSettings:
             AMED-Solver, logsnr for dpm_solver_pp, polynomial for the others.
         scale_dir: direction scales lie within 1 +- scale_dir; 0 keeps 1.
         scale_time: the network's noise level is scaled within 1 +- scale_time; 0 keeps 1.
+        coordinates: "edm" works on x / alpha at levels sigma / alpha, as the paper: a network that is
+            called at a scaled level has its input rescaled with it; "process" leaves the input as it
+            is; None is "edm" except for flows, whose level is infinite at t = 1.
         bottleneck: the predictor reads the bottleneck; False feeds zeros, so that the choices
             are the same for all samples.
         teacher: solver of the teacher; "same" is the student's without predictor (DPM-Solver-2
@@ -59,6 +63,7 @@ class AmedSettings:
     grid: GridSource | None = None
     scale_dir: float = 0.01
     scale_time: float = 0.0
+    coordinates: CoordinatesName | None = None
     bottleneck: bool = True
     teacher: str | None = None
     interpolation: int | None = None

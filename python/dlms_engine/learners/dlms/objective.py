@@ -28,10 +28,11 @@ from ...policies.static_table import average_table
 from ...processes.grids import GRIDS
 from ...support.parallel import World
 from ..training.bottleneck import feature_size, reads_bottleneck
+from ..training.coordinates import Coordinates
 from ..training.losses import FeatureDistance, last_step_distance, log_distance
-from ..training.start_times import start_times
+from ..training.start_times import StartTimes, start_times
 from ..training.trainer import Numbers
-from ..training.validation import Validation, exact_solution
+from ..training.validation import Validation
 from .initial import initial_scales, initial_weights
 from .settings import DlmsSettings
 from .teacher import Teacher
@@ -62,13 +63,20 @@ class Dlms:
     ) -> None:
         reads = reads_bottleneck(denoiser, settings.bottleneck, "dlms")
         settings = replace(settings, bottleneck=reads)
-        self.denoiser = denoiser
+        times = start_times(denoiser.process, settings.grid, settings.steps)
+        named = settings.coordinates
+        if named is None and times.network is not None:
+            named = "process"  # its network times were learned on inputs as they are
+        self.coordinates = Coordinates.of(denoiser, named)
+        model, self.denoiser = denoiser, self.coordinates.denoiser
+        denoiser = self.denoiser
+        network = None if times.network is None else self.coordinates.times(times.network)
+        times = StartTimes(self.coordinates.times(times.grid), network)
         self.settings = settings
         self.cond = cond
         self.world = World()  # ranks that share a batch
         self.progress = 0.0  # share of the run that is done, set by the trainer
         process = denoiser.process
-        times = start_times(process, settings.grid, settings.steps)
         grid = times.grid
         size = feature_size(denoiser, shape, float(grid[0]), cond) if reads else 0
         with torch.random.fork_rng(devices=[]):
@@ -84,13 +92,13 @@ class Dlms:
                 raw = initial_scales(times, settings.scale_range, settings.time_gain)
                 self.module.bias[:, -1] = raw
         self._start = float(process.sigma(grid[0]))
-        self.policy = DesignerPolicy(self.module)
+        self.policy = self.coordinates.policy(DesignerPolicy(self.module))
         self.module.to(denoiser.device)
         self.distance: FeatureDistance | None = last_step_distance(
             denoiser, settings.last_step, settings.feature_sigma, feature_network
         )
         self._validation = Validation(
-            denoiser,
+            model,
             shape,
             settings.validation_samples,
             settings.validation_steps,
@@ -144,11 +152,11 @@ class Dlms:
         yield {"loss": last, **losses}
 
     def validate(self) -> dict[str, float]:
-        return self._validation.measure(Sampler(self.denoiser, self.policy), self.cond)
+        return self._validation.measure(Sampler(self.coordinates.model, self.policy), self.cond)
 
     def describe(self) -> dict[str, Any]:
         noise, _ = self._validation.pair()
-        table = average_table(self.policy, self.denoiser, noise[:16], **self.cond)
+        table = average_table(self.policy, self.coordinates.model, noise[:16], **self.cond)
         return {"grid": table.grid.tolist(), "network_times": table.times.tolist()}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -225,7 +233,7 @@ def endpoint_loss(learner: Dlms, x: Tensor) -> Tensor:
     feature distances: their product, free of scales, is what validation scores by.
     """
     settings = learner.settings
-    target = exact_solution(learner.denoiser, x, settings.endpoint_steps, **learner.cond)
+    target = learner.coordinates.exact_solution(x, settings.endpoint_steps, learner.cond)
     return log_distance(student_end(learner, x), target, learner.distance, learner.world)
 
 

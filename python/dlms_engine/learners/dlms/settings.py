@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..training.coerce import check_choices
+from ..training.coordinates import CoordinatesName
 from ..training.start_times import GridSource
 from .teacher import TeacherSettings
 
@@ -31,6 +32,10 @@ class DlmsSettings:
         adaptive_times: times are learned (ablation: False).
         time_scaling: the network's time is scaled (ablation: False).
         time_range, scale_range: bounds, see ``DesignerSettings``.
+        coordinates: "edm" works on x / alpha at levels sigma / alpha, as the paper: a network that is
+            called at a scaled level has its input rescaled with it; "process" works in the process's
+            own time and leaves the input as it is; None is "edm" except for flows, whose level is
+            infinite at t = 1, and for a ``grid`` with network times, which were learned so.
         teacher: the many-step teacher.
         last_step: distance of the last step, *instead of* pixels: "pixels" (ablation: w/o
             Inception), "bottleneck" (the network's own bottleneck at ``feature_sigma``: needs no
@@ -57,6 +62,7 @@ class DlmsSettings:
     time_scaling: bool = True
     time_range: float = 0.7
     scale_range: float = 0.2
+    coordinates: CoordinatesName | None = None
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     last_step: Literal["pixels", "bottleneck", "features"] = "pixels"
     feature_sigma: float = 0.1

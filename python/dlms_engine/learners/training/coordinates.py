@@ -1,0 +1,61 @@
+"""The coordinates a per-sample learner works in: the papers' (EDM's) or the process's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ...models.denoiser import Denoiser
+from ...policies.amed import AmedPolicy
+from ...policies.coordinates import EdmCoordinates
+from ...policies.dlms import DesignerPolicy
+from ...processes import EDM, RectifiedFlow
+from .validation import exact_solution
+
+CoordinatesName = Literal["edm", "process"]
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """A model, and the same model in the coordinates a learner works in.
+
+    Attributes:
+        model: as given.
+        denoiser: what the learner calls: ``model``, or its state divided by alpha, its time the level
+            sigma / alpha.
+    """
+
+    model: Denoiser
+    denoiser: Denoiser
+
+    @classmethod
+    def of(cls, model: Denoiser, name: CoordinatesName | None) -> Coordinates:
+        """Those of the setting ``coordinates``; None is EDM's except for flows.
+
+        Raises:
+            ValueError: EDM's, and alpha is 0 at the start.
+        """
+        if isinstance(model.process, EDM) or name == "process":
+            return cls(model, model)
+        if name is None and isinstance(model.process, RectifiedFlow):
+            return cls(model, model)
+        return cls(model, model.in_edm_coordinates())
+
+    def times(self, t: Tensor) -> Tensor:
+        """Times of the process as times of ``denoiser``."""
+        return t if self.denoiser is self.model else self.model.process.sigma_over_alpha(t)
+
+    def policy(self, inner: AmedPolicy | DesignerPolicy) -> Any:
+        """``inner``, a policy for ``denoiser``, as one for ``model``."""
+        same = self.denoiser is self.model
+        return inner if same else EdmCoordinates(inner, self.model.process)
+
+    def exact_solution(self, x: Tensor, steps: int, cond: dict[str, Any]) -> Tensor:
+        """``validation.exact_solution`` from ``x``, a state of ``denoiser`` at its start."""
+        if self.denoiser is self.model:
+            return exact_solution(self.model, x, steps, **cond)
+        process = self.model.process
+        start, end = (float(process.alpha(t)) for t in (process.t_max, process.t_min))
+        return exact_solution(self.model, start * x, steps, **cond) / end
