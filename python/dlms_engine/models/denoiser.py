@@ -19,6 +19,7 @@ from .preconditioning import (
     BLIND_AT_NOISE,
     PREDICTIONS,
     TIME_INPUTS,
+    NamedTime,
     NetworkPrediction,
     Preconditioning,
     TimeInput,
@@ -67,7 +68,8 @@ class Denoiser(Versioned, nn.Module):
         time_input: how the network takes the time t ``[B]`` when the default is not right
             (defaults: t for data, flow; the model's index for ``VPDiscrete``; ln(sigma)/4 for edm):
             ``"t"``, ``"reversed"`` (1 - t: data at 1), ``"sigma"`` (sigma / alpha), ``"log_sigma"``
-            (its logarithm) or a function of t.
+            (its logarithm), ``"index"`` (the nearest index of a ``VPDiscrete`` as int64, for networks
+            that read a table of embeddings by it) or a function of t.
         time_scale: factor of a ``time_input`` given by name, such as 1000.
         dynamic_thresholding: quantile in (0, 1] of |data prediction| per sample used to clip it
             (Saharia et al. 2022); None (default) is off. It changes the ODE: pixel models only.
@@ -244,6 +246,8 @@ class Denoiser(Versioned, nn.Module):
         wide = torch.float64 if network_input.dtype == torch.float64 else torch.float32
         batch = network_input.shape[0]
         level = c_noise.to(device=network_input.device, dtype=wide)
+        if isinstance(self._time_input, NamedTime) and self._time_input.whole:
+            level = level.round().to(torch.int64)
         noise = level.expand(batch)
         if self.guidance_scale is None:
             return unwrap(self.network(network_input, noise, **cond))

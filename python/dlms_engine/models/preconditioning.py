@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from ..processes import EDM, Process, RectifiedFlow
+from ..processes import EDM, Process, RectifiedFlow, VPDiscrete
 from ..support.values import is_finite_number
 
 NetworkPrediction = Literal["data", "noise", "velocity", "flow", "reverse_flow", "edm"]
 PREDICTIONS = ("data", "noise", "velocity", "flow", "reverse_flow", "edm")
 BLIND_AT_NOISE = ("noise", "edm")
 """Predictions that say nothing about the data where alpha = 0."""
-TimeInput = Callable[[Tensor], Tensor] | Literal["t", "reversed", "sigma", "log_sigma"]
-TIME_INPUTS = ("t", "reversed", "sigma", "log_sigma")
+TimeInput = Callable[[Tensor], Tensor] | Literal["t", "reversed", "sigma", "log_sigma", "index"]
+TIME_INPUTS = ("t", "reversed", "sigma", "log_sigma", "index")
 
 
 class Preconditioning(NamedTuple):
@@ -80,11 +80,19 @@ class NamedTime:
     def __init__(self, process: Process, name: str, scale: float) -> None:
         self.process, self.name, self.scale = process, name, scale
 
+    @property
+    def whole(self) -> bool:
+        """Whether the network reads a table by it, which takes whole numbers."""
+        return self.name == "index"
+
     def __call__(self, t: Tensor) -> Tensor:
         if self.name == "t":
             return self.scale * t
         if self.name == "reversed":
             return self.scale * (1 - t)
+        if self.name == "index":
+            process = cast(VPDiscrete, self.process)
+            return process.timestep(t).clamp(0, process.levels - 1)
         ratio = self.process.sigma_over_alpha(t)
         return self.scale * (ratio if self.name == "sigma" else torch.log(ratio))
 
@@ -102,6 +110,11 @@ def time_function(
         if given not in TIME_INPUTS:
             raise ValueError(
                 f"time_input is {given!r}, expected a function of t or one of {TIME_INPUTS}"
+            )
+        if given == "index" and not (isinstance(process, VPDiscrete) and scale is None):
+            raise ValueError(
+                "time_input='index' is the nearest of a VPDiscrete's times, as whole numbers and "
+                f"without a time_scale; the process is {type(process).__name__}"
             )
         return NamedTime(process, given, 1.0 if scale is None else float(scale))
     if scale is not None:

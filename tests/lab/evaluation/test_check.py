@@ -7,10 +7,11 @@ import torch
 from analytic import GaussianMixture
 from torch import Tensor
 
-from dlms_engine import Denoiser, check
-from dlms_engine.processes import EDM, VP, Cosine, Process, RectifiedFlow
+from dlms_engine import Denoiser, Sampler, check, distill
+from dlms_engine.processes import EDM, VP, Cosine, Process, RectifiedFlow, VPDiscrete
 
 MEANS = torch.tensor([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]], dtype=torch.float64)
+LEVELS = VPDiscrete(betas=torch.linspace(1e-4, 0.02, 1000))
 KINDS = ("data", "noise", "velocity", "flow", "reverse_flow")
 
 
@@ -148,7 +149,48 @@ def test_time_inputs_by_name() -> None:
             torch.zeros(1, 2), 0.25
         )
         assert float(seen[-1]) == pytest.approx(wanted, rel=1e-6)
+    index = Denoiser(network, LEVELS, time_input="index")
+    index(torch.zeros(1, 2), 0.25)
+    assert seen[-1].dtype == torch.int64 and abs(float(seen[-1]) - 250) <= 1
+    with pytest.raises(ValueError, match="the process is EDM"):
+        Denoiser(network, EDM(), time_input="index")
     with pytest.raises(ValueError, match="time_input"):
         Denoiser(network, EDM(), time_input="tau")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="time_scale"):
         Denoiser(network, EDM(), time_scale=1000.0)
+
+
+class Table(torch.nn.Module):
+    """Reads what it knows of a level from a table, as networks with an embedding of the index do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times = torch.nn.Embedding(LEVELS.levels, 1, dtype=torch.float64)
+        every = torch.arange(1, LEVELS.levels + 1, dtype=torch.float64) / LEVELS.levels
+        self.times.weight.data = every[:, None]
+        self.mixture = GaussianMixture(LEVELS, MEANS, 0.05)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        t = self.times(index)[:, 0]
+        alpha, sigma = LEVELS.alpha(t)[:, None], LEVELS.sigma(t)[:, None]
+        return ((x - alpha * self.mixture(x.double(), t)) / sigma).to(x.dtype)
+
+
+@pytest.mark.parametrize("samples", [None, real()], ids=["own", "real"])
+def test_a_table_of_embeddings_wants_the_index(samples: Tensor | None) -> None:
+    found = check(Denoiser(Table(), LEVELS), samples, shape=(2,))
+    assert not found.ok and found.best == "prediction='noise', time_input='index'"
+    assert "gives nothing finite" in str(found)
+    assert check(Denoiser(Table(), LEVELS, time_input="index"), samples, shape=(2,)).ok
+    with pytest.raises(
+        TypeError, match="takes 2 positional"
+    ):  # what takes no wrapping says why itself
+        check(Denoiser(torch.nn.Linear(5, 2), LEVELS), samples, shape=(2,))
+
+
+@pytest.mark.slow
+def test_a_table_of_embeddings_is_distilled_and_sampled() -> None:
+    denoiser = Denoiser(Table(), LEVELS, time_input="index")
+    solver = distill(denoiser, nfe=4, shape=(2,), budget="20k", progress=False)
+    assert solver.report is not None and solver.report["ratio"] > 1
+    assert bool(Sampler(denoiser, solver).sample(range(4), (2,)).isfinite().all())

@@ -54,6 +54,11 @@ class Check:
                 f"{self.scores[self.best]:.2f} of a blind guess): process, time argument and scale "
                 "of the data are worth a look"
             )
+        if math.isinf(self.score):
+            return (
+                f"this wrapping gives nothing finite on {source}; with {self.best} the error is "
+                f"{self.scores[self.best]:.2f} of a blind guess"
+            )
         return (
             f"this wrapping does not fit: its error on {source} is {self.score:.2f} of a blind guess, "
             f"with {self.best} it is {self.scores[self.best]:.2f}"
@@ -83,6 +88,7 @@ def check(
 
     Raises:
         ValueError: neither samples nor shape.
+        RuntimeError, TypeError, IndexError: of the network, if it takes none of the wrappings.
     """
     if samples is None and shape is None:
         raise ValueError("check needs samples [B, ...], or shape= of one sample")
@@ -90,25 +96,52 @@ def check(
     wrapped = describe_wrapping(denoiser)
     every = {wrapped: denoiser, **variants(denoiser)}
     size = None if shape is None else (count, *shape)
-    data = samples
-    if data is None:
-        assert size is not None
-        data = _own_samples(denoiser, size, values)
-    data = data.to(denoiser.device)
-    scores = {name: _score(variant, data, values) for name, variant in every.items()}
+    trial = _Trial(size, values)
+    data = trial.samples(denoiser) if samples is None else samples.to(denoiser.device)
+    scores = {name: trial.score(variant, data) for name, variant in every.items()}
     score, least = scores[wrapped], min(scores.values())
     ok = score < GOOD and score <= 1.25 * least + 0.02
     if not ok and samples is None:  # samples of a wrong wrapping say little: each on its own
-        assert size is not None
         scores = {
-            name: _score(variant, _own_samples(variant, size, values), values)
-            for name, variant in every.items()
+            name: trial.score(variant, trial.samples(variant)) for name, variant in every.items()
         }
         score = max(score, scores[wrapped])
+    trial.require_one(scores)
     ranked = dict(sorted(scores.items(), key=lambda item: item[1]))
     none_fits = min(ranked.values()) >= GOOD
     best = wrapped if ok else next(n for n in ranked if n != wrapped or none_fits)
     return Check(ok, score, best, ranked, samples is None)
+
+
+class _Trial:
+    """Scores wrappings, some of which the network may refuse: a table of embeddings takes no floats."""
+
+    def __init__(self, size: tuple[int, ...] | None, cond: dict[str, Any]) -> None:
+        self._size, self._cond = size, cond
+        self._refusals: list[Exception] = []
+
+    def samples(self, denoiser: Denoiser) -> Tensor | None:
+        """Its own, None where the network refuses."""
+        assert self._size is not None
+        try:
+            return _own_samples(denoiser, self._size, self._cond).to(denoiser.device)
+        except (RuntimeError, TypeError, IndexError) as refusal:
+            self._refusals.append(refusal)
+            return None
+
+    def score(self, denoiser: Denoiser, data: Tensor | None) -> float:
+        if data is None:
+            return math.inf
+        try:
+            return _score(denoiser, data, self._cond)
+        except (RuntimeError, TypeError, IndexError) as refusal:
+            self._refusals.append(refusal)
+            return math.inf
+
+    def require_one(self, scores: Mapping[str, float]) -> None:
+        """Raises what the network said first, of the wrapping given, if nothing ran."""
+        if self._refusals and not any(math.isfinite(score) for score in scores.values()):
+            raise self._refusals[0]
 
 
 def describe_wrapping(denoiser: Denoiser) -> str:
@@ -130,7 +163,9 @@ def variants(denoiser: Denoiser) -> dict[str, Denoiser]:
         levels += [NamedTime(process, n, s) for n in ("t", "reversed") for s in (1.0, 1000.0)]
     elif isinstance(process, EDM):
         levels += [NamedTime(process, "log_sigma", s) for s in (0.25, 1.0)]
-    elif not isinstance(process, VPDiscrete):
+    elif isinstance(process, VPDiscrete):
+        levels.append(NamedTime(process, "index", 1.0))
+    else:
         levels += [NamedTime(process, "t", 1000.0), NamedTime(process, "sigma", 1.0)]
     found = {}
     for prediction in PREDICTIONS:
