@@ -76,7 +76,7 @@ def test_learners_take_a_row_a_sample(method: str, settings: dict[str, object]) 
 def test_one_row_for_all_or_a_refusal(method: str) -> None:
     denoiser = Denoiser(Labelled(), EDM(), "data")
     with pytest.raises(ValueError, match="one condition for all samples"):
-        distill(denoiser, method, nfe=4, shape=(2,), cond={"label": torch.eye(2)})
+        distill(denoiser, method, nfe=4, shape=(2,), conditions={"label": torch.eye(2)})
     if method == "gits":
         cond = {"label": torch.ones(1, 2)}
         assert distill(

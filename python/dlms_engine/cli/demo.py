@@ -150,7 +150,7 @@ def _distilled(
         solver = load_solver(path)
     else:
         solver = learners.distill(
-            model.denoiser, "auto", nfe=nfe, shape=model.shape, cond=model.conditions,
+            model.denoiser, "auto", nfe=nfe, shape=model.shape, conditions=model.conditions,
             output=path, budget=budget, effort=effort, progress=progress,
         )  # fmt: skip
     return solver, _recommended(model, folder, name, nfe, effort, progress=False)

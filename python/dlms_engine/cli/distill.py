@@ -137,7 +137,7 @@ def distill_command(
         progress=not as_json,
         seed=seed,
         feature_network=held.features,
-        cond=held.conditions,
+        conditions=held.conditions,
         tensorboard=tensorboard,
         **settings,
     )

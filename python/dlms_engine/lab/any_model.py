@@ -60,7 +60,7 @@ def cell(name: str, nfe: int, budget: str, folder: Path, samples: int) -> dict[s
     denoiser, shape, conditions = _load(name, folder)
     with tempfile.TemporaryDirectory() as place:
         solver = distill(
-            denoiser, "auto", nfe=nfe, shape=shape, cond=conditions, budget=budget,
+            denoiser, "auto", nfe=nfe, shape=shape, conditions=conditions, budget=budget,
             output=Path(place) / "solver.safetensors",
         )  # fmt: skip
     report = solver.report

@@ -19,7 +19,7 @@ from .begin import begun
 from .entry import LearnerEntry
 from .options import RunOptions
 from .registry import LEARNERS, learner, register_learner, resolved
-from .start.problem import SamplingProblem, read_conditions
+from .start.problem import Conditions, SamplingProblem, one_of_two, read_conditions
 from .training.conditioned import conditioned
 from .training.identity import named_conditions, run_identity
 from .training.monitor import Silent, TensorBoard
@@ -48,7 +48,8 @@ def distill(
     progress: bool = True,
     seed: int = 0,
     feature_network: Any = None,
-    cond: Any = None,
+    conditions: Conditions = None,
+    cond: Conditions = None,
     tensorboard: str | Path | None = None,
     **settings: Any,
 ) -> DistilledSolver:
@@ -63,9 +64,10 @@ def distill(
         output: path of the solver file; the checkpoint is written next to it and ``resume`` continues it.
             A run that torchrun has started again resumes by itself.
         feature_network: module from finished samples to ``[B, F]`` for feature distances.
-        cond: keyword arguments of the network. A tensor ``[1, ...]`` serves all samples, a tensor
+        conditions: keyword arguments of the network. A tensor ``[1, ...]`` serves all samples, a tensor
             ``[M, ...]`` gives sample i its row i mod M; a callable or a safetensors file will do, too
             (``learners.start.Conditions``). LD3, D-ODE and GITS take one row.
+        cond: their earlier name.
         tensorboard: folder for TensorBoard events, one scalar a number and update.
         settings: the method's own settings; unknown names are refused. Where none says which solver
             or grid to begin at, the best for this model is found by measuring.
@@ -84,12 +86,12 @@ def distill(
     entry = learner(method)
     nfe, seed = whole_number(nfe, "nfe"), seed_number(seed)
     resolved(method, nfe, settings, trajectories=trajectories)  # refuses what is wrong at once
-    conditions = read_conditions(cond)
+    conditions = read_conditions(one_of_two(conditions, cond))
     identity = {} if output is None else run_identity(denoiser, named_conditions(conditions))
     problem = SamplingProblem(denoiser, shape, conditions, seed=seed)
     shape = problem.shape
     if method != "auto":
-        denoiser, cond = conditioned(denoiser, cond, method), None
+        denoiser, conditions = conditioned(denoiser, conditions, method), None
     path = None if output is None else Path(output)
     world = World.current()
     shown = progress and world.rank == 0
@@ -103,7 +105,7 @@ def distill(
         seed,
         settings,
         feature_network,
-        cond or {},
+        conditions or {},
         TensorBoard(str(tensorboard)) if watched else Silent(),
         identity,
     )

@@ -111,8 +111,11 @@ def test_rows_of_conditions_are_dealt_to_the_samples() -> None:
         return network(x, t)
 
     denoiser = Denoiser(labelled, VP(), "noise")
-    assert check(denoiser, shape=(2,), cond={"label": torch.arange(3)}).ok
-    assert check(denoiser, real(), cond={"label": torch.arange(3)}).ok
+    assert check(denoiser, shape=(2,), cond={"label": torch.arange(3)}).ok  # the earlier name
+    assert check(denoiser, real(), conditions={"label": torch.arange(3)}).ok
+    assert check(denoiser, real(), conditions=lambda numbers: {"label": numbers % 3}).ok
+    with pytest.raises(ValueError, match="two names of one argument"):
+        check(denoiser, real(), conditions={}, cond={})
     assert seen == {16, 64}
 
 

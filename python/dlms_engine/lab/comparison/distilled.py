@@ -122,7 +122,7 @@ class Workshop:
                 contestant.method,
                 nfe=nfe,
                 shape=self.shape,
-                cond=self.conditions,
+                conditions=self.conditions,
                 trajectories=trajectories,
                 output=output,
                 progress=False,

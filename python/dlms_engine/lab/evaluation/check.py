@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...learners.start.problem import rows_of
+from ...learners.start.problem import Conditions, one_of_two, read_conditions, rows_of
 from ...models.denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NetworkPrediction
 from ...models.preconditioning import NamedTime
 from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
@@ -71,7 +71,8 @@ def check(
     samples: Tensor | None = None,
     *,
     shape: tuple[int, ...] | None = None,
-    cond: Mapping[str, Any] | None = None,
+    conditions: Conditions = None,
+    cond: Conditions = None,
     count: int = 16,
 ) -> Check:
     """Tries the wrapping and its neighbours: other predictions and other time arguments.
@@ -83,7 +84,9 @@ def check(
         denoiser: what to check.
         samples: ``[B, ...]`` real data, which decide surely; None samples with the denoiser itself.
         shape: of one sample, needed without ``samples``.
-        cond: keyword arguments of the network. A tensor ``[M, ...]`` gives sample i its row i mod M.
+        conditions: keyword arguments of the network, ``learners.start.Conditions``: of a tensor
+            ``[M, ...]`` sample i gets the row i mod M.
+        cond: their earlier name.
         count: samples to draw without ``samples``.
 
     Raises:
@@ -92,7 +95,8 @@ def check(
     """
     if samples is None and shape is None:
         raise ValueError("check needs samples [B, ...], or shape= of one sample")
-    values = rows_of(dict(cond or {}), range(count if samples is None else len(samples)))
+    given = read_conditions(one_of_two(conditions, cond))
+    values = rows_of(given, range(count if samples is None else len(samples)))
     wrapped = describe_wrapping(denoiser)
     every = {wrapped: denoiser, **variants(denoiser)}
     size = None if shape is None else (count, *shape)

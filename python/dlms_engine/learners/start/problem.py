@@ -86,6 +86,17 @@ class SamplingProblem:
         return self.denoiser.predict(x, t, prediction, **self.condition(numbers, copies))
 
 
+def one_of_two(conditions: Conditions, cond: Conditions) -> Conditions:
+    """``conditions``, or ``cond`` where they were given by that name.
+
+    Raises:
+        ValueError: both are given.
+    """
+    if conditions is not None and cond is not None:
+        raise ValueError("conditions and cond are two names of one argument: give one of them")
+    return cond if conditions is None else conditions
+
+
 def read_conditions(conditions: Conditions) -> Any:
     """``conditions`` with a file read.
 
