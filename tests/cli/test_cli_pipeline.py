@@ -235,9 +235,9 @@ def test_embeddings_and_latents_are_found_again(
     encoded: list[int] = []
     capture = calls.capture
 
-    def counted(pipe: Any, arguments: dict[str, Any]) -> calls.NetworkCall:
+    def counted(recording: Any, arguments: dict[str, Any]) -> calls.StepCalls:
         encoded.append(len(arguments["prompt"]))
-        return capture(pipe, arguments)
+        return capture(recording, arguments)
 
     monkeypatch.setattr(calls, "capture", counted)
     pipe = load_pipeline(folder / "model")

@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import tiny_pipelines as tiny
 import torch
-from images import PICTURE, SIZE, Case, common, ddim, generator, mask, prompts, quiet, qwen
+from images import PICTURE, SIZE, Case, common, ddim, flow, generator, mask, prompts, quiet, qwen
 from tiny_pipelines import SD_CONFIG, seeded, vae
 from videos import TEXT, unipc_flow, wan_transformer, wan_vae
 
@@ -103,6 +103,24 @@ def wan_video() -> Any:
     )
 
 
+def inpaint9() -> Any:
+    """Mask and masked image as channels beside the latents."""
+    parts = sd_parts(unet=tiny._unet(in_channels=9, out_channels=4))
+    return quiet(diffusers.StableDiffusionInpaintPipeline(**parts))
+
+
+def lumina() -> Any:
+    transformer = seeded(
+        lambda: diffusers.LuminaNextDiT2DModel(
+            sample_size=4, patch_size=2, in_channels=4, hidden_size=24, num_layers=2,
+            num_attention_heads=3, num_kv_heads=1, multiple_of=16, ffn_dim_multiplier=None,
+            norm_eps=1e-5, learn_sigma=True, qk_norm=True, cross_attention_dim=16, scaling_factor=1.0,
+        )
+    )  # fmt: skip
+    parts = {**TEXT, "vae": vae(), "scheduler": flow()}
+    return quiet(diffusers.LuminaPipeline(transformer=transformer, **parts))
+
+
 def qwen_image() -> Any:
     parts = {k: v for k, v in qwen().components.items() if k != "processor"}
     return quiet(diffusers.QwenImageImg2ImgPipeline(**parts))
@@ -153,6 +171,10 @@ CASES: dict[str, Case] = {
         pag, lambda: {**tiny.sd_inputs(), **SIZE, "pag_scale": 2.0}),
     "StableDiffusionXLInpaintPipeline": (
         lambda: tiny.sdxl("Inpaint"), lambda: {**tiny.sdxl_inputs(), **SIZE, **MASKED}),
+    "StableDiffusionInpaintPipeline, joined": (
+        inpaint9, lambda: {**tiny.sd_inputs(), **SIZE, **MASKED}),
+    "LuminaPipeline": (
+        lumina, lambda: {**common(height=32, width=32), **prompts(7, 16, masks=True)}),
     "FluxInpaintPipeline": (
         lambda: tiny.flux("Inpaint"), lambda: {**tiny.flux_inputs(), **MASKED}),
     "FluxControlPipeline": (

@@ -13,6 +13,10 @@ TEXT = {"tokenizer": None, "text_encoder": None}
 CLIP = {"height": 16, "width": 16, "num_frames": 5}
 
 
+def picture(size: int) -> torch.Tensor:
+    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(7))
+
+
 def wan_vae() -> Any:
     return seeded(
         lambda: diffusers.AutoencoderKLWan(
@@ -73,7 +77,17 @@ def skyreels() -> Any:
     )  # fmt: skip
 
 
-def ltx() -> Any:
+def wan_image_two() -> Any:
+    return quiet(
+        diffusers.WanImageToVideoPipeline(
+            **TEXT, vae=wan_vae(), scheduler=flow(shift=3.0), image_encoder=None,
+            image_processor=None, transformer=wan_transformer(in_channels=36), boundary_ratio=0.9,
+            transformer_2=wan_transformer(in_channels=36, seed=1),
+        )
+    )  # fmt: skip
+
+
+def ltx(kind: str = "") -> Any:
     transformer = seeded(
         lambda: diffusers.LTXVideoTransformer3DModel(
             in_channels=8, out_channels=8, num_attention_heads=2, attention_head_dim=8,
@@ -92,17 +106,17 @@ def ltx() -> Any:
             encoder_causal=True, decoder_causal=False,
         )
     )  # fmt: skip
-    return quiet(
-        diffusers.LTXPipeline(**TEXT, vae=ltx_vae, transformer=transformer, scheduler=flow())
-    )
+    cls = getattr(diffusers, f"LTX{kind}Pipeline")
+    return quiet(cls(**TEXT, vae=ltx_vae, transformer=transformer, scheduler=flow()))
 
 
-def hunyuan_video() -> Any:
+def hunyuan_video(kind: str = "", channels: int = 4, **options: Any) -> Any:
     transformer = seeded(
         lambda: diffusers.HunyuanVideoTransformer3DModel(
-            in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=10, num_layers=1,
-            num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1,
-            guidance_embeds=True, text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+            in_channels=channels, out_channels=4, num_attention_heads=2, attention_head_dim=10,
+            num_layers=1, num_single_layers=1, num_refiner_layers=1, patch_size=1, patch_size_t=1,
+            text_embed_dim=16, pooled_projection_dim=8, rope_axes_dim=(2, 4, 4),
+            **{"guidance_embeds": True} | options,
         )
     )  # fmt: skip
     hunyuan_vae = seeded(
@@ -113,9 +127,10 @@ def hunyuan_video() -> Any:
         )
     )  # fmt: skip
     parts = {"text_encoder_2": None, "tokenizer_2": None, "scheduler": flow(shift=7.0)}
-    return quiet(
-        diffusers.HunyuanVideoPipeline(**TEXT, vae=hunyuan_vae, transformer=transformer, **parts)
-    )
+    if kind:
+        parts["image_processor"] = None
+    cls = getattr(diffusers, f"HunyuanVideo{kind}Pipeline")
+    return quiet(cls(**TEXT, vae=hunyuan_vae, transformer=transformer, **parts))
 
 
 def hunyuan_inputs(true: float) -> dict[str, Any]:
@@ -128,10 +143,17 @@ def hunyuan_inputs(true: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def cogvideox() -> Any:
+def hunyuan_image(kind: str) -> Any:
+    """Image latents and a mask as channels, or the first frame's latents in their place."""
+    if kind == "latent_concat":
+        return hunyuan_video("ImageToVideo", 9, image_condition_type=kind, guidance_embeds=False)
+    return hunyuan_video("ImageToVideo", image_condition_type=kind)
+
+
+def cogvideox(kind: str = "", channels: int = 4) -> Any:
     transformer = seeded(
         lambda: diffusers.CogVideoXTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4,
+            num_attention_heads=2, attention_head_dim=16, in_channels=channels, out_channels=4,
             time_embed_dim=2, text_embed_dim=16, num_layers=1, sample_width=2, sample_height=2,
             sample_frames=9, patch_size=2, temporal_compression_ratio=4, max_text_seq_length=7,
         )
@@ -147,11 +169,8 @@ def cogvideox() -> Any:
         prediction_type="v_prediction", clip_sample=False, timestep_spacing="trailing",
         rescale_betas_zero_snr=True, snr_shift_scale=3.0,
     )  # fmt: skip
-    return quiet(
-        diffusers.CogVideoXPipeline(
-            **TEXT, vae=cog_vae, transformer=transformer, scheduler=scheduler
-        )
-    )
+    cls = getattr(diffusers, f"CogVideoX{kind}Pipeline")
+    return quiet(cls(**TEXT, vae=cog_vae, transformer=transformer, scheduler=scheduler))
 
 
 def mochi() -> Any:
@@ -201,7 +220,7 @@ CASES: dict[str, Case] = {
     "WanImageToVideoPipeline": (
         wan_image,
         lambda: {**common(**CLIP), **prompts(7, 32),
-                 "image": torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(7))}),
+                 "image": picture(16)}),
     "SkyReelsV2Pipeline": (skyreels, lambda: {**common(**CLIP), **prompts(7, 32)}),
     "LTXPipeline": (
         ltx,
@@ -215,6 +234,23 @@ CASES: dict[str, Case] = {
     "MochiPipeline": (
         mochi,
         lambda: {**common(height=16, width=16, num_frames=7), **prompts(7, 16, masks=True)}),
+    "WanImageToVideoPipeline, two networks": (
+        wan_image_two,
+        lambda: {**common(**CLIP), **prompts(7, 32), "image": picture(16), "guidance_scale_2": 2.0}),
+    "LTXImageToVideoPipeline": (
+        lambda: ltx("ImageToVideo"),
+        lambda: {**common(height=32, width=32, num_frames=9), **prompts(7, 16, masks=True),
+                 "image": picture(32)}),
+    "HunyuanVideoImageToVideoPipeline": (
+        lambda: hunyuan_image("latent_concat"),
+        lambda: {**hunyuan_inputs(4.0), "image": picture(16)}),
+    "HunyuanVideoImageToVideoPipeline, first frame": (
+        lambda: hunyuan_image("token_replace"),
+        lambda: {**hunyuan_inputs(1.0), "image": picture(16)}),
+    "CogVideoXImageToVideoPipeline": (
+        lambda: cogvideox("ImageToVideo", 8),
+        lambda: {**common(height=16, width=16, num_frames=8), **prompts(7, 16),
+                 "max_sequence_length": 7, "image": picture(16)}),
     "LattePipeline": (
         latte,
         lambda: {**common(height=16, width=16), **prompts(7, 16), "video_length": 1,

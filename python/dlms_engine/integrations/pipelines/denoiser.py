@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,11 +16,11 @@ from ...models.denoiser import Denoiser
 from ...support.files import replacing
 from ..diffusers import DLMSScheduler
 from ..scheduler.noise import NoiseModel
-from ..scheduler.probe import first_argument
 from .acceleration import set_scheduler
-from .prompt_calls import NetworkCall, network_of, prompt_calls
-from .prompt_network import PipelineNetwork, SwitchedNetwork
+from .prompt_calls import prompt_calls
+from .prompt_network import PipelineNetwork
 from .proof import proved
+from .step_calls import StepCalls
 
 _log = logging.getLogger("dlms_engine")
 
@@ -64,11 +63,11 @@ class PipelineDenoiser(Denoiser):
     def _key(self, noise: Tensor, steps: int) -> str:
         """Changes with everything the exact solution depends on (16 values of each parameter)."""
         network = self.network
-        told = [noise, *network.batched.values()]
+        told = [noise, *network.conditions()]
         told += [p.detach().reshape(-1)[:16] for p in network.parameters()]
-        model = f"{steps} {self.guidance_scale} {self.process!r}"
-        if isinstance(network, SwitchedNetwork):
-            model += f" {network.call.guidance} {network.call.guidance_2} {network.call.boundary}"
+        call = network.call
+        model = f"{steps} {self.guidance_scale} {self.process!r} {call.guidance_2} {call.boundary}"
+        model += f" {call.guidance} {[one.weights for one in call.calls]}"
         total = hashlib.sha256(model.encode())
         for tensor in told:
             total.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -87,8 +86,8 @@ def pipeline_denoiser(
     """A denoiser of ``pipe``'s network with prompts and guidance, and one sample's shape.
 
     Args:
-        pipe: a loaded diffusers pipeline (SD, SDXL, SD3, FLUX, Wan, unconditional); two networks
-            that are switched by time (Wan 2.2) are one network here.
+        pipe: a loaded diffusers pipeline; two networks that are switched by time (Wan 2.2) are one
+            network here.
         prompts: encoded once, by the pipeline itself; None for unconditional pipelines, or with
             ``prompt_embeds`` among the arguments.
         guidance_scale: None leaves the pipeline's default.
@@ -101,13 +100,8 @@ def pipeline_denoiser(
         asked["guidance_scale"] = guidance_scale
     original = pipe.scheduler
     model = DLMSScheduler.from_config(original.config, solver="ddim").noise_model
-    if model.sign < 0:
-        raise ValueError(
-            f"{type(pipe).__name__}: networks that predict the negative (EDM v-prediction, inverted "
-            "flows) run handcrafted solvers only; distilling for them is not supported"
-        )
 
-    def prove(call: NetworkCall, given: dict[str, Any]) -> None:
+    def prove(call: StepCalls, given: dict[str, Any]) -> None:
         proved(pipe, _denoiser(pipe, call, model, None), given)
 
     set_scheduler(pipe, DLMSScheduler.from_config(original.config, solver="ddim"))
@@ -117,52 +111,17 @@ def pipeline_denoiser(
         set_scheduler(pipe, original)
     denoiser = _denoiser(pipe, call, model, features)
     denoiser.folder = None if folder is None else Path(folder)
-    return denoiser, tuple(first_argument(call.args, call.kwargs).shape[1:])
+    return denoiser, call.shape
 
 
 def _denoiser(
-    pipe: Any, call: NetworkCall, model: NoiseModel, features: str | None
+    pipe: Any, call: StepCalls, model: NoiseModel, features: str | None
 ) -> PipelineDenoiser:
-    network, scale = _network(pipe, call, model.levels)
-    mixed = isinstance(network, SwitchedNetwork)
-    denoiser = PipelineDenoiser(
-        network,
+    return PipelineDenoiser(
+        PipelineNetwork({one.module: getattr(pipe, one.module) for one in call.calls}, call),
         model.process,
         model.denoiser.prediction,
         features=features,
-        guidance_scale=None if mixed else call.guidance,
-        time_input=lambda t: model.timestep(t) * scale,
+        guidance_scale=call.guidance if call.fused else None,
+        time_input=model.timestep,
     )
-    _check_output(pipe, denoiser, tuple(first_argument(call.args, call.kwargs).shape[1:]))
-    return denoiser
-
-
-@torch.no_grad()
-def _check_output(pipe: Any, denoiser: PipelineDenoiser, shape: tuple[int, ...]) -> None:
-    """One call: pipelines that join channels or tokens to the latents are found by their output.
-
-    Raises:
-        ValueError: the network's output is not shaped like its input.
-    """
-    x = torch.zeros(1, *shape, device=denoiser.device, dtype=denoiser.network_dtype)
-    level = denoiser._noise_level(torch.tensor(denoiser.process.t_max, dtype=torch.float64))
-    given = denoiser.network_output(x, level)
-    found = tuple((given if isinstance(given, Tensor) else given[0]).shape)
-    if found != tuple(x.shape):
-        raise ValueError(
-            f"{type(pipe).__name__}'s network takes {tuple(x.shape)} and gives {found}: it is given "
-            "more than the latents, and distilling for such pipelines is not supported; run a "
-            "handcrafted solver there"
-        )
-
-
-def _network(pipe: Any, call: NetworkCall, levels: int) -> tuple[PipelineNetwork, float]:
-    """The network with its prompts, and the factor from the scheduler's times to its own."""
-    if call.boundary is None:
-        network = PipelineNetwork(network_of(pipe), call)
-        return network, network.time_scale(levels)
-    experts = (pipe.transformer, pipe.transformer_2)
-    switched = SwitchedNetwork(experts, call)
-    scale = switched.time_scale(levels)
-    switched.boundary = call.boundary * scale
-    return switched, scale

@@ -32,7 +32,6 @@ from ...support.parallel import World
 from ..diffusers import DLMSScheduler
 from ..scheduler.origin import ORIGIN, pipeline_facts
 from .denoiser import PipelineDenoiser, pipeline_denoiser
-from .prompt_network import SwitchedNetwork
 
 __all__ = ["distill_pipeline", "load_pipeline", "pipeline_denoiser"]
 
@@ -77,8 +76,11 @@ def distill_pipeline(
     """
     pipe = load_pipeline(pipeline)
     texts = _texts(prompts)
+    arguments = dict(pipeline_arguments or {})
+    among = arguments.pop("guidance_scale", None)
+    guidance_scale = among if guidance_scale is None else guidance_scale
     denoiser, shape = pipeline_denoiser(
-        pipe, texts, guidance_scale=guidance_scale, folder=folder, **(pipeline_arguments or {})
+        pipe, texts, guidance_scale=guidance_scale, folder=folder, **arguments
     )
     if method == "dlms" and not _attach(denoiser, features, shape):
         settings.setdefault("bottleneck", False)
@@ -92,11 +94,10 @@ def distill_pipeline(
     solver = distill(
         denoiser, method, nfe=nfe, shape=shape, trajectories=trajectories, output=output, **settings
     )
-    scale = _stated_scale(
-        pipe, denoiser, {"guidance_scale": guidance_scale, **(pipeline_arguments or {})}
-    )
+    scale = _stated_scale(pipe, denoiser, {"guidance_scale": guidance_scale, **arguments})
+    call = denoiser.network.call
     solver.settings[ORIGIN] = pipeline_facts(
-        pipe, shape, scale, nfe, denoiser.network.call.guidance_2
+        pipe, shape, scale, nfe, call.guidance_2, call.own_times
     )
     if output is not None and World.current().rank == 0:
         solver.save(output)
@@ -174,8 +175,8 @@ def _attach(denoiser: Denoiser, features: str | None, shape: tuple[int, ...]) ->
     if features is None:
         return False
     try:
-        if isinstance(denoiser.network, SwitchedNetwork):
-            raise ValueError("two networks have two")
+        if not denoiser.network.one_call:
+            raise ValueError("a step has several calls, and each of them one")
         module = find_module(denoiser.network, features)
     except ValueError as exc:
         _log.warning("every sample gets the same rows: no bottleneck is read: %s", exc)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class Packing:
         copies: how often they are repeated along the batch.
         interleaved: ``repeat_interleave`` (sample by sample) rather than ``cat`` (copy by copy).
         permutation: of the latents' dimensions; None leaves them.
-        shape: of one copy after a reshape; None leaves it.
+        shape: of one copy after a reshape, -1 for its samples; None leaves it.
         sample: the one sample that is taken; None takes all.
         dim, offset: where they lie in the longer dimension; ``dim`` is None where nothing is joined.
     """
@@ -76,8 +76,9 @@ class Packing:
 
     def branches(self, output: Tensor, like: Shape) -> list[Tensor]:
         """The copies in a network's ``output``, each in the latents' shape ``like``."""
-        size = like[self.dim] if self.dim is not None and self.shape is None else 0
-        part = self.part(output, size) if size else output
+        part = output
+        if self.dim is not None:
+            part = self.part(output, (like if self.shape is None else self.shape)[self.dim])
         if self.copies == 1:
             return [self._restore(part, like)]
         if self.interleaved:
@@ -117,6 +118,7 @@ def possible_forms(whole: Shape, x: Shape) -> Iterator[Packing]:
                 dim = differing[0]
                 yield from _joined(copies, interleaved, dim, whole[dim], x[dim])
     yield from _rearranged(whole, x)
+    yield from _tokens(whole, x)
     if x and x[0] and _count(whole) * x[0] == _count(x) and len(whole) <= len(x) + 1:
         for sample in range(x[0]):
             yield Packing(sample=sample, shape=whole)
@@ -142,7 +144,21 @@ def _rearranged(whole: Shape, x: Shape) -> Iterator[Packing]:
             if order != tuple(range(len(x))) and tuple(x[d] for d in order) == one:
                 yield Packing(copies, permutation=order)
     if one != x:
-        yield Packing(copies, shape=one)
+        yield Packing(copies, shape=(-1, *one[1:]) if one[:1] == x[:1] else one)
+
+
+def _tokens(whole: Shape, x: Shape) -> Iterator[Packing]:
+    """Every place a token of its channels, among others: ``[B, C, ...]`` in ``[copies * B, S, C]``."""
+    if len(whole) != 3 or len(x) < 4 or not _count(x) or whole[2] != x[1] or whole[0] % x[0]:
+        return
+    size, copies = _count(x[2:]), whole[0] // x[0]
+    order = (0, *range(2, len(x)), 1)
+    plain = Packing(copies, permutation=order, shape=(-1, size, x[1]))
+    if whole[1] == size:
+        yield plain
+    elif whole[1] > size:
+        for joined in _joined(copies, False, 1, whole[1], size):
+            yield replace(plain, dim=1, offset=joined.offset)
 
 
 def _count(shape: Shape) -> int:

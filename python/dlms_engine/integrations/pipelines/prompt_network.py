@@ -6,120 +6,132 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from ..scheduler.probe import ProbeLoop
-from .prompt_calls import NetworkCall, is_batched
+from .step_calls import NetworkCall, StepCalls, evaluated
+
+_Rows = Tensor | list[int]
 
 
 class PipelineNetwork(nn.Module):
-    """A pipeline's network with its prompts built in: sample i of a batch has prompt i mod P.
+    """What a pipeline calls in a step, with its prompts: sample i of a batch has prompt i mod P.
+
+    The calls' outputs are mixed here, but for one call of both branches, which the denoiser mixes.
+    Of two networks that are switched by time each has its own calls; a batch whose samples lie on both
+    sides of the boundary is divided between them.
 
     Args:
-        network: the pipeline's.
-        call: arguments of one call of the network for all prompts.
+        networks: the pipeline's, by component name.
+        call: the calls of one step for all prompts.
 
     Attributes:
         call: what it was made with.
-        batched: the arguments that have a row for each prompt and branch.
         first: number of the batch's first sample, so that training goes through all prompts.
 
-    Samples come on the network's device; the remembered arguments are moved there once.
+    Samples come on the networks' device; the remembered arguments are moved there once.
     """
 
-    def __init__(self, network: nn.Module, call: NetworkCall) -> None:
+    def __init__(self, networks: dict[str, nn.Module], call: StepCalls) -> None:
         super().__init__()
-        self.network = network
+        self.networks = nn.ModuleDict(networks)
         self.call = call
-        self._loop = _loop(network, call)
-        self._prompts, self._branches = call.prompts, call.branches
-        self.batched = _batched(call)
-        self._shared = {k: v for k, v in self._loop.tensors().items() if k not in self.batched}
         self.first = 0
+        self._stacks = call.stacks
+        self._samples = [_stacked(call)] if self._stacks else [list(s) for s in call.samples]
+        self._times = [dict(one.times) for one in call.calls]
+        self._device = torch.device("cpu")
 
-    def time_scale(self, levels: int) -> float:
-        """Factor from the scheduler's times to the network's."""
-        return self._loop.time_scale(self.call.timestep, levels)
+    @property
+    def one_call(self) -> bool:
+        """Whether one call with at most two branches makes a step: a bottleneck for each sample."""
+        call = self.call
+        return call.fused or (len(call.calls) == 1 and call.calls[0].copies == 1 and call.stacks)
+
+    def conditions(self) -> list[Tensor]:
+        """Every tensor that the networks are given besides latents and time."""
+        leaves = [leaf for sample in self._samples for one in sample for leaf in one]
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
     def forward(self, x: Tensor, time: Tensor, **_: Any) -> Tensor:
-        """``x`` ``[branches * B, ...]``, ``time`` ``[branches * B]`` in the network's unit."""
-        rows = self._rows(x.shape[0] // self._branches, x.device)
-        return self._output(self._loop, x, time, self._of_branches(rows))
-
-    def _rows(self, batch: int, device: torch.device) -> Tensor:
-        """``[batch]`` the samples' prompts."""
-        return (torch.arange(batch, device=device) + self.first) % self._prompts
-
-    def _of_branches(self, rows: Tensor) -> Tensor:
-        return torch.cat([rows + self._prompts * k for k in range(self._branches)])
-
-    def _output(self, loop: ProbeLoop, x: Tensor, time: Tensor, rows: Tensor) -> Tensor:
+        """``x`` ``[B, ...]``, ``time`` ``[B]`` in the scheduler's unit; both twice where it is fused."""
         self._place(x.device)
-        chosen = {k: v[rows] for k, v in self.batched.items()} | self._shared
-        out = loop.evaluate(x, time, chosen)
-        return out[:, : x.shape[1]] if out.ndim == 4 else out
+        if self.call.fused:
+            half = x.shape[0] // 2
+            return torch.cat(self._branches(0, x[:half], time[:half], self._rows(half, x.device)))
+        return self._mixed(x, time, self._rows(x.shape[0], x.device))
+
+    def _rows(self, batch: int, device: torch.device) -> _Rows:
+        """The samples' prompts; on the device where they are an index there."""
+        count = len(self.call.samples)
+        if self._stacks:
+            return (torch.arange(batch, device=device) + self.first) % count
+        return [(self.first + k) % count for k in range(batch)]
+
+    def _mixed(self, x: Tensor, time: Tensor, rows: _Rows) -> Tensor:
+        if self.call.boundary is None:
+            return self._side(range(len(self.call.calls)), x, time, rows)
+        late = time < self.call.boundary
+        sides = [range(self.call.first), range(self.call.first, len(self.call.calls))]
+        if bool((late == late[:1]).all()):
+            return self._side(sides[int(late[0])], x, time, rows)
+        places = [torch.nonzero(late == which)[:, 0] for which in (False, True)]
+        parts = [
+            self._side(
+                side,
+                x[i],
+                time[i],
+                rows[i] if isinstance(rows, Tensor) else [rows[k] for k in i.tolist()],
+            )
+            for side, i in zip(sides, places, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(places).argsort()]
+
+    def _side(self, calls: range, x: Tensor, time: Tensor, rows: _Rows) -> Tensor:
+        """The mix of ``calls``, summed in float32 or wider."""
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        total = None
+        for k in calls:
+            branches = self._branches(k, x, time, rows)
+            for weight, branch in zip(self.call.calls[k].weights, branches, strict=True):
+                part = branch if weight == 1.0 else weight * branch.to(wide)
+                total = part if total is None else total + part
+        assert total is not None
+        return total.to(x.dtype)
+
+    def _branches(self, k: int, x: Tensor, time: Tensor, rows: _Rows) -> list[Tensor]:
+        call, network = self.call.calls[k], self.networks[self.call.calls[k].module]
+        if self._stacks:
+            leaves = list(self._samples[0][k])
+            for i in call.batched:
+                if isinstance(leaves[i], Tensor) and leaves[i].numel():
+                    leaves[i] = leaves[i][:, rows].flatten(0, 1)
+            return evaluated(call, self._times[k], network, leaves, x, time)
+        alone = [
+            evaluated(call, self._times[k], network, self._samples[row][k], x[n : n + 1], time[n : n + 1])
+            for n, row in enumerate(rows)
+        ]  # fmt: skip
+        return [torch.cat(parts) for parts in zip(*alone, strict=True)]
 
     def _place(self, device: torch.device) -> None:
         """The arguments on ``device``, where they are not."""
-        for kept in (self.batched, self._shared):
-            for name, value in kept.items():
-                if value.device != device:
-                    kept[name] = value.to(device)
+        if device == self._device:
+            return
+        self._device = device
+        for sample in self._samples:
+            for one in sample:
+                one[:] = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in one]
+        for times in self._times:
+            for i, (offset, factor) in times.items():
+                times[i] = offset.to(device), factor.to(device)
 
 
-class SwitchedNetwork(PipelineNetwork):
-    """Two experts with the same arguments, each for its own times; guidance is mixed in here.
-
-    Their guidance scales may differ, so the denoiser around it has none. A batch whose samples lie
-    on both sides of the boundary is divided between the two.
-
-    Args:
-        experts: for times from ``boundary`` up, and for those below.
-
-    Attributes:
-        boundary: in the network's unit; infinite until it is set.
-    """
-
-    def __init__(self, experts: tuple[nn.Module, nn.Module], call: NetworkCall) -> None:
-        super().__init__(experts[0], call)
-        self.second = experts[1]
-        self._loops = (self._loop, _loop(experts[1], call))
-        self._scales = (call.guidance, call.guidance_2)
-        self.boundary = float("inf")
-
-    def forward(self, x: Tensor, time: Tensor, **_: Any) -> Tensor:
-        """``x`` ``[B, ...]``, ``time`` ``[B]`` in the network's unit."""
-        rows, late = self._rows(x.shape[0], x.device), time < self.boundary
-        if bool((late == late[:1]).all()):
-            return self._mixed(int(late[0]), x, time, rows)
-        places = [torch.nonzero(late == which)[:, 0] for which in (False, True)]
-        parts = [self._mixed(k, x[i], time[i], rows[i]) for k, i in enumerate(places)]
-        return torch.cat(parts)[torch.cat(places).argsort()]
-
-    def _mixed(self, expert: int, x: Tensor, time: Tensor, rows: Tensor) -> Tensor:
-        loop, scale = self._loops[expert], self._scales[expert]
-        if scale is None:
-            return self._output(loop, x, time, rows)
-        both = self._output(
-            loop, torch.cat([x, x]), torch.cat([time, time]), self._of_branches(rows)
-        )
-        other, conditional = both.chunk(2)
-        return other + scale * (conditional - other)
+def _stacked(call: StepCalls) -> list[list[Any]]:
+    """Call -> leaves; batched ones are ``[copies, P, ...]``."""
+    return [
+        [_column(one, i, [sample[k][i] for sample in call.samples]) for i in range(len(leaves))]
+        for k, (one, leaves) in enumerate(zip(call.calls, call.samples[0], strict=True))
+    ]
 
 
-def _loop(network: nn.Module, call: NetworkCall) -> ProbeLoop:
-    loop = ProbeLoop(network)
-    loop.call = call.args, call.kwargs
-    return loop
-
-
-def _batched(call: NetworkCall) -> dict[str, Tensor]:
-    """The remembered arguments that have one row per sample."""
-    names = ("sample", "hidden_states", "timestep", "timesteps")
-    rest = {k: v for k, v in call.kwargs.items() if k not in names}
-    found = pytree.tree_flatten_with_path((call.args[2:], rest))[0]
-    return {
-        f"argument{i}": leaf
-        for i, (path, leaf) in enumerate(found)
-        if is_batched(str(path), leaf, call.prompts * call.branches)
-    }
+def _column(call: NetworkCall, i: int, values: list[Any]) -> Any:
+    kept = i in call.batched and isinstance(values[0], Tensor) and values[0].numel()
+    return torch.stack(values, dim=1) if kept else values[0]

@@ -24,15 +24,20 @@ NICE = (0.0, 1.0, -1.0)
 def rounded_weights(weights: Tensor, guidance: list[float], dtype: torch.dtype) -> Tensor:
     """Measured mixing weights as the numbers they stand for, where a known number is that near.
 
-    ``guidance`` are the scales among the call's arguments: g and 1 - g and their opposites.
+    ``guidance`` are the scales among the call's arguments: g and 1 - g and their opposites, and
+    differences of two; any other number of four places has to be nearer.
     """
     known = list(NICE)
     for scale in guidance:
         known += [scale, 1 - scale, -scale, scale - 1, 1 + scale, -1 - scale]
+    known += [one - other for one in guidance for other in guidance]
     reach = 1e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-5
     result = weights.clone()
     for i, value in enumerate(result.reshape(-1).tolist()):
         nearest = min(known, key=lambda k: abs(k - value))
+        short = round(value, 4)
+        if reach < 1e-3 and abs(short - value) <= 1e-6 * max(abs(short), 1.0):
+            nearest = short
         if abs(nearest - value) <= reach * max(abs(nearest), 1.0):
             result.view(-1)[i] = nearest
     return result

@@ -38,6 +38,7 @@ def pipeline_facts(
     guidance_scale: float | None,
     nfe: int,
     guidance_scale_2: float | None = None,
+    own_times: bool = False,
 ) -> dict[str, Any]:
     """What a solver's settings say of the pipeline it was distilled for.
 
@@ -45,6 +46,8 @@ def pipeline_facts(
         shape: of one sample's latents, as the scheduler sees them.
         guidance_scale: None without guidance.
         guidance_scale_2: of a second network.
+        own_times: whether the pipeline itself passes times to ``set_timesteps`` (Mochi): a learned
+            solver, which has others, leaves them out.
     """
     facts = {
         "class": type(pipe).__name__,
@@ -54,8 +57,12 @@ def pipeline_facts(
         "guidance_scale": guidance_scale,
         "nfe": nfe,
     }
-    two = {"boundary": _boundary(pipe), "guidance_scale_2": guidance_scale_2}
-    return facts | {key: value for key, value in two.items() if value is not None}
+    more = {
+        "boundary": _boundary(pipe),
+        "guidance_scale_2": guidance_scale_2,
+        "own_times": own_times or None,
+    }
+    return facts | {key: value for key, value in more.items() if value is not None}
 
 
 class OriginCheck:

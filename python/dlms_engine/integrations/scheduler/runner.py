@@ -17,6 +17,7 @@ from ...solvers.policy import Policy, PolicyRun, policy_of
 from ...solvers.table import SolverTable
 from .flow_times import is_default
 from .noise import NoiseModel
+from .origin import origin_of
 from .plan import (
     Rows,
     StartRows,
@@ -120,6 +121,11 @@ class Runner:
         if watch is not None:
             watch.reset()
 
+    @property
+    def times(self) -> Tensor:
+        """``[count]`` float64 process times of the evaluations."""
+        return self._rows.times
+
     def _told(self) -> Tensor | None:
         """Network times that the caller gave beside the levels."""
         return None if self._times is None else self._times.told
@@ -164,11 +170,13 @@ class Runner:
             raise ValueError(
                 "per-sample solvers are not supported on EDM pipelines: use accelerate"
             )
-        if timesteps is not None or (
+        told = timesteps is not None or (
             sigmas is not None and not is_default(vector(sigmas, "sigmas"))
-        ):
+        )
+        if told and origin_of(source).get("own_times") is not True:
             raise ValueError("a learned solver has its own times: leave timesteps and sigmas out")
-        asked = steps if sigmas is None else len(sigmas)
+        given = timesteps if sigmas is None else sigmas
+        asked = steps if given is None else len(given)
         if asked != rows.count:
             raise ValueError(
                 f"the solver was made for {rows.count} evaluations: pass "
