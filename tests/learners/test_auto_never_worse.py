@@ -188,7 +188,7 @@ def test_the_report_says_why_a_smaller_error_was_not_taken() -> None:
         "base": "ddim/logsnr",
     }
     said = report_lines({**report, "chosen": "table"})[-1]
-    assert said.startswith("not taken: x, RMSE 0.1: the difference is less than the 0.15")
+    assert said.startswith("not taken: x, RMSE 0.1: the exact solution, known to 0.15")
     exact["disagreement"] = 0.01
     stages[2]["frechet"] = 2.0
     assert "above the base's" in report_lines({**report, "chosen": "table"})[-1]

@@ -106,20 +106,27 @@ def choose_stage(stages: Sequence[AutoStage], uncertainty: float = 0.0) -> AutoS
     their mean says little: there the logarithms decide, if the RMSE is a tenth smaller too.
 
     Args:
-        uncertainty: RMSE by which the exact solution is known. Both errors hold it (a stage may have
-            learned it, the one before may owe its error to it), and what is orthogonal adds in squares:
-            a gain in squares below twice its own counts for nothing.
+        uncertainty: RMSE by which the exact solution is known, see ``beyond_doubt``.
     """
     chosen = stages[0]
     for stage in stages[1:]:
         if (
             _nearer(chosen, stage)
             and not _wins(stage.features - chosen.features)
-            and _rmse(chosen) ** 2 - _rmse(stage) ** 2 > 2 * uncertainty**2
+            and beyond_doubt(_rmse(chosen), _rmse(stage), uncertainty)
             and stage.frechet <= stages[0].frechet
         ):
             chosen = stage
     return chosen
+
+
+def beyond_doubt(rmse: float, smaller: float, uncertainty: float) -> bool:
+    """Whether ``smaller`` is smaller by more than an exact solution known to ``uncertainty`` explains.
+
+    Both errors hold it (a stage may have learned it, the one before may owe its error to it), and
+    what is orthogonal adds in squares: a gain in squares below twice its own counts for nothing.
+    """
+    return rmse**2 - smaller**2 > 2 * uncertainty**2
 
 
 def _nearer(chosen: AutoStage, stage: AutoStage) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from ...support.files import replacing
 from ..start import ExactSolution, Start
 from .budget import Budget
-from .choose import AutoStage, ratio
+from .choose import AutoStage, beyond_doubt, ratio
 
 _log = logging.getLogger("dlms_engine")
 
@@ -94,8 +94,8 @@ def _passed_over(report: dict[str, Any]) -> list[str]:
     if least["name"] == chosen["name"] or least["rmse"] >= chosen["rmse"]:
         return []
     known = report["exact"]["disagreement"]
-    if chosen["rmse"] - least["rmse"] <= known:
-        why = f"the difference is less than the {known:.2g} to which the exact solution is known"
+    if not beyond_doubt(chosen["rmse"], least["rmse"], known):
+        why = f"the exact solution, known to {known:.2g}, may explain the difference"
     elif _number(least["frechet"]) > _number(report["stages"][0]["frechet"]):
         why = "its Frechet distance is above the base's"
     else:
