@@ -20,6 +20,7 @@ from .entry import LearnerEntry
 from .options import RunOptions
 from .registry import LEARNERS, learner, register_learner, resolved
 from .start.problem import Conditions, SamplingProblem, one_of_two, read_conditions
+from .start.repeatable import require_repeatable
 from .training.conditioned import conditioned
 from .training.identity import named_conditions, run_identity
 from .training.monitor import Silent, TensorBoard
@@ -76,7 +77,8 @@ def distill(
         a ``DistilledSolver``, also written to ``output``.
 
     Raises:
-        ValueError: unknown method or setting, values out of range.
+        ValueError: unknown method or setting, values out of range, or a network in training mode that
+            does not answer the same twice.
         ImportError: ``tensorboard`` is requested and missing.
         FloatingPointError: the network's outputs are not finite.
         RuntimeError: another process is distilling into ``output``.
@@ -123,6 +125,7 @@ def distill(
         with lock, torch.inference_mode(False), torch.enable_grad():
             if path is not None and not world.rank:
                 require_writable(path)
+            require_repeatable(problem)
             if options.resume and not world.rank and not _exists(options.checkpoint):
                 where = (
                     "without an output" if path is None else f"{options.checkpoint} is not there"

@@ -10,6 +10,7 @@ from ...support.transfer import host_numbers
 from ...support.values import require_finite
 from .exact import ExactSolution, Proof, rmse, run_tables
 from .problem import Conditions, SamplingProblem
+from .repeatable import require_repeatable
 from .search import (
     Candidate,
     Contest,
@@ -121,7 +122,8 @@ def recommend(
         the ranking, ``start.best.table`` ready for ``Sampler``, and the exact solution's proof.
 
     Raises:
-        ValueError: another ``effort``, or sizes or evaluations that are no integers of at least 1.
+        ValueError: another ``effort``, sizes or evaluations that are no integers of at least 1, or a
+            network in training mode that does not answer the same twice.
         FloatingPointError: the network's outputs are not finite.
     """
 
@@ -132,6 +134,7 @@ def recommend(
     if effort not in (None, "full", "lean"):
         raise ValueError(f"effort is {effort!r}, expected 'full', 'lean' or None")
     problem = SamplingProblem(denoiser, shape, conditions)
+    require_repeatable(problem)
     path = None if store is None else Path(store)
     start, _ = find_start(problem, nfe, effort=effort, store=path, say=say)
     for line in start.lines():
