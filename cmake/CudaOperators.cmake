@@ -27,6 +27,7 @@ set_target_properties(dlms_torch_cuda_stub PROPERTIES
   OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/stub")
 
 add_library(_ops_cuda MODULE ${DLMS_CUDA_SOURCES})
+target_include_directories(_ops_cuda PRIVATE csrc)
 target_compile_definitions(_ops_cuda PRIVATE ${DLMS_STABLE_ABI} USE_CUDA)
 target_compile_options(_ops_cuda PRIVATE
   # -fmad=false for the same reason as -ffp-contract=off on the CPU.

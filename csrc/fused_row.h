@@ -7,10 +7,9 @@
 
 #include <cstdint>
 
-namespace dlms {
+#include "columns.h"
 
-// Columns of a row, as in python/dlms_engine/ops/layout.py.
-enum Column : int { kCSkip = 0, kCOut = 1, kA = 2, kCIn = 3, kGuidance = 4, kSlot = 5, kB = 6 };
+namespace dlms {
 
 enum class Dtype : int { kFloat32, kFloat64, kBFloat16, kFloat16 };
 

@@ -104,6 +104,7 @@ def compile_cuda(source: Path, arch: int, output: Path) -> list[Resources]:
     command = [nvcc, "-std=c++17", "-O3", "-DUSE_CUDA"]
     command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DNDEBUG"]
     command += ["--Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror,-fPIC"]
+    command += [f"-I{ROOT / 'csrc'}"]
     command += [part for folder in torch_includes() for part in ("-isystem", folder)]
     command += ["-gencode", f"arch=compute_{arch},code=sm_{arch}", "--resource-usage"]
     command += ["-c", str(source), "-o", str(output)]

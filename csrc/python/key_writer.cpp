@@ -196,36 +196,29 @@ void Writer::note_stray(PyObject* name) {
   stray += std::string(py::str(py::handle(name)));
 }
 
-void Writer::tensors(PyObject* dict, bool parameters) {
+template <class Each>
+void Writer::entries(PyObject* dict, Each each) {
   if (!PyDict_Check(dict)) return;
-  const auto size = static_cast<uint32_t>(PyDict_GET_SIZE(dict));
-  raw_number(size);
+  raw_number(static_cast<uint32_t>(PyDict_GET_SIZE(dict)));
   if (recipe_ != nullptr) recipe_->dict(dict);
-  if (size == 0) return;
   PyObject *name = nullptr, *item = nullptr;
   Py_ssize_t position = 0;
-  while (PyDict_Next(dict, &position, &name, &item)) {
-    if (item == Py_None) {
-      tag(kNone);
-      continue;
-    }
+  while (PyDict_Next(dict, &position, &name, &item)) each(name, item);
+}
+
+void Writer::tensors(PyObject* dict, bool parameters) {
+  entries(dict, [&](PyObject* name, PyObject* item) {
+    if (item == Py_None) return tag(kNone);
     if (tensor(item, parameters) != device_ && parameters) note_stray(name);
-  }
+  });
 }
 
 void Writer::children(PyObject* dict) {
-  if (!PyDict_Check(dict)) return;
-  const auto size = static_cast<uint32_t>(PyDict_GET_SIZE(dict));
-  raw_number(size);
-  if (recipe_ != nullptr) recipe_->dict(dict);
-  if (size == 0) return;
-  PyObject *name = nullptr, *item = nullptr;
-  Py_ssize_t position = 0;
-  while (PyDict_Next(dict, &position, &name, &item)) {
+  entries(dict, [&](PyObject* name, PyObject* item) {
     path_.push_back(name);
     value(item, 0);
     path_.pop_back();
-  }
+  });
 }
 
 void Writer::attribute(PyObject* name, PyObject* item) {

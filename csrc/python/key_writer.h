@@ -82,6 +82,8 @@ class Writer : public MovingParts {
   void buffer(PyObject* object);
   void module(PyObject* object);
   void attribute(PyObject* name, PyObject* object);
+  template <class Each>
+  void entries(PyObject* dict, Each each); // of a module: their number, then each(name, item)
   void tensors(PyObject* dict, bool parameters);
   void children(PyObject* dict);
   void note_stray(PyObject* name);

@@ -48,7 +48,7 @@ void launch_tiles(
 template <class S, class F>
 void launch(Backward<S, F> p, S* grad_row, bool aligned, const Tensor& x, const Sizes& sizes) {
   constexpr const char* op = "dlms::fused_row_backward";
-  const int64_t width = kColB + sizes.depth;
+  const int64_t width = kB + sizes.depth;
   const size_t shared = sizeof(double) * static_cast<size_t>(kWarps * width);
   for (p.first = 0; p.first < sizes.batch; p.first += kMaxGroups) {
     const int64_t samples = std::min(sizes.batch - p.first, kMaxGroups);
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> fused_row_backward(const Tens
     const bool aligned =
         p.n % V == 0 && aligned16({p.grad_x_next, p.grad_m, p.grad_input, p.f, p.f_cond, p.x,
                             p.ring, p.grad_f, p.grad_f_cond, p.grad_x, p.grad_ring});
-    const int64_t width = kColB + sizes.depth;
+    const int64_t width = kB + sizes.depth;
     const Tensor partial =
         torch::stable::new_empty(x, {sizes.batch * p.tiles * width}, ScalarType::Double);
     p.partial = out<double>(partial);

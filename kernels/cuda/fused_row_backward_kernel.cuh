@@ -33,12 +33,12 @@ struct Backward {
   const F* f_cond; // or null
   const S* x;
   const S* ring; // [depth, total]
-  const S* row;  // [batch or 1, kColB + depth]
+  const S* row;  // [batch or 1, kB + depth]
   F* grad_f;
   F* grad_f_cond; // or null
   S* grad_x;
   S* grad_ring;    // [depth, total]
-  double* partial; // [batch, tiles, kColB + depth]
+  double* partial; // [batch, tiles, kB + depth]
   int64_t n;
   int64_t first; // sample of blockIdx.y 0
   int64_t tiles; // blockIdx.x: tiles of kThreads * V elements in a sample
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 2) fused_row_backward_kernel(const B
   extern __shared__ double shared[]; // [kWarps, width]
   constexpr int V = kLanes<F>;
   const int depth = kDepth > 0 ? kDepth : p.depth;
-  const int width = kColB + depth;
+  const int width = kB + depth;
   double* warp_sums = shared + threadIdx.x / 32 * width;
   const bool lane0 = threadIdx.x % 32 == 0;
   const int64_t sample = p.first + blockIdx.y;
@@ -132,9 +132,9 @@ __global__ void __launch_bounds__(kThreads, 2) fused_row_backward_kernel(const B
   const S* row = p.row + sample * p.row_stride;
 
   constexpr int kKnown = kDepth > 0 ? kDepth : 1;
-  S c[kColB + kKnown];
+  S c[kB + kKnown];
 #pragma unroll
-  for (int column = 0; column < kColB + kKnown; ++column) c[column] = load_number(row + column);
+  for (int column = 0; column < kB + kKnown; ++column) c[column] = load_number(row + column);
   const Pack<S, V> x = place.read(p.x);
   const Pack<F, V> f = place.read(p.f);
   const Pack<S, V> g_x = place.read(p.grad_x_next);
@@ -142,29 +142,29 @@ __global__ void __launch_bounds__(kThreads, 2) fused_row_backward_kernel(const B
   const Pack<F, V> g_i = place.read(p.grad_input);
   const bool guided = p.f_cond != nullptr;
   const Pack<F, V> f_cond = place.read(p.f_cond, guided);
-  const int slot = ring_slot(c[kColSlot], depth);
+  const int slot = ring_slot(c[kSlot], depth);
   [[maybe_unused]] Pack<S, V> past[kKnown];
 #pragma unroll
   for (int k = 1; k < kKnown; ++k) {
     past[k] = place.read(p.ring + slot_back(slot, k, depth) * p.total);
   }
 
-  const S b0 = c[kColB];
+  const S b0 = c[kB];
   const Pack<S, V> uncond = widen<S>(f), cond = widen<S>(f_cond), grad_input = widen<S>(g_i);
   Pack<S, V> mixed, m, grad_m, branch, grad_mixed, grad_x, grad_next, x_next;
   Pack<F, V> grad_f, grad_f_cond;
 #pragma unroll
   for (int j = 0; j < V; ++j) {
     branch.at[j] = sub(cond.at[j], uncond.at[j]);
-    mixed.at[j] = guided ? add(uncond.at[j], mul(c[kColGuidance], branch.at[j])) : uncond.at[j];
-    m.at[j] = add(mul(c[kColSkip], x.at[j]), mul(c[kColOut], mixed.at[j]));
-    x_next.at[j] = mul(c[kColA], x.at[j]);
+    mixed.at[j] = guided ? add(uncond.at[j], mul(c[kGuidance], branch.at[j])) : uncond.at[j];
+    m.at[j] = add(mul(c[kCSkip], x.at[j]), mul(c[kCOut], mixed.at[j]));
+    x_next.at[j] = mul(c[kA], x.at[j]);
     if (b0 != S(0)) x_next.at[j] = add(x_next.at[j], mul(b0, m.at[j]));
-    grad_next.at[j] = add(g_x.at[j], mul(c[kColIn], grad_input.at[j]));
+    grad_next.at[j] = add(g_x.at[j], mul(c[kCIn], grad_input.at[j]));
     grad_m.at[j] = add(g_m.at[j], mul(b0, grad_next.at[j]));
-    grad_mixed.at[j] = mul(c[kColOut], grad_m.at[j]);
-    grad_x.at[j] = add(mul(c[kColA], grad_next.at[j]), mul(c[kColSkip], grad_m.at[j]));
-    const S scaled = mul(c[kColGuidance], grad_mixed.at[j]);
+    grad_mixed.at[j] = mul(c[kCOut], grad_m.at[j]);
+    grad_x.at[j] = add(mul(c[kA], grad_next.at[j]), mul(c[kCSkip], grad_m.at[j]));
+    const S scaled = mul(c[kGuidance], grad_mixed.at[j]);
     grad_f.at[j] = From<F>::state(guided ? sub(grad_mixed.at[j], scaled) : grad_mixed.at[j]);
     grad_f_cond.at[j] = From<F>::state(scaled);
   }
@@ -181,8 +181,8 @@ __global__ void __launch_bounds__(kThreads, 2) fused_row_backward_kernel(const B
   if constexpr (kDepth > 0) {
 #pragma unroll
     for (int k = 1; k < kDepth; ++k) {
-      term(place, c[kColB + k], past[k], grad_next, x_next,
-          p.grad_ring + slot_back(slot, k, depth) * p.total, warp_sums + kColB + k);
+      term(place, c[kB + k], past[k], grad_next, x_next,
+          p.grad_ring + slot_back(slot, k, depth) * p.total, warp_sums + kB + k);
     }
   } else {
     for (int k0 = 1; k0 < depth; k0 += kHistoryGroup) {
@@ -196,20 +196,20 @@ __global__ void __launch_bounds__(kThreads, 2) fused_row_backward_kernel(const B
       for (int g = 0; g < kHistoryGroup; ++g) {
         const int k = k0 + g;
         if (k >= depth) break;
-        term(place, row[kColB + k], group[g], grad_next, x_next,
-            p.grad_ring + slot_back(slot, k, depth) * p.total, warp_sums + kColB + k);
+        term(place, row[kB + k], group[g], grad_next, x_next,
+            p.grad_ring + slot_back(slot, k, depth) * p.total, warp_sums + kB + k);
       }
     }
   }
   const double sum_in = warp_sum(dot<V>(grad_input, x_next));
   if (lane0) {
-    warp_sums[kColSkip] = sum_skip;
-    warp_sums[kColOut] = sum_out;
-    warp_sums[kColA] = sum_a;
-    warp_sums[kColIn] = sum_in;
-    warp_sums[kColGuidance] = sum_guidance;
-    warp_sums[kColSlot] = 0.0;
-    warp_sums[kColB] = sum_b0;
+    warp_sums[kCSkip] = sum_skip;
+    warp_sums[kCOut] = sum_out;
+    warp_sums[kA] = sum_a;
+    warp_sums[kCIn] = sum_in;
+    warp_sums[kGuidance] = sum_guidance;
+    warp_sums[kSlot] = 0.0;
+    warp_sums[kB] = sum_b0;
   }
   __syncthreads();
   double* partial = p.partial + (sample * p.tiles + tile) * width;

@@ -25,7 +25,7 @@ struct Forward {
   const F* f_cond; // the same, or null
   const S* x;      // [samples, n]
   const S* ring;   // [depth, total]
-  const S* row;    // [samples or 1, kColB + depth]
+  const S* row;    // [samples or 1, kB + depth]
   S* x_next;       // may be x itself: every thread reads its elements before it writes them
   S* m;            // a new tensor, or the ring itself when m_to_ring
   F* input;
@@ -113,10 +113,10 @@ __device__ __forceinline__ void first_terms(
     const S* c, const Pack<S, V>& x, const Pack<S, V>& mixed, Pack<S, V>& m, Pack<S, V>& acc) {
 #pragma unroll
   for (int j = 0; j < V; ++j) {
-    m.at[j] = add(mul(c[kColSkip], x.at[j]), mul(c[kColOut], mixed.at[j]));
-    acc.at[j] = mul(c[kColA], x.at[j]);
+    m.at[j] = add(mul(c[kCSkip], x.at[j]), mul(c[kCOut], mixed.at[j]));
+    acc.at[j] = mul(c[kA], x.at[j]);
   }
-  if (c[kColB] != S(0)) add_term(acc, c[kColB], m);
+  if (c[kB] != S(0)) add_term(acc, c[kB], m);
 }
 
 // f + guidance * (f_cond - f)
@@ -152,25 +152,24 @@ __global__ void __launch_bounds__(kThreads, kBlocks<F>) fused_row_kernel(const F
   const int64_t at = blockIdx.y * p.n + pack * V;
   const S* row = p.row + blockIdx.y * p.row_stride;
 
-  S c[kColB + kDepth];
+  S c[kB + kDepth];
 #pragma unroll
-  for (int column = 0; column < kColB + kDepth; ++column) c[column] = load_number(row + column);
+  for (int column = 0; column < kB + kDepth; ++column) c[column] = load_number(row + column);
   const Pack<S, V> x = load<S, V>(p.x + at, true, V);
   const Pack<F, V> f = load<F, V>(p.f + at, true, V);
   [[maybe_unused]] Pack<F, V> f_cond;
   if constexpr (kGuided) f_cond = load<F, V>(p.f_cond + at, true, V);
   [[maybe_unused]] Past<kEarly, kDepth, V, S> past;
   if constexpr (kDepth > 1) past.load_early(p.ring + at, p.total);
-  if constexpr (kDepth > 1)
-    past.load_late(p.ring + at, p.total * sizeof(S), c + kColB, c[kColSlot]);
+  if constexpr (kDepth > 1) past.load_late(p.ring + at, p.total * sizeof(S), c + kB, c[kSlot]);
 
   Pack<S, V> m, acc, mixed = widen<S>(f);
-  if constexpr (kGuided) mixed = guide(mixed, widen<S>(f_cond), c[kColGuidance]);
+  if constexpr (kGuided) mixed = guide(mixed, widen<S>(f_cond), c[kGuidance]);
   first_terms(c, x, mixed, m, acc);
 #pragma unroll
-  for (int k = 1; k < kDepth; ++k) add_term(acc, c[kColB + k], past.at[k - 1]);
-  const unsigned slot = ring_slot_back<kDepth>(c[kColSlot], 0);
-  store_row(p, at, slot, c[kColIn], m, acc, true, V);
+  for (int k = 1; k < kDepth; ++k) add_term(acc, c[kB + k], past.at[k - 1]);
+  const unsigned slot = ring_slot_back<kDepth>(c[kSlot], 0);
+  store_row(p, at, slot, c[kCIn], m, acc, true, V);
 }
 
 // acc += b_k * m_{n-k} for k0 <= k < min(k0 + kGroup, depth), in this order, kGroup slots in
@@ -181,7 +180,7 @@ __device__ __forceinline__ void add_history(Pack<S, V>& acc, const S* ring, int6
   S b[kGroup];
   Pack<S, V> past[kGroup];
 #pragma unroll
-  for (int g = 0; g < kGroup; ++g) b[g] = k0 + g < depth ? row[kColB + k0 + g] : S(0);
+  for (int g = 0; g < kGroup; ++g) b[g] = k0 + g < depth ? row[kB + k0 + g] : S(0);
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     if (b[g] != S(0)) {
@@ -205,23 +204,23 @@ __global__ void __launch_bounds__(kThreads) fused_row_any_kernel(const Forward<S
   const int64_t at = blockIdx.y * p.n + pack * V;
   const S* row = p.row + blockIdx.y * p.row_stride;
 
-  S c[kColB + 1];
+  S c[kB + 1];
 #pragma unroll
-  for (int column = 0; column <= kColB; ++column) c[column] = load_number(row + column);
+  for (int column = 0; column <= kB; ++column) c[column] = load_number(row + column);
   const Pack<S, V> x = load<S, V>(p.x + at, kWhole, count);
   const Pack<F, V> f = load<F, V>(p.f + at, kWhole, count);
   const bool guided = p.f_cond != nullptr;
   Pack<F, V> f_cond{};
   if (guided) f_cond = load<F, V>(p.f_cond + at, kWhole, count);
-  const int slot = ring_slot(c[kColSlot], p.depth);
+  const int slot = ring_slot(c[kSlot], p.depth);
 
   Pack<S, V> m, acc, mixed = widen<S>(f);
-  if (guided) mixed = guide(mixed, widen<S>(f_cond), c[kColGuidance]);
+  if (guided) mixed = guide(mixed, widen<S>(f_cond), c[kGuidance]);
   first_terms(c, x, mixed, m, acc);
   for (int k = 1; k < p.depth; k += kGroup) {
     add_history<V>(acc, p.ring + at, p.total, row, slot, k, p.depth, kWhole, count);
   }
-  store_row(p, at, slot, c[kColIn], m, acc, kWhole, count);
+  store_row(p, at, slot, c[kCIn], m, acc, kWhole, count);
 }
 
 } // namespace dlms::cuda

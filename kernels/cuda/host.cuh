@@ -107,7 +107,7 @@ inline Sizes check_state(const char* op, const Tensor& x, const Tensor& ring, co
 
   Sizes sizes{x.size(0), 0, x.numel(), ring.size(0), 0};
   sizes.per_sample = sizes.batch == 0 ? 0 : sizes.total / sizes.batch;
-  const int64_t width = kColB + sizes.depth;
+  const int64_t width = kB + sizes.depth;
   const bool shared = row.dim() == 1 && row.size(0) == width;
   const bool each = row.dim() == 2 && row.size(0) == sizes.batch && row.size(1) == width;
   STD_TORCH_CHECK(shared || each, op, ": row is ", shape_text(row), ", expected [", width, "] or [",

@@ -8,16 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#include "columns.h"
+
 namespace dlms::cuda {
 
-// Columns of a row; must match ops/layout.py.
-constexpr int kColSkip = 0;
-constexpr int kColOut = 1;
-constexpr int kColA = 2;
-constexpr int kColIn = 3;
-constexpr int kColGuidance = 4;
-constexpr int kColSlot = 5;
-constexpr int kColB = 6;
 constexpr int kMaxDepth = 512; // bounds the shared memory of the backward kernel
 
 constexpr int kThreads = 256;

@@ -73,8 +73,8 @@ def check_waits(kernels: dict[str, list[serial_waits.Instruction]]) -> None:
 SLOW = {
     "a load before the row": (
         "fused_row_kernel.cuh",
-        "const S* row = p.row + blockIdx.y * p.row_stride;\n\n  S c[kColB + kDepth];",
-        "const S* row = p.row + static_cast<int>(p.x[0]);\n\n  S c[kColB + kDepth];",
+        "const S* row = p.row + blockIdx.y * p.row_stride;\n\n  S c[kB + kDepth];",
+        "const S* row = p.row + static_cast<int>(p.x[0]);\n\n  S c[kB + kDepth];",
     ),
 }
 

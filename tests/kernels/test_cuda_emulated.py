@@ -27,7 +27,8 @@ def build(folder: Path, kernels: Path, optimize: str = "-O1") -> ctypes.CDLL:
     here = Path(__file__).parent / "emulation"
     library = folder / "emulated.so"
     command = ["g++", "-std=c++17", optimize, "-ffp-contract=off", "-shared", "-fPIC"]
-    command += [f"-I{here}", f"-I{kernels}", str(here / "emulate.cpp"), "-o", str(library)]
+    command += [f"-I{part}" for part in (here, kernels, ROOT / "csrc")]
+    command += [str(here / "emulate.cpp"), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(library))

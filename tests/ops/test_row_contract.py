@@ -2,6 +2,8 @@
 
 import itertools
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,20 @@ def row_gradcheck(function, case):
         return function(f, f_cond, x, ring, torch.cat([rest[..., :5], slot, rest[..., 5:]], -1))
 
     return torch.autograd.gradcheck(call, (*inputs, rest))
+
+
+def native_columns(text):
+    """The columns of csrc/columns.h, under their names in ``layout``."""
+    return {name: int(number) for name, number in re.findall(r"k(\w+) = (\d+)", text)}
+
+
+def test_native_sources_have_the_columns_of_the_layout():
+    text = (Path(__file__).parents[2] / "csrc" / "columns.h").read_text()
+    names = {"CSkip": "C_SKIP", "COut": "C_OUT", "A": "A", "CIn": "C_IN"}
+    names |= {"Guidance": "GUIDANCE", "Slot": "SLOT", "B": "B"}
+    want = {name: getattr(layout, column) for name, column in names.items()}
+    assert native_columns(text) == want
+    assert native_columns(text.replace("kCIn = 3", "kCIn = 2")) != want
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=IDS)

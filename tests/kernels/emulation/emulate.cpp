@@ -5,7 +5,7 @@
 
 namespace dlms::cuda {
 
-alignas(16) double shared[kWarps * (kColB + 64)];  // the block's shared memory
+alignas(16) double shared[kWarps * (kB + 64)];  // the block's shared memory
 
 namespace {
 
@@ -103,7 +103,7 @@ void backward(void** t, const int64_t* size, bool aligned) {
   p.row_stride = size[3];
   p.depth = static_cast<int>(size[4]);
   aligned = aligned && p.n % V == 0;
-  const int64_t width = kColB + p.depth;
+  const int64_t width = kB + p.depth;
   std::vector<double> partial(batch * p.tiles * width, std::nan(""));
   p.partial = partial.data();
   const int64_t most = 2;  // samples a launch, so that several launches are needed
