@@ -75,19 +75,36 @@ def _increment(step: ExponentialStep, m: list[Form], nodes: list[Node], exact: b
     if len(m) == 1:
         return m[0] * step.first
     assert step.u is not None
-    h = step.u.abs()
-    lam = lambdas(nodes)
-    r0 = (lam[0] - lam[1]) / h
-    d0 = (m[0] - m[1]) / r0
     # (e^u - 1)/u - 1 = u phi_2(u), and so on
     second, third = (step.scale * step.u * phi(k, step.u) for k in (2, 3))
+    return multistep_sum(m, lambdas(nodes), step.u.abs(), (step.first, second, third), exact)
+
+
+def multistep_sum(
+    m: list[Form],
+    lam: list[Tensor],
+    h: Tensor,
+    integrals: tuple[Tensor, Tensor, Tensor],
+    exact: bool = False,
+) -> Form:
+    """What the predictions ``m``, two or three of them, add in a step of order ``len(m)``.
+
+    Args:
+        m, lam: predictions and their lambda_, newest first.
+        h: length of the step in lambda_.
+        integrals: of 1, and minus those of the first and second power, times the step's factor.
+        exact: as for ``dpm_solver_pp``.
+    """
+    first, second, third = integrals
+    r0 = (lam[0] - lam[1]) / h
+    d0 = (m[0] - m[1]) / r0
     if len(m) == 2:
-        return m[0] * step.first - d0 * second if exact else (m[0] + d0 * 0.5) * step.first
+        return m[0] * first - d0 * second if exact else (m[0] + d0 * 0.5) * first
     r1 = (lam[1] - lam[2]) / h
     d1 = (m[1] - m[2]) / r1
     slope = d0 + (d0 - d1) * (r0 / (r0 + r1))
     curvature = (d0 - d1) / (r0 + r1)
-    return m[0] * step.first - slope * second - curvature * (2 * third if exact else third)
+    return m[0] * first - slope * second - curvature * (2 * third if exact else third)
 
 
 def dpm_solver_pp_2s(

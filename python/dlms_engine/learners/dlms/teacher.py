@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from ...models.denoiser import Denoiser, per_sample
+from ...solvers.dpm_solver import multistep_sum
+from ...solvers.trace import Form
 
 
 @dataclass(frozen=True)
@@ -102,29 +104,16 @@ def multistep_weights(h: Tensor, lambdas: list[Tensor]) -> list[Tensor]:
 
     Steps next to an infinite lambda are first order, as the weights of the rest vanish there.
     """
-    one, zero = torch.ones_like(h), torch.zeros_like(h)
-    weights = [one, *[zero] * (len(lambdas) - 1)]
-    usable = torch.isfinite(h)
+    one = torch.ones_like(h)
+    shrink = torch.expm1(-h)
+    second = shrink / -h - 1
+    third = second / -h - 0.5
+    integrals = one, -second / shrink, -third / shrink  # of a step whose gain is 1
+    units = [Form({}, {k: one}) for k in range(len(lambdas))]
+    weights, usable = units[0].outputs, torch.isfinite(h)
     for order in range(2, len(lambdas) + 1):  # chosen without asking the device
         usable = usable & torch.isfinite(lambdas[order - 2]) & torch.isfinite(lambdas[order - 1])
-        higher = _weights(h, lambdas[:order])
-        higher = [*higher, *[zero] * (len(lambdas) - order)]
-        weights = [torch.where(usable, w, v) for w, v in zip(higher, weights, strict=True)]
-    return weights
-
-
-def _weights(h: Tensor, lambdas: list[Tensor]) -> list[Tensor]:
-    """Weights of order 2 or 3 where every lambda is finite."""
-    one = torch.ones_like(h)
-    r0 = (lambdas[0] - lambdas[1]) / h
-    if len(lambdas) == 2:
-        return [one + 0.5 / r0, -0.5 / r0]
-    r1 = (lambdas[1] - lambdas[2]) / h
-    e1 = torch.expm1(-h)
-    g2 = e1 / -h - 1
-    g3 = g2 / -h - 0.5
-    # x = .. - (e1 m0 + g2 D1 + g3 D2); the step's own gain is -e1
-    d1, d2 = g2 / e1, g3 / e1
-    first = d1 * (1 + r0 / (r0 + r1)) + d2 / (r0 + r1)  # weight of (m0 - m1) / r0
-    second = -d1 * r0 / (r0 + r1) - d2 / (r0 + r1)  # weight of (m1 - m2) / r1
-    return [one + first / r0, -first / r0 + second / r1, -second / r1]
+        higher = multistep_sum(units[:order], lambdas[:order], h, integrals).outputs
+        lower = (weights.get(k, torch.zeros_like(h)) for k in range(order))
+        weights = {k: torch.where(usable, higher[k], low) for k, low in enumerate(lower)}
+    return [weights[k] for k in range(len(lambdas))]
