@@ -45,18 +45,10 @@ class _Mark:
 _MARK = _Mark()
 _KEYS = (str, int, float, bytes, bool, type(None))
 _LITERALS = {
-    *("INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT"),
-    *(
-        "STRING",
-        "BINSTRING",
-        "SHORT_BINSTRING",
-        "BINBYTES",
-        "SHORT_BINBYTES",
-        "BINBYTES8",
-        "BYTEARRAY8",
-    ),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-}
+    "INT", "LONG", "LONG1", "LONG4", "BININT", "BININT1", "BININT2", "FLOAT", "BINFLOAT",
+    "STRING", "BINSTRING", "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8",
+    "BYTEARRAY8", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8",
+}  # fmt: skip
 _CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
@@ -136,6 +128,9 @@ class _Machine:
             raise Refused("an operation on an object that does not have it")
         return self._stack[-1]
 
+    def _take(self, count: int) -> list[Any]:
+        return [self._pop() for _ in range(count)][::-1]
+
     def _since_mark(self) -> list[Any]:
         for index in range(len(self._stack) - 1, -1, -1):
             if self._stack[index] is _MARK:
@@ -144,44 +139,28 @@ class _Machine:
                 return items
         raise ValueError("an operation looks for a mark that is not there")
 
-    # -- containers -------------------------------------------------------------------------------
+    def push(self, value: Any) -> None:
+        self._stack.append(value)
 
-    def mark(self, _: Any) -> None:
-        self._stack.append(_MARK)
+    def pop(self) -> None:
+        if not self._stack:
+            raise ValueError("an operation takes more than the stack holds")
+        self._stack.pop()
 
-    def empty(self, make: Callable[[], Any]) -> None:
-        self._stack.append(make())
+    # -- containers: those on top of the stack get the items --------------------------------------
 
-    def collect(self, make: Callable[[list[Any]], Any]) -> None:
-        self._stack.append(make(self._since_mark()))
-
-    def tuple_of(self, size: int) -> None:
-        items = [self._pop() for _ in range(size)]
-        self._stack.append(tuple(reversed(items)))
-
-    def append(self, _: Any) -> None:
-        value = self._pop()
-        self._top(list).append(value)
-
-    def appends(self, _: Any) -> None:
-        items = self._since_mark()
+    def extend(self, items: list[Any]) -> None:
         self._top(list).extend(items)
 
-    def set_item(self, _: Any) -> None:
-        value, name = self._pop(), self._pop()
-        self._top(dict)[key(name)] = value
-
-    def set_items(self, _: Any) -> None:
-        items = self._since_mark()
+    def update(self, items: list[Any]) -> None:
         target = self._top(dict)
         for name, value in _pairs(items):
             target[key(name)] = value
 
-    def add_items(self, _: Any) -> None:
-        items = self._since_mark()
+    def add(self, items: list[Any]) -> None:
         self._top(set).update(key(item) for item in items)
 
-    # -- memo and the rest ------------------------------------------------------------------------
+    # -- memo -------------------------------------------------------------------------------------
 
     def put(self, index: Any) -> None:
         if not self._stack:
@@ -193,39 +172,17 @@ class _Machine:
             raise ValueError(f"it refers to object {index}, which was not remembered")
         self._stack.append(self._memo[int(index)])
 
-    def pop(self, _: Any) -> None:
-        if not self._stack:
-            raise ValueError("an operation takes more than the stack holds")
-        self._stack.pop()
-
-    def pop_mark(self, _: Any) -> None:
-        self._since_mark()
-
-    def dup(self, _: Any) -> None:
-        self._stack.append(self._top(object))
-
-    def nothing(self, _: Any) -> None:
-        pass
-
     # -- names and what is made of them -----------------------------------------------------------
 
-    def global_(self, argument: str) -> None:
-        module, _, name = argument.partition(" ")
-        self._stack.append(self._named(module, name))
-
-    def stack_global(self, _: Any) -> None:
-        name, module = self._pop(), self._pop()
-        self._stack.append(self._named(module, name))
-
-    def _named(self, module: Any, name: Any) -> Global:
+    def name(self, module: Any, name: Any) -> None:
         factory = None
         if isinstance(module, str) and isinstance(name, str):
             factory = self._globals.get((module, name))
         if factory is None:
             raise Refused(f"the file asks for {str(module)[:100]}.{str(name)[:100]}")
-        return Global(f"{module}.{name}", factory)
+        self._stack.append(Global(f"{module}.{name}", factory))
 
-    def make(self, _: Any) -> None:
+    def make(self) -> None:
         arguments, maker = self._pop(), self._pop()
         if not isinstance(maker, Global) or not isinstance(arguments, tuple):
             raise Refused("a call of something that is not a name")
@@ -234,13 +191,13 @@ class _Machine:
         except (TypeError, ArithmeticError, LookupError) as exc:
             raise Refused(f"{maker.name} with arguments of unknown form ({exc})") from exc
 
-    def make_with_keywords(self, _: Any) -> None:
+    def make_with_keywords(self) -> None:
         keywords = self._pop()
         if keywords:
             raise Refused("an object made with keywords")
-        self.make(None)
+        self.make()
 
-    def build(self, _: Any) -> None:
+    def build(self) -> None:
         state, target = self._pop(), self._top(object)
         take = getattr(type(target), "build", None)
         if take is None:
@@ -263,42 +220,35 @@ def key(value: Any) -> Any:
     return value
 
 
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    "PROTO": _Machine.nothing,
-    "FRAME": _Machine.nothing,
-    "MARK": _Machine.mark,
-    "POP": _Machine.pop,
-    "POP_MARK": _Machine.pop_mark,
-    "DUP": _Machine.dup,
-    "EMPTY_DICT": lambda m, _: m.empty(dict),
-    "EMPTY_LIST": lambda m, _: m.empty(list),
-    "EMPTY_TUPLE": lambda m, _: m.empty(tuple),
-    "EMPTY_SET": lambda m, _: m.empty(set),
-    "TUPLE": lambda m, _: m.collect(tuple),
-    "LIST": lambda m, _: m.collect(list),
-    "DICT": lambda m, _: m.collect(lambda items: {key(k): v for k, v in _pairs(items)}),
-    "FROZENSET": lambda m, _: m.collect(lambda items: {key(item) for item in items}),
-    "TUPLE1": lambda m, _: m.tuple_of(1),
-    "TUPLE2": lambda m, _: m.tuple_of(2),
-    "TUPLE3": lambda m, _: m.tuple_of(3),
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.appends,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_items,
-    "ADDITEMS": _Machine.add_items,
-    "PUT": _Machine.put,
-    "BINPUT": _Machine.put,
-    "LONG_BINPUT": _Machine.put,
-    "MEMOIZE": _Machine.put,
-    "GET": _Machine.get,
-    "BINGET": _Machine.get,
-    "LONG_BINGET": _Machine.get,
-    "GLOBAL": _Machine.global_,
-    "STACK_GLOBAL": _Machine.stack_global,
-    "REDUCE": _Machine.make,
-    "NEWOBJ": _Machine.make,
-    "NEWOBJ_EX": _Machine.make_with_keywords,
-    "BUILD": _Machine.build,
+_ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
+    **dict.fromkeys(("PROTO", "FRAME"), lambda m, _: None),
+    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Machine.put),
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
+    **dict.fromkeys(("REDUCE", "NEWOBJ"), lambda m, _: m.make()),
+    "NEWOBJ_EX": lambda m, _: m.make_with_keywords(),
+    "BUILD": lambda m, _: m.build(),
+    "GLOBAL": lambda m, names: m.name(*names.split(" ", 1)),
+    "STACK_GLOBAL": lambda m, _: m.name(*m._take(2)),
+    "MARK": lambda m, _: m.push(_MARK),
+    "POP": lambda m, _: m.pop(),
+    "POP_MARK": lambda m, _: m._since_mark(),
+    "DUP": lambda m, _: m.push(m._top(object)),
+    "EMPTY_DICT": lambda m, _: m.push({}),
+    "EMPTY_LIST": lambda m, _: m.push([]),
+    "EMPTY_TUPLE": lambda m, _: m.push(()),
+    "EMPTY_SET": lambda m, _: m.push(set()),
+    "TUPLE": lambda m, _: m.push(tuple(m._since_mark())),
+    "TUPLE1": lambda m, _: m.push(tuple(m._take(1))),
+    "TUPLE2": lambda m, _: m.push(tuple(m._take(2))),
+    "TUPLE3": lambda m, _: m.push(tuple(m._take(3))),
+    "LIST": lambda m, _: m.push(m._since_mark()),
+    "DICT": lambda m, _: m.push({key(k): v for k, v in _pairs(m._since_mark())}),
+    "FROZENSET": lambda m, _: m.push({key(item) for item in m._since_mark()}),
+    "APPEND": lambda m, _: m.extend(m._take(1)),
+    "APPENDS": lambda m, _: m.extend(m._since_mark()),
+    "SETITEM": lambda m, _: m.update(m._take(2)),
+    "SETITEMS": lambda m, _: m.update(m._since_mark()),
+    "ADDITEMS": lambda m, _: m.add(m._since_mark()),
 }
 
 

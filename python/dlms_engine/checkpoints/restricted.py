@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import plain_pickle
+from .plain_pickle import Refused
 
 _ADVICE = (
     "It is not read, because reading it could run code. If you trust the file, convert it in an "
@@ -47,7 +48,7 @@ class _Container(Record):
 
     def build(self, state: Any) -> None:
         if not isinstance(state, dict) or self.state:
-            raise UnsafeCheckpointError(f"a module of unknown form. {_ADVICE}")
+            raise Refused("a module of unknown form")
         self.state = state
 
 
@@ -56,25 +57,25 @@ class _Dict(dict[str, Any]):
 
     def build(self, state: Any) -> None:
         if state:
-            raise UnsafeCheckpointError(f"a dictionary with attributes. {_ADVICE}")
+            raise Refused("a dictionary with attributes")
 
 
 def _dict(*arguments: Any) -> _Dict:
     if arguments:
-        raise UnsafeCheckpointError(f"a dictionary of unknown form. {_ADVICE}")
+        raise Refused("a dictionary of unknown form")
     return _Dict()
 
 
 def _ordered(*arguments: Any) -> OrderedDict[Any, Any]:
     if arguments:
-        raise UnsafeCheckpointError(f"an ordered dictionary of unknown form. {_ADVICE}")
+        raise Refused("an ordered dictionary of unknown form")
     return OrderedDict()
 
 
 def _set(*arguments: Any) -> set[Any]:
     items = arguments[0] if arguments else []
     if len(arguments) > 1 or not isinstance(items, list):
-        raise UnsafeCheckpointError(f"a set of unknown form. {_ADVICE}")
+        raise Refused("a set of unknown form")
     return {plain_pickle.key(item) for item in items}
 
 
@@ -86,39 +87,39 @@ class _Dtype:
 
     def __init__(self, code: Any, *_: Any) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|b1", code) or code == "f1":
-            raise UnsafeCheckpointError(f"the NumPy dtype {str(code)[:40]!r}. {_ADVICE}")
+            raise Refused(f"the NumPy dtype {str(code)[:40]!r}")
         self.code = code
         self.order: Literal["<", ">", "=", "|"] = "="
 
     def build(self, state: Any) -> None:
         order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
         if order not in ("<", ">", "=", "|"):
-            raise UnsafeCheckpointError(f"a NumPy dtype of unknown form. {_ADVICE}")
+            raise Refused("a NumPy dtype of unknown form")
         self.order = order
 
     def read(self, data: bytes, count: int) -> np.ndarray[Any, Any]:
         dtype = np.dtype(self.code).newbyteorder(self.order)
         if len(data) != count * dtype.itemsize:
-            raise UnsafeCheckpointError(f"{len(data)} bytes for {count} {dtype} values. {_ADVICE}")
+            raise Refused(f"{len(data)} bytes for {count} {dtype} values")
         return np.frombuffer(data, dtype)
 
 
 def _scalar(dtype: Any, data: Any) -> float | int | bool:
     if not isinstance(dtype, _Dtype):
-        raise UnsafeCheckpointError(f"a NumPy scalar of unknown form. {_ADVICE}")
+        raise Refused("a NumPy scalar of unknown form")
     return dtype.read(_raw(data), 1)[0].item()  # type: ignore[no-any-return]
 
 
 def _raw(data: Any) -> bytes:
     if isinstance(data, bytes):
         return data
-    raise UnsafeCheckpointError(f"NumPy data of unknown form. {_ADVICE}")
+    raise Refused("NumPy data of unknown form")
 
 
 def _encode(text: Any, encoding: Any) -> bytes:
     """``_codecs.encode``: how protocol 2 writes bytes."""
     if not isinstance(text, str) or encoding != "latin1":
-        raise UnsafeCheckpointError(f"text of unknown form. {_ADVICE}")
+        raise Refused("text of unknown form")
     return text.encode("latin1")
 
 
@@ -137,7 +138,7 @@ class _Array:
             or not isinstance(dtype, _Dtype)
             or fortran not in (True, False)
         ):
-            raise UnsafeCheckpointError(f"a NumPy array of unknown form. {_ADVICE}")
+            raise Refused("a NumPy array of unknown form")
         values = dtype.read(_raw(data), math.prod(shape))
         native = values.astype(values.dtype.newbyteorder("="))
         self.values = torch.from_numpy(native.reshape(shape, order="F" if fortran else "C").copy())
@@ -157,20 +158,20 @@ def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any) -> _Array:
 
 def _persistent(meta: Any, *rest: Any) -> Record:
     if rest or not isinstance(meta, dict) or not isinstance(meta.get("state"), dict):
-        raise UnsafeCheckpointError(f"an object of unknown form. {_ADVICE}")
+        raise Refused("an object of unknown form")
     return Record(str(meta.get("class_name")), meta["state"])
 
 
 def _storage(data: Any, *rest: Any) -> Tensor:
     """The flat values behind a tensor, read by torch's own restricted loader."""
     if rest or not isinstance(data, bytes):
-        raise UnsafeCheckpointError(f"tensor data of unknown form. {_ADVICE}")
+        raise Refused("tensor data of unknown form")
     try:
         held = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as exc:
-        raise UnsafeCheckpointError(f"tensor data that torch refuses ({exc}). {_ADVICE}") from exc
+        raise Refused(f"tensor data that torch refuses ({exc})") from exc
     if not isinstance(held, torch.storage.TypedStorage):
-        raise UnsafeCheckpointError(f"{type(held).__name__} as tensor data. {_ADVICE}")
+        raise Refused(f"{type(held).__name__} as tensor data")
     values = torch.empty(0, dtype=held.dtype)
     raw = held._untyped_storage  # the public accessors of a typed storage warn
     return values.set_(raw, 0, (raw.nbytes() // values.element_size(),), (1,))
@@ -182,24 +183,22 @@ def _tensor(values: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Tensor
         or not isinstance(size, tuple)
         or not isinstance(stride, tuple)
     ):
-        raise UnsafeCheckpointError(f"a tensor of unknown form. {_ADVICE}")
+        raise Refused("a tensor of unknown form")
     whole = [offset, *size, *stride]
     plain = all(type(n) is int and 0 <= n < 2**63 for n in whole) and len(size) == len(stride) <= 16
     if not plain:
-        raise UnsafeCheckpointError(f"a tensor of unknown form. {_ADVICE}")
+        raise Refused("a tensor of unknown form")
     last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True) if n)
     elements = math.prod(size)
     # More elements than values: a file of a few bytes could claim any amount through stride 0.
     if elements > values.numel() or (elements and last >= values.numel()):
-        raise UnsafeCheckpointError(
-            f"a tensor of size {tuple(size)} reaching beyond its {values.numel()} values. {_ADVICE}"
-        )
+        raise Refused(f"a tensor of size {tuple(size)} reaching beyond its {values.numel()} values")
     return torch.as_strided(values, size, stride, offset if elements else 0).clone()
 
 
 def _parameter(data: Any, *_: Any) -> Tensor:
     if not isinstance(data, Tensor):
-        raise UnsafeCheckpointError(f"a parameter of unknown form. {_ADVICE}")
+        raise Refused("a parameter of unknown form")
     return data
 
 
@@ -231,7 +230,7 @@ _GLOBALS: dict[tuple[str, str], plain_pickle.Factory] = {
 
 
 def _never_called(*_: Any) -> Any:
-    raise UnsafeCheckpointError(f"a call of a function that is only named. {_ADVICE}")
+    raise Refused("a call of a function that is only named")
 
 
 def read_pickle(path: str | Path, named: Iterable[tuple[str, str]] = ()) -> Any:
@@ -248,10 +247,8 @@ def read_pickle(path: str | Path, named: Iterable[tuple[str, str]] = ()) -> Any:
     try:
         with Path(path).open("rb") as file:
             return _plain(plain_pickle.load_pickle(file, known))
-    except plain_pickle.Refused as exc:
+    except Refused as exc:
         raise UnsafeCheckpointError(f"{path}: {exc}. {_ADVICE}") from exc
-    except UnsafeCheckpointError as exc:
-        raise UnsafeCheckpointError(f"{path}: {exc}") from exc
     except OSError:
         raise
     except Exception as exc:
@@ -262,7 +259,7 @@ def _plain(node: Any) -> Any:
     """NumPy arrays, complete only now, as tensors."""
     if isinstance(node, _Array):
         if node.values is None:
-            raise UnsafeCheckpointError(f"a NumPy array without values. {_ADVICE}")
+            raise Refused("a NumPy array without values")
         return node.values
     if isinstance(node, dict):
         for key, value in node.items():
