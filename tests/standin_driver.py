@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlms_engine.engine import cuda_graph, cuda_graph_capture
+from dlms_engine.engine import cuda_graph, cuda_graph_capture, cuda_graph_check, cuda_graph_run
 from dlms_engine.engine.native import native
 from dlms_engine.models.denoiser import Denoiser
 
@@ -152,7 +152,7 @@ class StandinCapture:
         self.network = network
         body({name: t.clone() for name, t in inputs.items()})
         settle()
-        check = cuda_graph_capture.CaptureCheck(device, network) if self.watched else nullcontext()
+        check = cuda_graph_check.CaptureCheck(device, network) if self.watched else nullcontext()
         with check:
             body({name: t.clone() for name, t in inputs.items()})
         settle()
@@ -208,12 +208,12 @@ def captured(driver: Standin, monkeypatch: pytest.MonkeyPatch) -> StandinCapture
     monkeypatch.setattr(cuda_graph_capture, "record_run", capture.record)
     monkeypatch.setattr(cuda_graph_capture, "record_loop", capture.record_loop)
     # The stand-in has the kernel itself: the library of the loop's kernel.
-    monkeypatch.setattr(cuda_graph, "loop_library", lambda: str(driver.path))
-    monkeypatch.setattr(cuda_graph_capture, "device_index", lambda device: 0)
+    monkeypatch.setattr(cuda_graph_run, "loop_library", lambda: str(driver.path))
+    monkeypatch.setattr(cuda_graph_run, "device_index", lambda device: 0)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
-    monkeypatch.setattr(cuda_graph, "_shown", set())
+    monkeypatch.setattr(cuda_graph_run, "_shown", set())
     # As on a GPU, where it does not look: that would make the host wait.
     monkeypatch.setattr(Denoiser, "_refuse_blind", lambda denoiser, alpha: None)
     return capture

@@ -20,7 +20,8 @@ from ._version import __version__
 if TYPE_CHECKING:
     from . import learners, models, ops, processes, solvers
     from .engine.export import export_sampler
-    from .engine.sampler import Sampler, seeded_noise
+    from .engine.noise import seeded_noise
+    from .engine.sampler import Sampler
     from .integrations.diffusers import accelerate
     from .lab import evaluation, plots
     from .lab.evaluation.check import check
@@ -46,7 +47,7 @@ _HOME = {
     "load_solver": "policies.distilled",
     "recommend": "learners.start",
     "save": "policies.distilled",
-    "seeded_noise": "engine.sampler",
+    "seeded_noise": "engine.noise",
 }
 # public name -> the module it is
 _MODULES = {

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dlms_engine import grids, processes, solvers
-from dlms_engine.engine import cuda_graph, cuda_graph_capture, sampler
+from dlms_engine.engine import cuda_graph, cuda_graph_capture, cuda_graph_run, sampler
 from dlms_engine.engine.cuda_graph import run_captured
 from dlms_engine.engine.cuda_graph_cache import GraphCache
 from dlms_engine.engine.native import native
@@ -183,7 +183,7 @@ def test_a_changed_attribute_is_another_capture_and_moved_weights_too(cache):
 
 def test_an_offloaded_parameter_is_not_captured(cache, caplog, monkeypatch):
     """Bug: the graph went on reading the memory that the weights had left."""
-    monkeypatch.setattr(cuda_graph, "_shown", set())
+    monkeypatch.setattr(cuda_graph_run, "_shown", set())
     held = make()
     layer = held.denoiser.network.first.cpu()
 
@@ -313,7 +313,7 @@ class Noisy(Network):
 def test_what_cannot_be_captured_is_named_and_runs_plainly(
     network, reason, cache, caplog, monkeypatch
 ):
-    monkeypatch.setattr(cuda_graph, "_shown", set())
+    monkeypatch.setattr(cuda_graph_run, "_shown", set())
     held = make(network=network())
     for _ in range(2):
         assert held(noise(0)).isfinite().all()

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dlms_engine import grids, ops, solvers
-from dlms_engine.engine.sampler import GRAPHS, Sampler, seeded_noise
+from dlms_engine.engine.noise import seeded_noise
+from dlms_engine.engine.sampler import GRAPHS, Sampler
 from dlms_engine.lab.bench import rivals
 from dlms_engine.lab.bench.device import interleaved_events, machine, no_gpu, quantiles
 from dlms_engine.lab.bench.timing import (

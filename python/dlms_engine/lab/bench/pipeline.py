@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from dlms_engine import embedded, grids, ops, solvers
-from dlms_engine.engine.sampler import Sampler, seeded_noise
+from dlms_engine.engine.noise import seeded_noise
+from dlms_engine.engine.sampler import Sampler
 from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
 from dlms_engine.lab.bench.loop import wall_times
 from dlms_engine.lab.bench.timing import (

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine.sampler import Sampler, seeded_noise
+from ...engine.noise import seeded_noise
+from ...engine.sampler import Sampler
 from ...learners.start.problem import Conditions, SamplingProblem, read_conditions, rows_of
 from ...learners.start.shared_runs import SharedRuns
 from ...learners.training.identity import conditions_digest

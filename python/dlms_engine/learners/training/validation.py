@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ... import solvers
-from ...engine.sampler import Sampler, seeded_noise
+from ...engine.noise import seeded_noise
+from ...engine.sampler import Sampler
 from ...models.denoiser import Denoiser
 from ...processes import EDM, grids
 from ...solvers.table import SolverTable
