@@ -20,7 +20,7 @@ from ...support.files import written
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
-from ..start import Candidate, Effort, ExactSolution, SamplingProblem, Start, find_start
+from ..start import Effort, ExactSolution, SamplingProblem, Start, find_start
 from ..start.search import candidate_of
 from .budget import Budget, parse_budget
 from .choose import AutoStage, choose_stage, measure_stages
@@ -30,7 +30,7 @@ from .gauss_newton import SEARCHED, GaussNewton, Targets
 from .progress import RunCheckpoint
 from .report import report_lines, report_of, write_report
 from .settings import AutoSettings
-from .table import GeneralTable
+from .table import GeneralTable, bases
 
 __all__ = ["AUTO", "Auto", "AutoSettings", "effort_of"]
 
@@ -274,22 +274,6 @@ def effort_of(settings: AutoSettings) -> Effort | None:
     if settings.effort != "auto":
         return settings.effort
     return "lean" if parse_budget(settings.budget).calls < LEAN_BELOW else None
-
-
-def bases(start: Start, several: bool) -> list[Candidate]:
-    """Where the table's fit starts: the best solver and, for a few iterations, the best of another
-    kind of step, as what is best untrained is not always best trained.
-    """
-    best = start.best
-    if not several:
-        return [best]
-    limit = 1.5 * start.ranking[0].rmse
-    for measured in start.ranking[1:]:
-        other = measured.candidate
-        same_kind = (other.solver, other.stages) == (best.solver, best.stages)
-        if other.stages == 1 and not same_kind and measured.rmse <= limit:
-            return [best, other]
-    return [best]
 
 
 def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:

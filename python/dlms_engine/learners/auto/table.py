@@ -21,11 +21,27 @@ from torch import Tensor
 
 from ...policies.dlms import step_coefficients
 from ...solvers.table import SolverTable
-from ..start import Candidate
+from ..start import Candidate, Start
 
 FULL_HISTORY = 6
 """Evaluations up to which a row weighs all earlier outputs; above, the newest four."""
 NEWEST = 4
+
+
+def bases(start: Start, several: bool) -> list[Candidate]:
+    """Where the table's fit starts: the best solver and, for a few iterations, the best of another
+    kind of step, as what is best untrained is not always best trained.
+    """
+    best = start.best
+    if not several:
+        return [best]
+    limit = 1.5 * start.ranking[0].rmse
+    for measured in start.ranking[1:]:
+        other = measured.candidate
+        same_kind = (other.solver, other.stages) == (best.solver, best.stages)
+        if other.stages == 1 and not same_kind and measured.rmse <= limit:
+            return [best, other]
+    return [best]
 
 
 class GeneralTable:
