@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from .._version import __version__
 from ..ops import layout, reference
 from ..policies.run import run_predictions
 from ..support.files import replacing, require_writable
+from .export_reasons import explain, suggested_batch
 from .sampler import Sampler
 from .steps import TableRows, first_input
 
@@ -35,44 +35,6 @@ LARGEST_BATCH = 4096
 """Of a package whose batch is free, unless the network sets a lower bound."""
 
 
-_REASONS = (
-    (
-        ("data-dependent", "datadependent", "could not guard", ".item()", "could not extract"),
-        "the network's Python depends on a tensor's value (an `if` on it, .item(), .tolist()): "
-        "write it with torch.where or torch.cond",
-    ),
-    (
-        ("constraints violated", "specialized", "not equal to the batch", "marked as dynamic"),
-        "the network fixes the batch size (a number taken from a shape): pass dynamic_batch=False, "
-        "which makes a package for the example's batch alone",
-    ),
-    (
-        ("c++ compile", "cppcompileerror", "compiler is not found", "invalidcxxcompiler"),
-        "AOTInductor needs a working C++ compiler: install g++ or clang++, or set CXX",
-    ),
-)
-
-
-_SUGGESTED = re.compile(r"batch = Dim\('batch', (?:min=\d+, )?max=(\d+)\)")
-
-
-def _explain(exc: BaseException) -> str:
-    """In words, why an export failed with ``exc``."""
-    text = f"{type(exc).__name__}: {exc}".lower()
-    suggested = _SUGGESTED.search(str(exc))
-    if suggested is not None:
-        return (
-            f"the network takes another path for more than {suggested[1]} samples: pass "
-            f"max_batch={suggested[1]}"
-        )
-    first = (str(exc).strip() or "no message").splitlines()[0]
-    cause = f"{type(exc).__name__}: {first}"
-    for fragments, reason in _REASONS:
-        if any(fragment in text for fragment in fragments):
-            return f"{reason} ({cause})"
-    return f"it failed with {cause}"
-
-
 class SamplerExportError(RuntimeError):
     """The sampler cannot be exported or compiled; the message says why and what to do.
 
@@ -80,9 +42,8 @@ class SamplerExportError(RuntimeError):
     """
 
     def __init__(self, what: str, exc: BaseException) -> None:
-        super().__init__(f"{what}: {_explain(exc)}")
-        found = _SUGGESTED.search(str(exc))
-        self.max_batch = None if found is None else int(found[1])
+        super().__init__(f"{what}: {explain(exc)}")
+        self.max_batch = suggested_batch(exc)
 
 
 class SamplerModule(nn.Module):
