@@ -23,7 +23,7 @@ from .._version import __version__
 from ..ops import layout, reference
 from ..policies.run import run_predictions
 from ..support.files import replacing, require_writable
-from .export_reasons import explain, suggested_batch
+from .export_reasons import explain_export, suggested_batch
 from .sampler import Sampler
 from .steps import TableRows, first_input
 
@@ -42,7 +42,7 @@ class SamplerExportError(RuntimeError):
     """
 
     def __init__(self, what: str, exc: BaseException) -> None:
-        super().__init__(f"{what}: {explain(exc)}")
+        super().__init__(f"{what}: {explain_export(exc)}")
         self.max_batch = suggested_batch(exc)
 
 

@@ -25,7 +25,7 @@ _REASONS = (
 _SUGGESTED = re.compile(r"batch = Dim\('batch', (?:min=\d+, )?max=(\d+)\)")
 
 
-def explain(exc: BaseException) -> str:
+def explain_export(exc: BaseException) -> str:
     """In words, why an export failed with ``exc``."""
     text = f"{type(exc).__name__}: {exc}".lower()
     suggested = suggested_batch(exc)

@@ -89,23 +89,24 @@ def buffers_needed(bytes_per_set: int, cache_bytes: int, limit: int = 256) -> in
     return max(2, min(limit, math.ceil(3 * cache_bytes / max(1, bytes_per_set))))
 
 
+def events_us(run: Callable[[int], object], calls: range) -> float:
+    """Microseconds of one of `calls`, all of them between two CUDA events."""
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    start.record()
+    for call in calls:
+        run(call)
+    end.record()
+    end.synchronize()
+    return 1e3 * start.elapsed_time(end) / len(calls)
+
+
 def time_each(run: Callable[[int], object], repeats: int = 20, inner: int = 50) -> list[float]:
-    """Microseconds of one call: `repeats` measurements of `inner` calls between two CUDA events."""
+    """Microseconds of one call: `repeats` measurements of `inner` calls."""
     for i in range(inner):
         run(i)
     torch.cuda.synchronize()
-    times, turn = [], 0
-    for _ in range(repeats):
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(inner):
-            run(turn)
-            turn += 1
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / inner)
-    return times
+    return [events_us(run, range(k * inner, (k + 1) * inner)) for k in range(repeats)]
 
 
 def interleaved_events(
@@ -121,18 +122,9 @@ def interleaved_events(
         once = statistics.median(time_each(run, 3, 3))
         inner.append(max(3, min(2000, round(1e3 * milliseconds / max(once, 0.1)))))
     times: list[list[float]] = [[] for _ in runs]
-    turns = [0] * len(runs)
-    for _ in range(rounds):
-        for k, run in enumerate(runs):
-            start = torch.cuda.Event(enable_timing=True)
-            end = torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(inner[k]):
-                run(turns[k])
-                turns[k] += 1
-            end.record()
-            end.synchronize()
-            times[k].append(1e3 * start.elapsed_time(end) / inner[k])
+    for k in range(rounds):
+        for own, run, count in zip(times, runs, inner, strict=True):
+            own.append(events_us(run, range(k * count, (k + 1) * count)))
     return times
 
 
