@@ -103,24 +103,13 @@ class GuidedUNet(_Trunk):
         attention_dims: int = 1,
     ) -> None:
         style = GuidedStyle(
-            4 * model_channels,
-            dropout,
-            use_scale_shift_norm,
-            num_heads,
-            num_head_channels,
-            use_new_attention_order,
-            attention_dims,
-        )
+            4 * model_channels, dropout, use_scale_shift_norm, num_heads, num_head_channels,
+            use_new_attention_order, attention_dims,
+        )  # fmt: skip
         super().__init__(
-            in_channels,
-            model_channels,
-            num_res_blocks,
-            attention_resolutions,
-            channel_mult,
-            num_heads,
-            resblock_updown,
-            style,
-        )
+            in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult,
+            num_heads, resblock_updown, style,
+        )  # fmt: skip
         self.num_classes = num_classes
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, style.embedding)
@@ -196,24 +185,13 @@ class GuidedClassifier(_Trunk):
         if pool not in ("attention", "adaptive"):
             raise ValueError(f"pool is {pool!r}, expected 'attention' or 'adaptive'")
         style = GuidedStyle(
-            4 * model_channels,
-            dropout,
-            use_scale_shift_norm,
-            num_heads,
-            num_head_channels,
-            use_new_attention_order,
-            attention_dims,
-        )
+            4 * model_channels, dropout, use_scale_shift_norm, num_heads, num_head_channels,
+            use_new_attention_order, attention_dims,
+        )  # fmt: skip
         super().__init__(
-            in_channels,
-            model_channels,
-            num_res_blocks,
-            attention_resolutions,
-            channel_mult,
-            num_heads,
-            resblock_updown,
-            style,
-        )
+            in_channels, model_channels, num_res_blocks, attention_resolutions, channel_mult,
+            num_heads, resblock_updown, style,
+        )  # fmt: skip
         width = self.widths[-1]
         side = image_size >> (len(self.widths) - 1)
         last: list[nn.Module] = (
