@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from dlms_engine import grids, solvers
 from dlms_engine.checkpoints import guided
-from dlms_engine.checkpoints.guided_layout import build_guided, infer_settings
+from dlms_engine.checkpoints.guided_layout import build_settings, guided_settings, infer_settings
 from dlms_engine.checkpoints.load import convert_checkpoint, load_checkpoint, load_network
 from dlms_engine.checkpoints.networks import GuidedClassifier, GuidedUNet
 from dlms_engine.checkpoints.restricted import UnsafeCheckpointError
@@ -60,6 +60,10 @@ def heads(flags: dict[str, Any]) -> dict[str, Any]:
     return {name: flags[name] for name in HEADS if name in flags}
 
 
+def built(state: dict[str, torch.Tensor], **architecture: Any) -> torch.nn.Module:
+    return build_settings(guided_settings(state, **architecture), state)
+
+
 def told(flags: dict[str, Any]) -> tuple[torch.Tensor, ...]:
     return (LABELS,) if flags.get("num_classes") else ()
 
@@ -69,7 +73,7 @@ def test_unet_has_the_published_tensors_and_maths(case: str) -> None:
     """Names and shapes, the architecture inferred from them, and the forward pass in float64."""
     flags = UNETS[case]
     state = random_state(flags)
-    network = build_guided(state, **heads(flags))
+    network = built(state, **heads(flags))
     assert {k: tuple(v.shape) for k, v in network.state_dict().items()} == shapes(flags)
     inferred = infer_settings(state)
     assert inferred == {k: v for k, v in flags.items() if k in inferred} | {
@@ -85,7 +89,7 @@ def test_unet_has_the_published_tensors_and_maths(case: str) -> None:
 def test_classifier_has_the_published_tensors_and_maths(case: str) -> None:
     flags = CLASSIFIERS[case]
     state = random_state(flags)
-    network = build_guided(state, num_head_channels=32)
+    network = built(state, num_head_channels=32)
     assert isinstance(network, GuidedClassifier)
     assert {k: tuple(v.shape) for k, v in network.state_dict().items()} == shapes(flags)
     wide = {k: v.double() for k, v in state.items()}
@@ -101,7 +105,7 @@ def test_classifier_has_the_published_tensors_and_maths(case: str) -> None:
 def test_the_comparison_can_fail(wrong: str) -> None:
     """Attention order and heads change the answer, so the reference would show a mistake."""
     state = random_state(ADM)
-    network = build_guided(state, **heads(ADM))
+    network = built(state, **heads(ADM))
     other = {**ADM, wrong: 32 if wrong == "num_head_channels" else not ADM[wrong]}
     if wrong == "use_scale_shift_norm":
         assert shapes(other) != shapes(ADM)
@@ -113,7 +117,7 @@ def test_the_comparison_can_fail(wrong: str) -> None:
 def test_float32_and_half_precision_norms() -> None:
     """bfloat16 weights run, with group norms in float32, near the float32 network."""
     state = random_state(ADM)
-    network = build_guided(state, **heads(ADM))
+    network = built(state, **heads(ADM))
     expected = network(X, T, LABELS)
     found = network.bfloat16()(X.bfloat16(), T, LABELS)
     assert found.dtype == torch.bfloat16
@@ -230,7 +234,7 @@ def test_classifier_guidance_raises_the_class_and_survives_inference_mode(tmp_pa
                 seeds=range(2), shape=(3, 8, 8), class_labels=LABELS
             )
 
-    classifier = build_guided(noisy)
+    classifier = built(noisy)
     sure = [
         classifier(images(d).clone(), torch.zeros(2)).log_softmax(1)[torch.arange(2), LABELS].mean()
         for d in (plain, guide)

@@ -128,8 +128,8 @@ def _classifier(tensors: Mapping[str, Tensor], levels: int) -> dict[str, Any]:
     }
 
 
-def build_guided(tensors: Mapping[str, Tensor], **architecture: Any) -> nn.Module:
-    """The network of a state dict, in evaluation mode.
+def guided_settings(tensors: Mapping[str, Tensor], **architecture: Any) -> dict[str, Any]:
+    """All constructor arguments of a state dict's network: inferred ones and ``architecture``.
 
     Args:
         architecture: what the tensors do not say: ``num_heads`` or ``num_head_channels``,
@@ -139,12 +139,6 @@ def build_guided(tensors: Mapping[str, Tensor], **architecture: Any) -> nn.Modul
     Raises:
         ValueError: unknown arguments, or tensors that do not fit.
     """
-    settings = guided_settings(tensors, **architecture)
-    return build_settings(settings, tensors)
-
-
-def guided_settings(tensors: Mapping[str, Tensor], **architecture: Any) -> dict[str, Any]:
-    """All constructor arguments: inferred ones and ``architecture``."""
     unknown = sorted(set(architecture) - set(ARCHITECTURE))
     if unknown:
         raise ValueError(f"unknown argument {unknown[0]!r}, expected {', '.join(ARCHITECTURE)}")
@@ -165,7 +159,7 @@ def guided_settings(tensors: Mapping[str, Tensor], **architecture: Any) -> dict[
 
 
 def build_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """A network from all its arguments; ``pool`` among them makes it a classifier."""
+    """A network from all its arguments, in evaluation mode; with ``pool`` it is a classifier."""
     kind = GuidedClassifier if "pool" in settings else GuidedUNet
     try:
         network: nn.Module = kind(**settings)
