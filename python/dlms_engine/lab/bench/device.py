@@ -98,7 +98,7 @@ def events_us(run: Callable[[int], object], calls: range) -> float:
         run(call)
     end.record()
     end.synchronize()
-    return 1e3 * start.elapsed_time(end) / len(calls)
+    return float(1e3 * start.elapsed_time(end) / len(calls))
 
 
 def time_each(run: Callable[[int], object], repeats: int = 20, inner: int = 50) -> list[float]:
