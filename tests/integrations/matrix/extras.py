@@ -9,6 +9,8 @@ from typing import Any
 import diffusers
 import tiny_pipelines as tiny
 import torch
+from diffusers.guiders import SkipLayerGuidance
+from diffusers.hooks import LayerSkipConfig
 from images import PICTURE, SIZE, Case, common, flow, generator, mask, prompts, quiet, qwen
 from tiny_pipelines import embeddings, seeded
 from variants import sd_ddim, sd_parts
@@ -190,6 +192,20 @@ def modular_wan() -> Any:
     return modular(diffusers.WanBlocks(), wan().components)
 
 
+def skipped_layers() -> Any:
+    """A guider that puts hooks on the network for its third call of every step."""
+    skip = LayerSkipConfig(
+        indices=[0], fqn="blocks", skip_attention=True, skip_ff=True, skip_attention_scores=False
+    )
+    pipe = modular_wan()
+    pipe.update_components(
+        guider=SkipLayerGuidance(
+            skip_layer_config=skip, skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0
+        )
+    )
+    return pipe
+
+
 def modular_qwen() -> Any:
     return modular(diffusers.QwenImageAutoBlocks(), qwen().components)
 
@@ -248,6 +264,9 @@ CASES: dict[str, Case] = {
     "FluxModularPipeline": (modular_flux, lambda: {**tiny.flux_inputs(), "output": "latents"}),
     "WanModularPipeline": (
         modular_wan,
+        lambda: {**CLIP, **prompts(7, 32), "generator": generator(), "output": "latents"}),
+    "WanModularPipeline, skipped layers": (
+        skipped_layers,
         lambda: {**CLIP, **prompts(7, 32), "generator": generator(), "output": "latents"}),
     "QwenImageModularPipeline": (
         modular_qwen,

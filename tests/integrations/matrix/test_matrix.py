@@ -26,6 +26,7 @@ QUICK = (
     "WanPipeline", "WanPipeline, two networks", "WanImageToVideoPipeline", "MochiPipeline",
     "StableDiffusionPipeline, DDIM", "StableDiffusionPAGPipeline", "IFPipeline", "CogVideoXPipeline",
     "LatentConsistencyModelPipeline", "StableDiffusionXLModularPipeline",
+    "WanModularPipeline, skipped layers",
 )  # fmt: skip
 NEEDS = {"StableDiffusionPipeline, LoRA": "peft"}
 
@@ -85,6 +86,13 @@ def test_latents_changed_between_steps_are_noticed(monkeypatch: Any) -> None:
     monkeypatch.setattr(recording, "same", blind)
     monkeypatch.setattr(dry_run.DryRun, "_state", _first_only)
     assert row("StableDiffusionInpaintPipeline").accelerated > 100 * CLOSE
+
+
+def test_hooks_for_one_call_are_noticed(monkeypatch: Any) -> None:
+    """Planted fault: skip-layer guidance without its skipped layers was taken for the loop."""
+    monkeypatch.setattr(recording, "situation", lambda _: ())
+    found = row("WanModularPipeline, skipped layers")
+    assert found.whole_loop and found.accelerated > 100 * CLOSE
 
 
 def _first_only(self: Any, sample: Any) -> None:

@@ -136,7 +136,7 @@ ELSEWHERE = {
     "Lumina2Pipeline, truncated guidance": "other network calls in other steps",
     "StableDiffusionControlNetPipeline": "residuals.0 of unet does not only follow the step",
     "StableDiffusionPipeline, rescaled": "depends on their values",
-    "StableDiffusionPipeline, DeepCache": "something else than its networks' output",
+    "StableDiffusionPipeline, DeepCache": "forward of mid_block was replaced",
     "StableDiffusionPAGPipeline": "something else than its networks' output",
     "StableDiffusionInpaintPipeline": "changes the latents between two steps",
     "StableVideoDiffusionPipeline": "not a linear mix",

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .situation import remembers
+
 SMALL = 1 << 16  # numbers in an argument that may follow the steps: times, not residuals
 
 
@@ -142,4 +144,4 @@ def caches(module: nn.Module) -> str | None:
         for hook in getattr(registry, "hooks", {}).values():
             if getattr(hook, "_is_stateful", False):
                 return f"{type(hook).__name__} on {name or 'it'} remembers earlier calls"
-    return None
+    return remembers(module)

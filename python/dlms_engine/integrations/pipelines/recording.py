@@ -33,6 +33,7 @@ from .calls import (
     tolerance,
 )
 from .forms import Packing, match, output_columns, read_columns
+from .situation import situation
 
 Columns = tuple[Packing, bool]  # how branches are read from outputs; one tensor a sample
 Reading = tuple[Columns, ...]
@@ -105,6 +106,7 @@ class Recorder:
         self._order: dict[int, list[Slot]] = {}
         self._products: dict[int, Tensor] = {}
         self._dtypes: set[torch.dtype] = set()
+        self._around: dict[int, list[tuple[Any, ...]]] = {}
         self._returned: Tensor | None = None
         self._rows: list[int] = []
         self.calls_per_step: list[int] = []
@@ -116,6 +118,7 @@ class Recorder:
     ) -> Any:
         """A component is called: the real call, and its arguments as they were before it."""
         as_given = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # networks empty lists
+        around = situation(self.modules[number]) if self._expected is not None else ()
         factor = 1.0 if self._rows or self._expected is None else self._expected.unscaled_factor()
         if factor == 1.0:
             output = original(*args, **kwargs)
@@ -125,6 +128,7 @@ class Recorder:
             output = original(*scaled_args, **scaled_kwargs)
         if self.reason is None:
             self._pending.append((number, *as_given, output))
+            self._around.setdefault(number, []).append(around)
         return output
 
     def step(self, runner: Any, n: int, output: Tensor, sample: Tensor, latents: Tensor) -> None:
@@ -162,7 +166,17 @@ class Recorder:
             raise NotReplayed("no component was called with the latents")
         self._order[n] = [c.slot for c in calls]
         self.calls_per_step.append(len(calls))
+        self._same_around({c.slot.module for c in calls})
         self._outputs(n, calls, output, sample)
+
+    def _same_around(self, numbers: set[int]) -> None:
+        """The engine's loop runs where the scheduler's steps do."""
+        for number in numbers:
+            now = situation(self.modules[number])
+            if any(then != now for then in self._around.pop(number, [])):
+                raise NotReplayed(
+                    f"hooks, processors or forwards of {self.names[number]} change during the run"
+                )
 
     def _taken_apart(self, pending: list[Any]) -> list[Call]:
         places: dict[int, int] = {}
@@ -253,6 +267,8 @@ class Recorder:
                 for column in read_columns(call.outputs, tuple(sample.shape), form, per_sample)
             ]
             found = gram([*columns, sample], output).cpu()
+            if not bool(found.isfinite().all()):
+                raise NotReplayed("the network's outputs are not finite")
             wrong = misfit(found, solve_weights(found))
             if wrong < best:
                 best, chosen, products = wrong, reading, found
