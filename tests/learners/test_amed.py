@@ -543,6 +543,7 @@ def test_static_table(tmp_path: Path, nfe: int) -> None:
         scale_time=0.2,
         output=tmp_path / "amed.safetensors",
         validation_samples=2,
+        keep="learned",
     )
     table = alike.table(denoiser, x)
     assert table.nfe == nfe
@@ -560,6 +561,7 @@ def test_static_table(tmp_path: Path, nfe: int) -> None:
         solver="ipndm",
         scale_time=0.2,
         validation_samples=2,
+        keep="learned",
     )
     gap = run(denoiser, varied.table(denoiser, x), x)[0] - run(denoiser, varied, x)[0]
     assert gap.abs().max() > 1e-9

@@ -38,6 +38,10 @@ def start_value(method: str, history: Sequence[Mapping[str, Any]]) -> float | No
     return None
 
 
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
 def outcome_lines(
     method: str,
     settings: Mapping[str, Any],
@@ -58,6 +62,13 @@ def outcome_lines(
             f"{reached}, {report['ratio']:.2f} times below the best handcrafted solver, "
             f"{report['base']} ({low:.2f} to {high:.2f})",
             f"  kept: {report['chosen']}",
+        ]
+    compared = best.get("compared")
+    if isinstance(compared, Mapping) and compared.get("kept") == "base":
+        return [
+            f"  {MEASURES['rmse']} (lower is better): {best['score']:.4g}, that of its base on "
+            f"{compared['base']}, which is kept: what was learned ({_number(compared['learned'])}) is "
+            "no nearer"
         ]
     score = best.get("score")
     if not isinstance(score, int | float):

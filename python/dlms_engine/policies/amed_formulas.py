@@ -261,7 +261,8 @@ def check_levels(base: AmedBase, process: Process, grid: Tensor) -> None:
         if base.solver == "dpm_solver_pp":
             raise ValueError(
                 "AMED on dpm_solver_pp works in lambda, infinite at a flow's t = 1: use "
-                "solver='amed', 'ddim', 'dpm_solver_2' or 'ipndm'"
+                "solver='amed', 'ddim', 'dpm_solver_2' or 'ipndm', or coordinates='edm' on a flow that "
+                "starts below it, RectifiedFlow(t_max=0.999)"
             )
         return
     ends = process.sigma_over_alpha(torch.stack([grid[0], grid[-1]]).detach())

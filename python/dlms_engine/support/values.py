@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from typing import Any
 
 
 def is_finite_number(value: object) -> bool:
     """Whether ``value`` is a real number and finite; a tensor or a text is none."""
     return isinstance(value, numbers.Real) and math.isfinite(value)
+
+
+def json_number(value: Any) -> Any:
+    """``value``, or None for a float that is not finite, which JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def require_finite(value: float, what: str) -> float:

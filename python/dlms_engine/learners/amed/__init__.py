@@ -13,6 +13,7 @@ from ..begin import BeginAtForm
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import split_settings
+from ..training.conclude import Beside, concluded
 from ..training.run import train_learner, training_settings
 from ..training.settings import TrainerSettings
 from .objective import Amed
@@ -33,9 +34,18 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     settings = AmedSettings(nfe=options.nfe, **own)
     training = training_settings(options, given, **_DEFAULTS)
     learner = Amed(denoiser, settings, shape, seed=options.seed, **options.cond)
-    return train_learner(
+    solver = train_learner(
         learner, "amed", learner.fingerprint(), training, shape, options, lambda: learner.policy
     )
+    beside = Beside(
+        settings.handcrafted(denoiser.process),
+        lambda noise, cond: learner.coordinates.carried(
+            lambda x: learner.teacher_states(x, **cond)[-1], noise
+        ),
+        "more times inside each step (interpolation)",
+        settings.keep,
+    )
+    return concluded(solver, denoiser, shape, options, beside)
 
 
 def _forms(process: Process, nfe: int) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ class Amed:
     ) -> None:
         reads = reads_bottleneck(denoiser, settings.bottleneck, "amed")
         settings = dataclasses.replace(settings, bottleneck=reads)
-        self.coordinates = Coordinates.of(denoiser, settings.coordinates)
+        self.coordinates = Coordinates.of(denoiser, settings.coordinates_on(denoiser.process))
         model, self.denoiser = denoiser, self.coordinates.denoiser
         self.settings = settings
         self.cond = cond
@@ -122,9 +122,10 @@ class Amed:
     # -- Algorithm 1 ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def teacher_states(self, x: Tensor) -> list[Tensor]:
+    def teacher_states(self, x: Tensor, **cond: Any) -> list[Tensor]:
         """The teacher's states at the end of every student step, from ``x`` at the grid's start."""
-        after = [state for _, _, state in walk(self.denoiser, self._teacher, x, **self.cond)]
+        cond = {**self.cond, **cond}
+        after = [state for _, _, state in walk(self.denoiser, self._teacher, x, **cond)]
         s = self.settings
         stride = SOLVERS[s.teacher_name].evaluations_per_step * (s.teacher_interpolation + 1)
         return [*(after[k * stride - 1] for k in range(1, s.steps)), after[-1]]

@@ -12,6 +12,7 @@ from ...processes import Process
 from ...processes.grids import GRIDS, named_grid
 from ...solvers import make_solver
 from ...solvers.table import SolverTable
+from ..training.conclude import Keep, standard_tables
 from ..training.coordinates import CoordinatesName
 from ..training.start_times import GridSource, refine, start_times
 
@@ -52,6 +53,8 @@ class AmedSettings:
             choices is not the best run); 0 is Algorithm 1.
         endpoint_steps: evaluations, at least, of the exact solution in that phase.
         validation_samples, validation_steps: fixed set and the evaluations of its exact solution.
+        keep: "best" of the learned solver and the driven one on every standard grid, on samples of their
+            own; "learned" in any case (the presets).
     """
 
     nfe: int = 5
@@ -72,6 +75,7 @@ class AmedSettings:
     endpoint_steps: int = 24
     validation_samples: int = 64
     validation_steps: int = 48
+    keep: Keep = "best"
 
     def __post_init__(self) -> None:
         if self.nfe < 1:
@@ -104,6 +108,19 @@ class AmedSettings:
         return AmedBase(
             self.solver, self.order, self.prediction, self.lower_order_final, self.uses_afs
         )
+
+    def handcrafted(self, process: Process) -> dict[str, SolverTable]:
+        """The driven solver without a predictor on every standard grid, by name."""
+        name = "dpm_solver_2" if self.solver == "amed" else self.solver
+        afs = (False,) if self.afs is False else (False, True)
+        options = self._options(name, self.base().reads)
+        return standard_tables(process, name, self.nfe, options, afs)
+
+    def coordinates_on(self, process: Process) -> CoordinatesName | None:
+        """``coordinates``; a flow on DPM-Solver++ needs levels, where it has them."""
+        if self.coordinates is None and self.solver == "dpm_solver_pp" and process.t_max < 1:
+            return "edm"
+        return self.coordinates
 
     @property
     def teacher_name(self) -> str:
@@ -139,11 +156,14 @@ class AmedSettings:
     def teacher_table(self, process: Process, fine: Tensor) -> SolverTable:
         """The teacher: its solver on the fine grid, never with AFS."""
         name = self.teacher_name
+        own = self.base().reads if name == self.solver else None
+        return make_solver(name, process, fine, **self._options(name, own))
+
+    def _options(self, name: str, order: int | None) -> dict[str, Any]:
         options: dict[str, Any] = {}
         if name in ("ipndm", "dpm_solver_pp"):
-            own = self.base().reads if name == self.solver else None
-            options["order"] = own or (4 if name == "ipndm" else 3)
+            options["order"] = order or (4 if name == "ipndm" else 3)
         if name == "dpm_solver_pp":
             options["prediction"] = self.prediction
             options["lower_order_final"] = self.lower_order_final
-        return make_solver(name, process, fine, **options)
+        return options

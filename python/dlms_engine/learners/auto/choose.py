@@ -15,11 +15,10 @@ from ...solvers.table import SolverTable
 from ...support.transfer import to_host
 from ...support.values import require_finite
 from ..start import ExactSolution, SamplingProblem, rmse_with_error, run_tables
+from ..start.nearer import nearer, wins
 from .features import features_of, projected_frechet
 from .runs import corrected_ends
 
-LESS = 0.9
-"""RMSE, as a share of the other's, below which logarithms may decide."""
 HELD_OUT_FIRST = 1 << 22
 """Number of the first held-out sample, apart from those of proof, start and training."""
 
@@ -111,8 +110,8 @@ def choose_stage(stages: Sequence[AutoStage], uncertainty: float = 0.0) -> AutoS
     chosen = stages[0]
     for stage in stages[1:]:
         if (
-            _nearer(chosen, stage)
-            and not _wins(stage.features - chosen.features)
+            nearer(stage.squares, chosen.squares)
+            and not wins(stage.features - chosen.features)
             and beyond_doubt(_rmse(chosen), _rmse(stage), uncertainty)
             and stage.frechet <= stages[0].frechet
         ):
@@ -129,25 +128,8 @@ def beyond_doubt(rmse: float, smaller: float, uncertainty: float) -> bool:
     return rmse**2 - smaller**2 > 2 * uncertainty**2
 
 
-def _nearer(chosen: AutoStage, stage: AutoStage) -> bool:
-    """Whether ``stage`` ends nearer to the exact solution than ``chosen``, beyond chance."""
-    if _wins(chosen.squares - stage.squares):
-        return True
-    logarithms = [each.squares.clamp_min(1e-300).log() for each in (chosen, stage)]
-    return _rmse(stage) < LESS * _rmse(chosen) and _wins(logarithms[0] - logarithms[1])
-
-
 def _rmse(stage: AutoStage) -> float:
     return math.sqrt(float(stage.squares.mean()))
-
-
-def _wins(gain: Tensor) -> bool:
-    """Whether a mean gain is positive by two standard errors, a few more of a few samples."""
-    count = len(gain)
-    if count < 2:
-        return False
-    error = float(gain.std()) / math.sqrt(count)
-    return math.isfinite(error) and float(gain.mean()) > 2 * (1 + 4 / count) * error
 
 
 def ratio(base: AutoStage, other: AutoStage, resamples: int = 1000) -> tuple[float, float, float]:

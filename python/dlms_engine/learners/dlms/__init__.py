@@ -14,6 +14,7 @@ from ..begin import BeginAtForm
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import split_settings
+from ..training.conclude import Beside, concluded
 from ..training.run import train_learner, training_settings
 from ..training.settings import TrainerSettings
 from .objective import Dlms
@@ -37,9 +38,16 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         **options.cond,
     )
     learner.world = World.current()
-    return train_learner(
+    solver = train_learner(
         learner, "dlms", learner.fingerprint(), training, shape, options, lambda: learner.policy
     )
+    beside = Beside(
+        teacher=lambda noise, cond: learner.coordinates.carried(
+            lambda x: learner.teacher_end(x, **cond), noise
+        ),
+        finer="more points inside each interval (teacher_interpolation)",
+    )
+    return concluded(solver, denoiser, shape, options, beside)
 
 
 def _forms(process: Process, nfe: int) -> list[dict[str, Any]]:

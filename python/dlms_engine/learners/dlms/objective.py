@@ -7,6 +7,7 @@ evaluation. Everything older is detached: memory does not grow with the number o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -91,6 +92,11 @@ class Dlms:
             with torch.no_grad():
                 raw = initial_scales(times, settings.scale_range, settings.time_gain)
                 self.module.bias[:, -1] = raw
+        if settings.prediction == "noise" and float(process.alpha(grid[0])) == 0:
+            raise ValueError(
+                f"prediction is 'noise' and alpha is 0 at t = {float(grid[0])}, where noise predictions "
+                "say nothing: use prediction='data', or a process that starts at t_max=0.999"
+            )
         self._start = float(process.sigma(grid[0]))
         self.policy = self.coordinates.policy(DesignerPolicy(self.module))
         self.module.to(denoiser.device)
@@ -165,6 +171,14 @@ class Dlms:
         named = isinstance(source, str) and source in GRIDS
         settings["grid"] = source if named else self.module.grid.tolist()
         return settings
+
+    def teacher_end(self, x: Tensor, **cond: Any) -> Tensor:
+        """End of the teacher on the initial grid from ``x`` ``[B, ...]`` at its start."""
+        s, cond = self.settings, {**self.cond, **cond}
+        teacher = Teacher(self.denoiser, s.teacher, x, s.steps, cond)
+        for here, there in itertools.pairwise(self.module.grid.expand(x.shape[0], -1).unbind(1)):
+            teacher.advance(here, there)
+        return teacher.x
 
     # -- Algorithm 1 --------------------------------------------------------------------------
 

@@ -14,8 +14,9 @@ from ..begin import BeginAtSolver
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
+from ..training.conclude import Beside, concluded
 from ..training.noise import unit_noise
-from .objective import fit, summary
+from .objective import fit, standard_bases, summary, teacher_states
 from .settings import HIGHEST, DodeSettings, student_grid
 
 
@@ -43,7 +44,17 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         options.monitor.log(row, entry)
     record = {"method": "dode", **plain(settings), "seed": options.seed, "shape": list(shape)}
     best = {"score": history[-1]["rmse_after"], "set": "closed form"}
-    return DistilledSolver(fitted.table, "dode", record, history, best)
+    solver = DistilledSolver(fitted.table, "dode", record, history, best)
+    beside = Beside(
+        standard_bases(denoiser.process, settings),
+        lambda noise, cond: teacher_states(
+            denoiser, settings, grid, noise, **{**options.cond, **cond}
+        )[-1],
+        "more sub-steps (scale)"
+        + (", or alignment='interval'" if settings.alignment == "official" else ""),
+        settings.keep,
+    )
+    return concluded(solver, denoiser, shape, options, beside)
 
 
 def _begin(label: Label) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ The least squares needs no gradient of the network: two reductions per row.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ...engine.adjoint import walk
 from ...models.denoiser import Denoiser
 from ...processes import Process, VPDiscrete
 from ...solvers import make_solver
+from ...solvers.registry import standard_grids
 from ...solvers.table import SolverTable
 from ...support.parallel import World
 from ..training.start_times import refine
@@ -115,6 +117,18 @@ def base_table(process: Process, grid: Tensor, settings: DodeSettings) -> Solver
     if settings.solver != "ddim":
         options["order"] = settings.resolved_order
     return make_solver(settings.solver, process, grid, store=prediction, **options)
+
+
+def standard_bases(process: Process, settings: DodeSettings) -> dict[str, SolverTable]:
+    """The plain solver on every standard grid where it exists, by name."""
+    found = {}
+    for name in standard_grids(process):
+        plain = dataclasses.replace(
+            settings, grid=name, alignment="interval", formulation="difference"
+        )
+        with contextlib.suppress(ValueError):  # a grid that starts or ends where it cannot
+            found[name] = replay(process, plain, [[0.0]] * settings.nfe)
+    return found
 
 
 def teacher_states(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...processes import EDM, Process, VPDiscrete, grids
 from ...solvers.table import Prediction
+from ..training.conclude import Keep
 from ..training.start_times import GridSource, start_times
 
 _SOLVERS = ("ddim", "ipndm", "deis", "dpm_solver_pp", "dpm_solver", "edm")
@@ -42,6 +43,8 @@ class DodeSettings:
         convention: how lambdas are reported, "dimensionless" (paper) or "x" (multiplier of
             d_t - d_prev in the state, as most of the public code has it).
         chunk: samples per network call while fitting.
+        keep: "best" of the fitted solver and the plain one on every standard grid; "learned" in any case
+            (the presets).
     """
 
     nfe: int = 5
@@ -58,6 +61,7 @@ class DodeSettings:
     teacher: str | None = None
     convention: Literal["dimensionless", "x"] = "dimensionless"
     chunk: int = 100
+    keep: Keep = "best"
 
     def __post_init__(self) -> None:
         _one_of("solver", self.solver, _SOLVERS)
@@ -94,14 +98,13 @@ class DodeSettings:
         return USUAL[self.solver] if self.order is None else self.order
 
     def resolved_prediction(self, process: Process) -> Prediction:
-        """What is corrected on ``process``."""
+        """What is corrected on ``process``: never noise where alpha = 0 at the start."""
         if self.prediction is not None:
             return self.prediction
-        if self.solver in ("edm", "dpm_solver_pp"):
+        blind = float(process.alpha(process.t_max)) == 0.0
+        if blind or self.solver in ("edm", "dpm_solver_pp"):
             return "data"
-        start = process.alpha(torch.tensor(process.t_max, dtype=torch.float64, device="cpu"))
-        data = isinstance(process, EDM) or float(start) == 0.0
-        return "data" if self.solver == "ddim" and data else "noise"
+        return "data" if self.solver == "ddim" and isinstance(process, EDM) else "noise"
 
     @property
     def resolved_teacher(self) -> str:

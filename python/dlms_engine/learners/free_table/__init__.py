@@ -13,6 +13,7 @@ from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
 from ..training.base_table import base_settings
+from ..training.conclude import Beside, concluded
 from ..training.run import train_learner, training_settings
 from ..training.settings import TrainerSettings
 from .objective import FreeTable
@@ -30,7 +31,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     learner = FreeTable(
         denoiser, settings, shape, feature_network=options.feature_network, **options.cond
     )
-    return train_learner(
+    solver = train_learner(
         learner,
         "free_table",
         plain(settings),
@@ -39,6 +40,8 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         options,
         lambda: learner.free().detach(),
     )
+    bases = settings.solver.standard(denoiser.process, settings.nfe)
+    return concluded(solver, denoiser, shape, options, Beside(bases))
 
 
 def _begin(label: Label) -> dict[str, Any] | None:

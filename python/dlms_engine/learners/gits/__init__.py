@@ -13,7 +13,8 @@ from ..begin import BeginAtSolver
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
-from .choice import nearest_to_exact
+from ..training.conclude import Beside, concluded
+from .choice import nearest_to_exact, standard_students
 from .objective import Gits
 from .settings import GitsSettings
 
@@ -52,7 +53,14 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         )
         score = min(row["rmse"] for row in rows)
         best = {"score": score, "set": name, "indices": indices, "grids": rows}
-    return DistilledSolver(table, "gits", described, report["tried"], best)
+    solver = DistilledSolver(table, "gits", described, report["tried"], best)
+    beside = Beside(
+        {} if settings.candidates == "all" else standard_students(denoiser.process, settings),
+        search.teacher_end,
+        "more times (points)",
+        "learned",
+    )
+    return concluded(solver, denoiser, shape, options, beside)
 
 
 def _begin(label: Label) -> dict[str, Any]:

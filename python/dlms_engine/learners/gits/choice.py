@@ -12,11 +12,10 @@ from typing import Any
 
 from ...models.denoiser import Denoiser
 from ...processes import Process
-from ...solvers import SOLVERS, make_solver
-from ...solvers.registry import standard_grids
 from ...solvers.table import SolverTable
 from ...support.values import require_finite
 from ..start import ExactSolution, SamplingProblem, rmse, run_tables
+from ..training.conclude import standard_tables
 from .settings import GitsSettings
 
 JUDGED = 128
@@ -25,25 +24,10 @@ JUDGED = 128
 
 def standard_students(process: Process, settings: GitsSettings) -> dict[str, SolverTable]:
     """The student on every standard grid with ``settings.nfe`` evaluations, by name."""
-    stages = SOLVERS[settings.solver].evaluations_per_step
     options: dict[str, Any] = dict(settings.options)
     if settings.order is not None:
         options["order"] = settings.order
-    found = {}
-    for name, grid in standard_grids(process).items():
-        for afs in (False, True):
-            steps, odd = divmod(settings.nfe + int(afs), stages)
-            if odd or steps < 1:
-                continue
-            try:
-                table = make_solver(
-                    settings.solver, process, grid(process, steps), **options, afs=afs
-                )
-            except ValueError:  # a grid that starts or ends where this solver cannot
-                continue
-            if table.nfe == settings.nfe:
-                found[f"{name}/afs-dockhorn" if afs else name] = table
-    return found
+    return standard_tables(process, settings.solver, settings.nfe, options, (False, True))
 
 
 def nearest_to_exact(

@@ -90,6 +90,13 @@ class Gits:
         ]
         return list(paths[best]), {**tried[best], "tried": tried}
 
+    @torch.no_grad()
+    def teacher_end(self, noise: Tensor, cond: dict[str, Any]) -> Tensor:
+        """End of the teacher from ``noise`` ``[B, ...]`` at its start."""
+        end = Sampler(self.denoiser, self.teacher)(noise, **{**self.cond, **cond})
+        assert isinstance(end, Tensor)
+        return end
+
     # -- trajectories and costs -------------------------------------------------------------------
 
     def _batches(self) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
 from ..training.base_table import base_settings
+from ..training.conclude import Beside, concluded
 from .loop import Ld3Loop
 from .objective import Ld3
 from .settings import Ld3Settings
@@ -51,7 +52,14 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     named = {**table.options, "solver": table.name}
     table = dataclasses.replace(table, name="ld3", options=named)
     best = {"score": state.best_score, "set": f"raw@{state.best_update}"}
-    return DistilledSolver(table, "ld3", fingerprint, state.history, best)
+    solver = DistilledSolver(table, "ld3", fingerprint, state.history, best)
+    beside = Beside(
+        settings.base.standard(denoiser.process, settings.nfe),
+        lambda noise, cond: learner.targets(noise / learner.sigma_start, **cond),
+        "more evaluations (teacher_nfe)",
+        settings.keep,
+    )
+    return concluded(solver, denoiser, shape, options, beside)
 
 
 def _begin(label: Label) -> dict[str, Any] | None:

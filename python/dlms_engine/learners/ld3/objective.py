@@ -82,7 +82,7 @@ class Ld3:
         return self.settings.base.table(self.denoiser.process, times.grid, times.network)
 
     @torch.no_grad()
-    def targets(self, noise: Tensor) -> Tensor:
+    def targets(self, noise: Tensor, **cond: Any) -> Tensor:
         """The teacher's end states for unit ``noise`` ``[B, ...]``."""
         s, process = self.settings, self.denoiser.process
         source = s.teacher_grid
@@ -91,11 +91,11 @@ class Ld3:
         options = {} if s.teacher_order is None else {"order": s.teacher_order}
         grid = start_times(process, source, s.teacher_nfe).grid
         table = make_solver(s.teacher, process, grid, **options)
-        return self._end(table, noise)
+        return self._end(table, noise, **cond)
 
-    def _end(self, table: SolverTable, noise: Tensor) -> Tensor:
-        end = noise
-        for _, _, state in walk(self.denoiser, table, self.sigma_start * noise, **self.cond):
+    def _end(self, table: SolverTable, noise: Tensor, **cond: Any) -> Tensor:
+        end, cond = noise, {**self.cond, **cond}
+        for _, _, state in walk(self.denoiser, table, self.sigma_start * noise, **cond):
             end = state
         return end
 

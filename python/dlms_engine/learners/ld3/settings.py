@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ...solvers.common import Afs
 from ..training.base_table import Base, BaseName
+from ..training.conclude import Keep
 from ..training.losses import SampleLoss
 from ..training.start_times import GridSource
 from .grid import Coordinate
@@ -52,6 +53,8 @@ class Ld3Settings:
         whole: validate on the whole set from the start, not on its first mini-batch until patience
             first runs out.
         checkpoint_seconds: seconds between checkpoints.
+        keep: "best" of the learned times and every standard grid, by the end's distance to the exact
+            solution; "learned" in any case (the presets).
     """
 
     nfe: int = 5
@@ -91,6 +94,7 @@ class Ld3Settings:
     loss_scale: float | None = None
     whole: bool = False
     checkpoint_seconds: float = 60.0
+    keep: Keep = "best"
 
     def __post_init__(self) -> None:
         for name in ("nfe", "train", "validation", "batch", "teacher_nfe", "patience"):

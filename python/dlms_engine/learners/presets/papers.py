@@ -12,6 +12,7 @@ from .embedded import EMBEDDED
 
 _AMED_SOLVER: dict[str, Any] = {
     "method": "amed",
+    "keep": "learned",
     "endpoint_share": 0.0,
     "solver": "amed",
     "grid": "time_uniform",
@@ -63,11 +64,15 @@ _DLMS: dict[str, Any] = {
     "trajectories": 20_000,
     "lr": 5e-3,
     "ema_kimg": (1.0, 2.0, 3.0),
+    "clip": 1e30,
 }
+# section 3.3: pixel models charge the last step in Inception's features, given as feature_network
+_DLMS_PIXEL: dict[str, Any] = {**_DLMS, "last_step": "features"}
 # Tong et al. 2024, appendix B.1; the loss is the most perceptual one available (LPIPS in the
 # paper). For latent models the public code differs: lr 0.005, three rounds with network times.
 _LD3_PIXEL: dict[str, Any] = {
     "method": "ld3",
+    "keep": "learned",
     "student": "unipc",
     "order": 3,
     "variant": "bh1",
@@ -100,6 +105,7 @@ _LD3_LATENT: dict[str, Any] = {
 # the rho = 7 grid for EDM's.
 _DODE_NOISE: dict[str, Any] = {
     "method": "dode",
+    "keep": "learned",
     "solver": "ddim",
     "prediction": "noise",
     "grid": "time_uniform",
@@ -167,9 +173,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "dode-edm-ffhq64": _DODE_EDM,
     "dode-edm-imagenet64": _DODE_EDM,
     # Liang et al. 2025, appendix
-    "dlms-cifar10": _DLMS,
-    "dlms-ffhq64": _DLMS,
-    "dlms-imagenet64": _DLMS,
+    "dlms-cifar10": _DLMS_PIXEL,
+    "dlms-ffhq64": _DLMS_PIXEL,
+    "dlms-imagenet64": _DLMS_PIXEL,
     "dlms-lsun-bedroom256": {
         **_DLMS,
         "order": 3,
@@ -177,7 +183,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "teacher_order": 2,
         "trajectories": 10_000,
     },
-    "dlms-imagenet256": {**_DLMS, "order": 3, "teacher_interpolation": 3, "trajectories": 5_000},
+    "dlms-imagenet256": {
+        **_DLMS_PIXEL,
+        "order": 3,
+        "teacher_interpolation": 3,
+        "trajectories": 5_000,
+    },
     "dlms-stable-diffusion": {
         **_DLMS,
         "order": 2,

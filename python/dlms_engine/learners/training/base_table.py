@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ...processes import Process
 from ...solvers import make_solver
 from ...solvers.common import Afs, afs_kind
-from ...solvers.registry import Label
+from ...solvers.registry import Label, standard_grids
 from ...solvers.table import Prediction, SolverTable
 
 BaseName = Literal["euler", "ddim", "ipndm", "ipndm_v", "deis", "dpm_solver_pp", "unipc"]
@@ -72,6 +73,14 @@ class Base:
             store=self.store,
             **options,
         )
+
+    def standard(self, process: Process, nfe: int) -> dict[str, SolverTable]:
+        """Its tables on every standard grid where it exists, by name."""
+        found = {}
+        for name, grid in standard_grids(process).items():
+            with contextlib.suppress(ValueError):  # a grid that starts or ends where it cannot
+                found[name] = self.table(process, grid(process, self.steps(nfe)))
+        return found
 
 
 def base_settings(label: Label) -> dict[str, Any] | None:

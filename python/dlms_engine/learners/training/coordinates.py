@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +57,16 @@ class Coordinates:
         """``validation.exact_solution`` from ``x``, a state of ``denoiser`` at its start."""
         if self.denoiser is self.model:
             return exact_solution(self.model, x, steps, **cond)
-        process = self.model.process
-        start, end = (float(process.alpha(t)) for t in (process.t_max, process.t_min))
+        start, end = self._alphas()
         return exact_solution(self.model, start * x, steps, **cond) / end
+
+    def carried(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """End of the ``model`` from its start ``x``, by ``run`` from start to end of ``denoiser``."""
+        if self.denoiser is self.model:
+            return run(x)
+        start, end = self._alphas()
+        return run(x / start) * end
+
+    def _alphas(self) -> tuple[float, float]:
+        process = self.model.process
+        return float(process.alpha(process.t_max)), float(process.alpha(process.t_min))

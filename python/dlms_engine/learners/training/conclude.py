@@ -1,0 +1,187 @@
+"""How a run ends: what was learned beside its base and its teacher, on samples nobody trained on.
+
+A method charged step by step, or against a teacher that is itself far from the solution, can end behind
+the handcrafted solver that it improves. So the base is run on every standard grid, and the learned
+solver is kept where it is nearer than the best of them, or where ``keep="learned"``, as the papers'
+presets have it, asks for the method to the letter: the report says so then.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ...engine.sampler import Sampler
+from ...models.denoiser import Denoiser
+from ...policies.distilled import DistilledSolver
+from ...processes import Process
+from ...solvers import SOLVERS, make_solver
+from ...solvers.policy import Policy
+from ...solvers.registry import standard_grids
+from ...solvers.table import SolverTable
+from ...support.values import json_number
+from ..options import RunOptions
+from ..start import SamplingProblem
+from ..start.nearer import log_gain, wins
+from .noise import numbered_as_before, tell_first_sample
+from .validation import exact_solution
+
+_log = logging.getLogger("dlms_engine")
+
+Keep = Literal["best", "learned"]
+EndOf = Callable[[Tensor, dict[str, Any]], Tensor]
+"""(start states ``[B, ...]``, conditions) -> end states."""
+
+_SAMPLES, _BATCH = 64, 16
+_FIRST = 1 << 22
+"""Number of the first sample, apart from those of proof, start, training and validation."""
+_STEPS = 48
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a learned solver is measured beside.
+
+    Attributes:
+        bases: name -> handcrafted solver that the method improves.
+        teacher: the end of its teacher, for methods with one that is not the exact solution.
+        finer: the setting that brings the teacher nearer to the solution.
+        keep: "best", or "learned" whatever the base reaches.
+    """
+
+    bases: Mapping[str, SolverTable] = field(default_factory=dict)
+    teacher: EndOf | None = None
+    finer: str = ""
+    keep: Keep = "best"
+
+
+def standard_tables(
+    process: Process, solver: str, nfe: int, options: Mapping[str, Any], afs: tuple[bool, ...]
+) -> dict[str, SolverTable]:
+    """``solver`` with ``nfe`` evaluations on every standard grid where it exists, by name."""
+    stages = SOLVERS[solver].evaluations_per_step
+    found = {}
+    for name, grid in standard_grids(process).items():
+        for first in afs:
+            steps, odd = divmod(nfe + int(first), stages)
+            if odd or steps < 1:
+                continue
+            try:
+                table = make_solver(solver, process, grid(process, steps), **options, afs=first)
+            except ValueError:  # a grid that starts or ends where this solver cannot
+                continue
+            if table.nfe == nfe:
+                found[f"{name}/afs-dockhorn" if first else name] = table
+    return found
+
+
+class _Measure:
+    """Squared distances to the exact solution, one a sample."""
+
+    def __init__(self, denoiser: Denoiser, problem: SamplingProblem) -> None:
+        self._denoiser, self._problem = denoiser, problem
+        self._targets: dict[int, Tensor] = {}
+
+    def squares(self, run: EndOf, samples: int) -> Tensor:
+        """float64 ``[samples]`` on the CPU; infinite where an end is not finite."""
+        parts = []
+        for low in range(_FIRST, _FIRST + samples, _BATCH):
+            numbers = range(low, min(low + _BATCH, _FIRST + samples))
+            cond = self._problem.condition(numbers)
+            noise = self._problem.noise(numbers)
+            if low not in self._targets:
+                tell_first_sample(self._denoiser, low)
+                self._targets[low] = exact_solution(self._denoiser, noise, _STEPS, **cond)
+            tell_first_sample(self._denoiser, low)
+            difference = run(noise, cond) - self._targets[low][: len(numbers)]
+            parts.append(difference.double().square().flatten(1).mean(1))
+        return torch.cat(parts).cpu().nan_to_num(nan=math.inf)
+
+
+def _ahead(learned: Tensor, base: Tensor) -> bool:
+    """Whether the mean is smaller, and not by a few samples while most are further away."""
+    return bool(learned.mean() < base.mean()) and not wins(log_gain(learned, base))
+
+
+def _rmse(squares: Tensor) -> float:
+    return math.sqrt(float(squares.mean()))
+
+
+@torch.no_grad()
+def concluded(
+    solver: DistilledSolver,
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    options: RunOptions,
+    beside: Beside,
+) -> DistilledSolver:
+    """``solver`` with ``best["compared"]``, and the nearest base as its policy where that is better.
+
+    ``compared`` has the RMSE to the exact solution of ``learned``, ``base`` (by name; None without any)
+    and ``teacher``, the number of ``samples``, and what was ``kept``.
+    """
+    problem = SamplingProblem(denoiser, shape, options.cond or None, seed=options.seed)
+    measure = _Measure(denoiser, problem)
+    with numbered_as_before(denoiser):
+        learned = measure.squares(_running(denoiser, solver.policy), _SAMPLES)
+        compared: dict[str, Any] = {
+            "samples": _SAMPLES,
+            "learned": _rmse(learned),
+            "kept": "learned",
+        }
+        compared |= {"base": None, "base_rmse": None, "teacher": None}
+        if beside.bases:
+            runs = {name: _running(denoiser, table) for name, table in beside.bases.items()}
+            squares = {name: measure.squares(run, _SAMPLES) for name, run in runs.items()}
+            name = min(squares, key=lambda name: _rmse(squares[name]))
+            base = squares[name]
+            compared |= {"base": name, "base_rmse": _rmse(base)}
+            if beside.keep == "best" and not _ahead(learned, base):
+                compared["kept"] = "base"
+                solver.policy = beside.bases[name]
+                solver.best |= {"score": _rmse(base), "set": f"the base on {name}"}
+        if beside.teacher is not None:
+            compared["teacher"] = _rmse(measure.squares(beside.teacher, _SAMPLES))
+    solver.best["compared"] = {key: json_number(value) for key, value in compared.items()}
+    for line in compared_lines(compared, beside.finer):
+        _log.warning("%s: %s", solver.method, line)
+    return solver
+
+
+def compared_lines(compared: Mapping[str, Any], finer: str = "") -> list[str]:
+    """What a user should know of the comparison; nothing where all is well."""
+    lines, learned, base = [], compared["learned"], compared["base_rmse"]
+    if compared["kept"] == "base":
+        lines.append(
+            f"its base on {compared['base']} is kept (RMSE {base:.4g} to the exact solution): what was "
+            f"learned ({learned:.4g}) is no nearer"
+        )
+    elif base is not None and base < learned:
+        lines.append(
+            f"RMSE {learned:.4g}, worse than its base on {compared['base']} ({base:.4g}): "
+            "keep='learned' asks for it all the same"
+        )
+    teacher = compared["teacher"]
+    if teacher is not None and teacher >= min(learned, learned if base is None else base):
+        lines.append(
+            f"its teacher ends {teacher:.4g} from the exact solution, no better than the student's "
+            f"{min(learned, learned if base is None else base):.4g}: a finer one has {finer}"
+        )
+    return lines
+
+
+def _running(denoiser: Denoiser, policy: Policy) -> EndOf:
+    sampler = Sampler(denoiser, policy, check_finite=False)
+
+    def run(noise: Tensor, cond: dict[str, Any]) -> Tensor:
+        end = sampler(noise, **cond)
+        assert isinstance(end, Tensor)
+        return end
+
+    return run
