@@ -286,6 +286,7 @@ class DLMSScheduler(EngineScheduler):
             run.step_index = self._now(timestep)
             run.runner.begin(run.step_index)
             self._origin.latents(tuple(sample.shape))
+            self._origin.late(run.step_index, run.runner.count)
         runner, n = run.runner, run.step_index
         latents = runner.advance(n, model_output, sample)
         run.step_index = n + 1

@@ -14,6 +14,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engin
 pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
 import tiny_pipelines as tiny  # noqa: E402
 
+from dlms_engine import grids, solvers  # noqa: E402
 from dlms_engine.integrations.diffusers import DLMSScheduler, accelerate  # noqa: E402
 from dlms_engine.integrations.pipelines.distill import distill_pipeline  # noqa: E402
 from dlms_engine.integrations.scheduler import origin  # noqa: E402
@@ -165,3 +166,29 @@ def test_rows_per_sample_at_another_resolution_say_so() -> None:
     )
     with pytest.raises(ValueError, match="another size at this resolution"):
         designer(torch.zeros(2, 256), torch.ones(2).double(), 1)
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_late_start_says_what_runs(accelerated: bool, caplog: Any) -> None:
+    """Image-to-image took the tail of a learned solver without a word; a handcrafted one is made anew."""
+    pipe = tiny.sd("Img2Img")
+    model = DLMSScheduler.from_config(pipe.scheduler.config, solver="ddim").noise_model
+    table = solvers.dpm_solver_pp(model.process, grids.time_uniform(model.process, 4), order=2)
+    asked = {**tiny.sd_inputs(), "image": PICTURE, "num_inference_steps": 4}
+
+    def said(solver: Any, *strengths: float) -> list[str]:
+        caplog.clear()
+        acceleration = accelerate(pipe, solver=solver) if accelerated else None
+        if acceleration is None:
+            pipe.scheduler = DLMSScheduler.from_config(pipe.scheduler.config, solver=solver)
+        for strength in strengths:
+            pipe(**{**asked, "strength": strength})
+        if acceleration is not None:
+            acceleration.undo()
+        return [r.getMessage() for r in caplog.records if "the run begins" in r.getMessage()]
+
+    messages = said(table, 0.5, 0.5, 0.5, 0.8)
+    assert len(messages) == 2  # once for each start
+    assert "step 2 of 4" in messages[0] and "last 2 steps" in messages[0]
+    assert "Strength 0.75 to 1" in messages[0] and 'solver="unipc"' in messages[0]
+    assert said(table, 1.0) == said("unipc", 0.5) == []

@@ -70,6 +70,7 @@ class OriginCheck:
 
     def __init__(self, source: Any) -> None:
         self._origin = origin_of(source)
+        self._learned = not isinstance(source, str)
         self._said: set[str] = set()
 
     def caller(self, scheduler: Any) -> None:
@@ -96,6 +97,22 @@ class OriginCheck:
         """The latents' shape ``[B, ...]`` at a run's first step."""
         if self._origin:
             self._differs("latents", list(shape[1:]), list)
+
+    def late(self, index: int, count: int) -> None:
+        """A run of ``count`` steps that begins at step ``index`` (image-to-image)."""
+        key = f"late {index}"
+        if not self._learned or not index or key in self._said:
+            return
+        self._said.add(key)
+        _log.warning(
+            "the run begins at step %d of %d, and the solver was made for whole runs, strength 1: its "
+            "last %d steps run, the first of them at first order. Strength %.3g to 1 has more of them; "
+            'the handcrafted solver="unipc" is made anew for any strength and number of steps',
+            index,
+            count,
+            count - index,
+            min((count - index + 1) / count, 1.0),
+        )
 
     def _model(self, pipe: Any) -> None:
         networks, wanted = _networks(pipe), self._origin.get("weights")

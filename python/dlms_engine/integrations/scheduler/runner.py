@@ -189,7 +189,8 @@ class Runner:
         if index >= self._whole.count:
             raise ValueError(
                 f"no step is left: the run begins after step {index} of {self._whole.count}; raise "
-                "strength (or lower denoising_start), or ask for more num_inference_steps"
+                f"strength to {1 / self._whole.count:.3g} or more (or lower denoising_start), or ask for "
+                "more num_inference_steps"
             )
         if index < 0:
             raise ValueError(f"begin index is {index}, expected 0..{self._whole.count - 1}")
