@@ -16,6 +16,7 @@ from . import (
     export,
     inspect,
     recommend,
+    reproduce,
     sample,
 )
 
@@ -36,6 +37,7 @@ app.command()(sample.sample)
 app.command("convert")(convert.convert_command)
 app.command("evaluate")(evaluate.evaluate_command)
 app.command("compare")(compare.compare_command)
+app.command("reproduce")(reproduce.reproduce_command)
 app.command()(inspect.inspect)
 app.command()(export.export)
 app.command()(doctor.doctor)

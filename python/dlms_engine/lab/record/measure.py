@@ -81,6 +81,8 @@ class Measurer:
         conditions: keyword arguments of the network, ``learners.start.Conditions``; a sample's number
             is its seed.
         advance: called with the network evaluations (per sample) done, or found done in the store.
+        clamp: samples are images, clamped to [-1, 1] before their features as a file would be.
+        save_seconds: between writes to the store; 0 writes every batch, None is ``SAVE_SECONDS``.
         world: ranks that share the work; None for the current ones.
 
     Ranks take whole batches, and what the batches give is added in their order: every figure has the
@@ -97,8 +99,12 @@ class Measurer:
         batch: int = 250,
         conditions: Conditions = None,
         advance: Callable[[int], None] = lambda _done: None,
+        clamp: bool = True,
+        save_seconds: float | None = None,
         world: World | None = None,
     ) -> None:
+        self._clamp = clamp
+        self._save_seconds = SAVE_SECONDS if save_seconds is None else save_seconds
         self.world = world or World.current()
         self.denoiser = denoiser
         self.features = features
@@ -154,12 +160,10 @@ class Measurer:
 
     @torch.no_grad()
     def sums(self, images: Tensor) -> FeatureSums:
-        """Feature sums of finished images ``[B, ...]``, clamped to [-1, 1] as a file would be.
-
-        They are made where the model is; the sums are on the CPU.
-        """
-        parts = torch.split(images.to(self.denoiser.device), self.batch)
-        sums = feature_sums(torch.cat([self.features(part.clamp(-1, 1)) for part in parts]))
+        """Feature sums, on the CPU, of finished samples ``[B, ...]``."""
+        held = images.to(self.denoiser.device)
+        parts = torch.split(held.clamp(-1, 1) if self._clamp else held, self.batch)
+        sums = feature_sums(torch.cat([self.features(part) for part in parts]))
         return FeatureSums(*map(to_host, sums))
 
     @torch.no_grad()
@@ -198,7 +202,7 @@ class Measurer:
             done += sum(len(part) for part in parts)
             state["done"] = torch.tensor(done)
             self._advance_others(parts, sum(entry.nfe for entry in entries))
-            if done == len(seeds) or time.monotonic() - saved > SAVE_SECONDS:
+            if done == len(seeds) or time.monotonic() - saved >= self._save_seconds:
                 self._save(name, key, state)
                 saved = time.monotonic()
         return [self._result(state, row, done) for row in range(len(entries))]

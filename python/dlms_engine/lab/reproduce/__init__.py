@@ -1,0 +1,1 @@
+"""The papers' tables, made again: what was published, which files it takes, and the run."""
