@@ -153,8 +153,8 @@ def test_thresholding_is_the_rows_own(cifar10: PaperModel) -> None:
 
 
 def test_calls_are_counted_as_they_are_made(cifar10: PaperModel) -> None:
-    row = tables.published_table("dlms-table1").panel(None).rows[-1]
-    arguments = {**row.learner, **SMALL}
+    work = reproduction(cifar10, Path(), "dlms-table1", rows=("GITS", "DLMS"))
+    arguments = work.arguments(work.rows[-1])
     expected = training_calls(arguments, (4,), cifar10.denoiser.process)[4]
     assert isinstance(cifar10.denoiser.network, nn.Module)
     with counted(cifar10.denoiser.network) as calls:

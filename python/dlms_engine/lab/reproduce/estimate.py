@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -186,36 +188,46 @@ def _counted(settings: dict[str, Any], nfe: int, process: Process) -> Calls:
     for name, plain in (("last_step", "pixels"), ("loss", "l2"), ("lpips_weights", None)):
         if name in settings:  # distances on networks that the stand-in has not
             settings[name] = plain
-    rounds = settings.get("rounds", 0) + settings.get("rounds_times", 0)
-    if rounds and trajectories:  # LD3 validates after every mini-batch
-        settings |= {"rounds": 1, "rounds_times": 0}
-        rounds, trajectories = (
-            rounds * trajectories / min(trajectories, _FEW),
-            min(trajectories, _FEW),
-        )
     entry = learner(method)
     batch = int(settings.get("batch", TrainerSettings(**entry.defaults).batch))
     updates = math.ceil((trajectories or 0) / batch)
+    rounds = settings.get("rounds", 0) + settings.get("rounds_times", 0)
 
-    def run(count: int | None) -> Calls:
+    def run(count: int | None, **changes: Any) -> Calls:
         denoiser = Denoiser(_Number(), process, "data", features="tap")
-        with counted(denoiser.network) as calls:
+        with counted(denoiser.network) as calls, _silent():
             distill(
                 denoiser, method, nfe=nfe, shape=_SHAPE, trajectories=count, progress=False,
-                **settings,
+                **{**settings, **changes},
             )  # fmt: skip
         return calls
 
     try:
-        if not entry.trained or updates <= _PROBES[1]:
-            return _times(run(trajectories), rounds or 1)
-        few, more = (run(batch * probe) for probe in _PROBES)
+        if rounds and trajectories:  # LD3: every mini-batch of every round is validated
+            noises = min(trajectories, _FEW)
+            few, more = (run(noises, rounds=count, rounds_times=0) for count in (1, 2))
+            left = rounds * trajectories / noises - 1
+        elif entry.trained and updates > _PROBES[1]:
+            few, more = (run(batch * probe) for probe in _PROBES)
+            left = (updates - _PROBES[0]) / (_PROBES[1] - _PROBES[0])
+        else:
+            return run(trajectories)
     except (ValueError, FloatingPointError):
         return Calls()
-    left = (updates - _PROBES[1]) / (_PROBES[1] - _PROBES[0])
-    step = Calls(more.forward - few.forward, more.backward - few.backward)
-    rest = _times(step, left)
-    return Calls(more.forward + rest.forward, more.backward + rest.backward)
+    rest = _times(Calls(more.forward - few.forward, more.backward - few.backward), left)
+    return Calls(few.forward + rest.forward, few.backward + rest.backward)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """What learners say of the stand-in concerns nobody."""
+    log = logging.getLogger("dlms_engine")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _times(calls: Calls, factor: float) -> Calls:
