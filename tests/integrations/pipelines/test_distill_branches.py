@@ -139,7 +139,6 @@ ELSEWHERE = {
     "StableDiffusionPipeline, DeepCache": "forward of mid_block was replaced",
     "StableDiffusionPAGPipeline": "something else than its networks' output",
     "StableDiffusionInpaintPipeline": "changes the latents between two steps",
-    "StableVideoDiffusionPipeline": "not a linear mix",
     "FluxPipeline, FirstBlockCache": "a cache is enabled",
 }
 

@@ -33,7 +33,8 @@ CASES = (
     "CogVideoXImageToVideoPipeline", "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionInpaintPipeline, joined", "MarigoldDepthPipeline", "PixArtAlphaPipeline",
     "AuraFlowPipeline", "CogVideoXPipeline", "Lumina2Pipeline", "ZImagePipeline", "IFPipeline",
-    "MochiPipeline", "StableDiffusionXLModularPipeline",
+    "MochiPipeline", "StableDiffusionXLModularPipeline", "LuminaPipeline",
+    "StableVideoDiffusionPipeline",
 )  # fmt: skip
 
 
@@ -94,6 +95,16 @@ def test_a_joined_part_that_is_lost_is_seen(monkeypatch: Any) -> None:
     monkeypatch.setattr(Packing, "build", blank)
     with pytest.raises(ValueError, match="something else than its networks' output"):
         difference("WanImageToVideoPipeline")
+
+
+def test_one_weight_for_all_channels_is_seen(monkeypatch: Any) -> None:
+    """Planted fault: Lumina guides three of its four channels."""
+    honest = step_calls.NetworkCall.table
+    monkeypatch.setattr(
+        step_calls.NetworkCall, "table", lambda self: honest(self)[:, :1].expand(-1, self.slices)
+    )
+    with pytest.raises(ValueError, match="something else than its networks' output"):
+        difference("LuminaPipeline")
 
 
 def test_a_time_in_other_units_is_seen(monkeypatch: Any) -> None:

@@ -208,7 +208,7 @@ def _step_calls(
         calls = maker.calls(slots, [sign * weight for weight in mix])
         made.append(calls)
         leaves += [maker.samples(slot, call) for slot, call in zip(slots, calls, strict=True)]
-        guidance.append(_guidance(mix, scales))
+        guidance.append(None if known.program.slices else _guidance(mix, scales))
     flat = [call for calls in made for call in calls]
     return StepCalls(
         flat,
@@ -234,7 +234,7 @@ def _alike(
     slots = program.order[rows[0]]
     if any(program.order[n] != slots for n in rows):
         raise NotReplayed("it makes other network calls in other steps")
-    branches = sum(len(_branches(program.slots[slot])) for slot in slots)
+    branches = sum(_copies(program.slots[slot]) for slot in slots) * max(program.slices, 1)
     mixes = [weights[n - first].tolist() for n in rows]
     if any(abs(a - b) > 1e-2 for mix in mixes for a, b in zip(mix, mixes[0], strict=True)):
         shown = [[round(w, 3) for w in mix[:branches]] for mix in mixes]
@@ -244,9 +244,9 @@ def _alike(
     return slots, mixes[0][:branches]
 
 
-def _branches(record: SlotRecord) -> range:
+def _copies(record: SlotRecord) -> int:
     assert record.columns is not None
-    return range(record.columns[0].copies)
+    return record.columns[0].copies
 
 
 def _own_scales(pipe: Any) -> list[float]:
@@ -274,7 +274,7 @@ class _Maker:
         made, place = [], 0
         for slot in slots:
             record = self.known.program.slots[slot]
-            branches = len(_branches(record))
+            branches = _copies(record) * max(self.known.program.slices, 1)
             made.append(self._call(slot, record, mix[place : place + branches]))
             place += branches
         return made
@@ -296,6 +296,7 @@ class _Maker:
             copies,
             record.columns,
             weights,
+            self.known.program.slices,
         )
         if self.batch > 1 and not call.stacks:
             raise OneByOne("it gives its network every sample apart")

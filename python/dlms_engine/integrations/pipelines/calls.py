@@ -113,6 +113,20 @@ def gram(columns: list[Tensor], target: Tensor) -> Tensor:
     return stacked @ stacked.T
 
 
+def sliced_gram(columns: list[Tensor], sample: Tensor, target: Tensor) -> Tensor:
+    """``gram`` where every slice along dimension 1 of every column has a weight of its own.
+
+    The ``J`` columns of ``[B, C, ...]`` count as ``J * C``, slice by slice of each; ``sample`` stays one.
+    """
+    slices, many = sample.shape[1], len(columns)
+    products = torch.zeros((many * slices + 2,) * 2, dtype=torch.float64)
+    for c in range(slices):
+        parts = [column[:, c] for column in (*columns, sample)]
+        places = torch.tensor([*(j * slices + c for j in range(many)), -2, -1]) % len(products)
+        products[places[:, None], places] += gram(parts, target[:, c]).cpu()
+    return products
+
+
 def solve_weights(products: Tensor) -> Tensor:
     """``[J]`` weights of the columns that come nearest to the target (CPU, float64)."""
     inner, right = products[:-1, :-1], products[:-1, -1:]

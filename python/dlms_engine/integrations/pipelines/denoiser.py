@@ -121,6 +121,7 @@ def _denoiser(
         PipelineNetwork({one.module: getattr(pipe, one.module) for one in call.calls}, call),
         model.process,
         model.denoiser.prediction,
+        sigma_data=model.denoiser.sigma_data,
         features=features,
         guidance_scale=call.guidance if call.fused else None,
         time_input=model.timestep,

@@ -20,7 +20,6 @@ from .calls import (
     Call,
     NotReplayed,
     Slot,
-    gram,
     misfit,
     same,
     snapshot,
@@ -29,7 +28,7 @@ from .calls import (
     tolerance,
 )
 from .forms import read_columns
-from .recording import Program, SlotRecord
+from .recording import Program, SlotRecord, mixed_products
 
 
 class StandIns:
@@ -161,7 +160,7 @@ class DryRun:
         for call in calls:
             self._arguments(call, n, sample, scaled)
         columns = [c for call in calls for c in self._columns(call, sample)]
-        self._products.append(gram([*columns, sample], output))
+        self._products.append(mixed_products(columns, sample, output, self.program.slices))
         self.dtype = output.dtype
         self._next = n + 1
         return self.finished

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .step_calls import NetworkCall, StepCalls, evaluated
+from .whole_loop import along_slices
 
 _Rows = Tensor | list[int]
 
@@ -37,6 +38,7 @@ class PipelineNetwork(nn.Module):
         self.first = 0
         self._stacks = call.stacks
         self._samples = [_stacked(call)] if self._stacks else [list(s) for s in call.samples]
+        self._weights = [one.table() for one in call.calls]
         self._times = [dict(one.times) for one in call.calls]
         self._device = torch.device("cpu")
 
@@ -91,8 +93,12 @@ class PipelineNetwork(nn.Module):
         total = None
         for k in calls:
             branches = self._branches(k, x, time, rows)
-            for weight, branch in zip(self.call.calls[k].weights, branches, strict=True):
-                part = branch if weight == 1.0 else weight * branch.to(wide)
+            table = self._weights[k].to(wide)
+            for weight, row, branch in zip(
+                self.call.calls[k].weights, table, branches, strict=False
+            ):
+                alone = weight == 1.0 and table.shape[1] == 1
+                part = branch if alone else branch.to(wide) * along_slices(row, branch)
                 total = part if total is None else total + part
         assert total is not None
         return total.to(x.dtype)
@@ -119,6 +125,7 @@ class PipelineNetwork(nn.Module):
         for sample in self._samples:
             for one in sample:
                 one[:] = [leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in one]
+        self._weights = [table.to(device) for table in self._weights]
         for times in self._times:
             for i, (offset, factor) in times.items():
                 times[i] = offset.to(device), factor.to(device)

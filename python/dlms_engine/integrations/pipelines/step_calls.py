@@ -34,7 +34,8 @@ class NetworkCall:
         batched: leaves with ``copies`` rows a sample, copy by copy.
         copies: how often a sample is in the batch.
         columns: how the branches are read from the outputs.
-        weights: of the branches in the mix.
+        weights: of the branches in the mix; of each branch's slices along dimension 1 where there are.
+        slices: how many; 0 where a branch has one weight.
     """
 
     module: str
@@ -45,6 +46,11 @@ class NetworkCall:
     copies: int
     columns: Columns
     weights: list[float]
+    slices: int = 0
+
+    def table(self) -> Tensor:
+        """``[branches, slices]`` float64 weights; ``[branches, 1]`` without slices."""
+        return torch.tensor(self.weights, dtype=torch.float64).reshape(-1, max(self.slices, 1))
 
     @property
     def stacks(self) -> bool:
@@ -95,7 +101,12 @@ class StepCalls:
     @property
     def fused(self) -> bool:
         """Whether it is one call for both branches, the unconditional one first: the engine mixes."""
-        if len(self.calls) != 1 or self.guidance is None or self.boundary is not None:
+        if (
+            len(self.calls) != 1
+            or self.calls[0].slices
+            or self.guidance is None
+            or self.boundary is not None
+        ):
             return False
         one = self.calls[0]
         return one.stacks and one.copies == 2 and abs(one.weights[1] - self.guidance) < 1e-9

@@ -43,6 +43,11 @@ def rounded_weights(weights: Tensor, guidance: list[float], dtype: torch.dtype) 
     return result
 
 
+def along_slices(row: Tensor, x: Tensor) -> Tensor:
+    """``row`` ``[C]`` as a factor of ``x`` ``[B, C, ...]``."""
+    return row.reshape(1, -1, *([1] * (x.ndim - 2)))
+
+
 @dataclass
 class _Inputs:
     """Tensors of one run by name, and the plain values that a captured graph would freeze."""
@@ -123,7 +128,12 @@ class WholeLoop:
         self.correctors = runner.correctors
         if self.correctors is not None:
             self.correctors.to(device)
-        options = (str(self.program.order), str(self._shapes()), str(self.scales))
+        options = (
+            str(self.program.order),
+            str(self.program.slices),
+            str(self._shapes()),
+            str(self.scales),
+        )
         plain = tuple(sorted((name, repr(value)) for name, value in self.inputs.plain.items()))
         learned = [] if self.correctors is None else [self.correctors]
         networks = nn.ModuleList([*self.modules.values(), *learned])
@@ -135,6 +145,8 @@ class WholeLoop:
 
     def _guided(self, n: int) -> float | None:
         """The guidance scale where the mix is F_uncond + g (F_cond - F_uncond): the kernel mixes."""
+        if self.program.slices:
+            return None
         row = self.weights[n]
         order = self.program.order[self.program.rows[0] + n]
         branches = sum(self._copies(slot) for slot in order)
@@ -205,12 +217,17 @@ class WholeLoop:
         if self.scales[n] is not None:
             first, second = (b.to(self.side).contiguous() for b in branches)
             return first, second
-        plain = self.weights[n].tolist()
+        plain, slices = self.weights[n].tolist(), self.program.slices
+        if slices:
+            table = weights[n, : len(branches) * slices].reshape(-1, slices)
+            factors = [along_slices(row, x) for row in table]
+        else:
+            factors = [weights[n, k] for k in range(len(branches))]
         if len(branches) == 1 and plain[0] == 1.0 and not any(plain[1:]):
             return branches[0].to(self.side).contiguous(), None
-        mixed = branches[0].to(self.dtype) * weights[n, 0]
-        for k, branch in enumerate(branches[1:], start=1):
-            mixed = mixed + branch.to(self.dtype) * weights[n, k]
+        mixed = branches[0].to(self.dtype) * factors[0]
+        for factor, branch in zip(factors[1:], branches[1:], strict=True):
+            mixed = mixed + branch.to(self.dtype) * factor
         if plain[-1]:
             mixed = mixed + x * weights[n, -1]
         return mixed.to(self.side).contiguous(), None
