@@ -4,8 +4,10 @@ Triton interpreter where there is no GPU, and what ``needs_cuda`` means.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,12 @@ if not torch.cuda.is_available():
 # After the settings above: it imports the package. Captured runs on a machine without a GPU.
 from standin_driver import captured, driver, standin_library  # noqa: E402, F401
 
+from dlms_engine import learners  # noqa: E402
+from dlms_engine.learners.start import ExactSolution  # noqa: E402
+from dlms_engine.learners.training import validation  # noqa: E402
+
+BEGUN = learners.begun
+
 
 @pytest.fixture(autouse=True)
 def _needs_cuda(request: pytest.FixtureRequest) -> None:
@@ -30,10 +38,20 @@ def _needs_cuda(request: pytest.FixtureRequest) -> None:
         require_cuda()
 
 
-@pytest.fixture(autouse=True)
-def _published_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learners begin where their settings say: the search before them has tests of its own."""
-    if request.node.get_closest_marker("measured_start") is None:
-        from dlms_engine import learners
+@pytest.fixture(autouse=True, scope="session")
+def _quick_learners() -> Iterator[None]:
+    """Learners begin where their settings say, and what they take for exact is proved at a quarter of
+    the steps: the search for a start and the proof have tests of their own.
+    """
+    brief = functools.partial(ExactSolution, first_steps=6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(learners, "begun", lambda begin, problem, nfe, given, **_: dict(given))
+        patch.setattr(validation, "ExactSolution", brief)
+        yield
 
-        monkeypatch.setattr(learners, "begun", lambda begin, problem, nfe, given, **_: dict(given))
+
+@pytest.fixture(autouse=True)
+def _measured_start(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("measured_start") is not None:
+        monkeypatch.setattr(learners, "begun", BEGUN)
+        monkeypatch.setattr(validation, "ExactSolution", ExactSolution)

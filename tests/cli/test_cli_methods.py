@@ -17,7 +17,7 @@ from dlms_engine.processes import EDM, VP
 
 TINY = ("--model", "cli_model:tiny")
 SMALL = {
-    "auto": ("budget=20k", "effort=lean", "held_out=16"),
+    "auto": ("budget=6k", "effort=lean", "held_out=16"),
     "dlms": ("validation_samples=4", "batch=8"),
     "amed": ("validation_samples=4", "batch=8"),
     "ld3": ("validation=4", "rounds=1", "rounds_times=1", "loss=l2"),
