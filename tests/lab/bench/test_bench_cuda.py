@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from dlms_engine import ops
-from dlms_engine.lab.bench import device, rivals, step, step_cuda, step_report
+from dlms_engine.lab.bench import device, rivals, step, step_cuda, step_report, timing
 
 needs_diffusers = pytest.mark.skipif(
     not rivals.available_rivals(), reason="diffusers is not installed"
@@ -290,7 +290,7 @@ def test_rounds_on_a_gpu_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_figure_comes_with_its_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
     monkeypatch.setenv("DLMS_COMMIT", "1234567-dirty")
-    found = device.machine()
+    found = timing.machine()
     assert found["gpu"] == "NVIDIA H200" and found["commit"] == "1234567-dirty"
     assert {"driver", "torch", "cuda", "triton", "python"} <= set(found)
     assert (found["diffusers"] is not None) or not rivals.available_rivals()
@@ -334,14 +334,14 @@ def test_the_time_ends_the_shape_that_is_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "row.json"
-    timing = device.Timing("cuda", (1, 4), "float32", 3, 1.0, 2.0, 3.0, 64, 0.5)
+    timed = device.Timing("cuda", (1, 4), "float32", 3, 1.0, 2.0, 3.0, 64, 0.5)
     written: list[int] = []
 
     def measure(*args: object) -> list[device.Timing]:
         written.append(len(json.loads(path.read_text())["rows"]) if path.exists() else 0)
         if len(written) == 3:
             time.sleep(30)
-        return [timing]
+        return [timed]
 
     monkeypatch.setattr(device, "no_gpu", lambda program: False)
     monkeypatch.setattr(device, "copy_bandwidth", lambda: 1e12)

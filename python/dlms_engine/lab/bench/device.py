@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -28,9 +25,9 @@ from torch import Tensor
 
 from dlms_engine import ops
 from dlms_engine.lab.bench.timing import (
-    commit,
     finish_report,
     json_options,
+    machine,
     measure_within,
     save_report,
     say_not_measured,
@@ -232,33 +229,6 @@ def measure(shape: Sequence[int], dtype: torch.dtype, depth: int, bandwidth: flo
             share = nbytes / (1e-6 * p50) / bandwidth
             results.append(Timing(label, tuple(shape), key, depth, p20, p50, p80, nbytes, share))
     return results
-
-
-def machine() -> dict[str, Any]:
-    """What a figure must be quoted with."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        driver = "unknown"
-    return {
-        "gpu": torch.cuda.get_device_name(0),
-        "driver": driver,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "diffusers": _version("diffusers"),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "backends": ops.available("cuda"),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def no_gpu(program: str) -> bool:

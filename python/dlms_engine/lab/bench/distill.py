@@ -23,11 +23,12 @@ import torch
 from torch import nn
 
 from dlms_engine import ops
-from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
+from dlms_engine.lab.bench.device import no_gpu, quantiles
 from dlms_engine.lab.bench.timing import (
     conditions,
     finish_report,
     json_options,
+    machine,
     measure_within,
     save_report,
     say_not_measured,

@@ -24,11 +24,12 @@ from dlms_engine import grids, ops, solvers
 from dlms_engine.engine.noise import seeded_noise
 from dlms_engine.engine.sampler import GRAPHS, Sampler
 from dlms_engine.lab.bench import rivals
-from dlms_engine.lab.bench.device import interleaved_events, machine, no_gpu, quantiles
+from dlms_engine.lab.bench.device import interleaved_events, no_gpu, quantiles
 from dlms_engine.lab.bench.timing import (
     conditions,
     finish_report,
     json_options,
+    machine,
     measure_within,
     say_not_measured,
 )

@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from dlms_engine import embedded, grids, ops, solvers
 from dlms_engine.engine.noise import seeded_noise
 from dlms_engine.engine.sampler import Sampler
-from dlms_engine.lab.bench.device import machine, no_gpu, quantiles
+from dlms_engine.lab.bench.device import no_gpu, quantiles
 from dlms_engine.lab.bench.loop import wall_times
 from dlms_engine.lab.bench.timing import (
     conditions,
     finish_report,
     json_options,
+    machine,
     measure_within,
     say_not_measured,
 )

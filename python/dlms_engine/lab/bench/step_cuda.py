@@ -230,7 +230,7 @@ def bench_step_cuda(options: argparse.Namespace) -> int:
     tools = Tools(
         cache_bytes=properties.L2_cache_size, compiler="inductor" if options.compile else None
     )
-    return run(tools, options, device.machine())
+    return run(tools, options, timing.machine())
 
 
 def run(tools: Tools, options: argparse.Namespace, machine: dict[str, Any]) -> int:

@@ -12,12 +12,13 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from dlms_engine import __version__
+from dlms_engine import __version__, ops
 from dlms_engine.support.files import write_text
 
 _Case = TypeVar("_Case")
@@ -100,6 +101,33 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None  # not a checkout, or nothing committed
     return done.stdout.strip()
+
+
+def machine() -> dict[str, Any]:
+    """What a figure of a GPU must be quoted with."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    return {
+        "gpu": torch.cuda.get_device_name(0),
+        "driver": driver,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "diffusers": _version("diffusers"),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "backends": ops.available("cuda"),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 class TimeIsUp(BaseException):
