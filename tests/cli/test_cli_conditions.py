@@ -56,6 +56,7 @@ def test_sample_gives_every_seed_its_condition(
     assert not torch.equal(found, sampled([0, 5, 6, 7], 4))  # planted: another seed and label
 
 
+@pytest.mark.measured_start
 def test_evaluate_measures_with_conditions_against_a_proved_solution(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
