@@ -8,7 +8,7 @@ import signal
 import torch
 from torch import Tensor, nn
 
-from dlms_engine.cli.common import Model
+from dlms_engine.cli.model import Model
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.models.embedded import ReferenceStatistics
 from dlms_engine.processes import EDM, RectifiedFlow

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dlms_engine import grids, processes, solvers
-from dlms_engine.cli import common, main
+from dlms_engine.cli import main
+from dlms_engine.cli.model import load_model
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.lab.record.record import RecordSettings
 from dlms_engine.policies.distilled import load_solver, save_solver
@@ -62,7 +63,7 @@ def test_sample_options_choose_the_solver_they_name(
     options = ("--method", "dpm_solver_pp", "--order", 2, "--grid", "logsnr", "--afs", "dockhorn")
     more = ("--set", "lower_order_final=false", "--nfe", 4, "--seeds", "3,7-8", "--batch", 2)
     answer(capsys, "sample", *TINY, *options, *more, "--output", path)
-    held = common.load_model("cli_model:tiny")
+    held = load_model("cli_model:tiny")
     grid = grids.logsnr(processes.EDM(), 5)
     table = solvers.dpm_solver_pp(
         processes.EDM(), grid, order=2, lower_order_final=False, afs="dockhorn"
@@ -103,7 +104,7 @@ def test_distil_sample_inspect_evaluate_agree(
     assert answer(capsys, "sample", *TINY, "--solver", solver, "--output", picture)["nfe"] == 3
     sizes = ("--samples", 12, "--exact-nfe", 12, "--accurate-nfe", 8, "--folder", tmp_path)
     found = answer(capsys, "evaluate", *TINY, "--solver", solver, *sizes)
-    held = common.load_model("cli_model:tiny")
+    held = load_model("cli_model:tiny")
     fine = solvers.dpm_solver_pp(processes.EDM(), grids.polynomial(processes.EDM(), 12), order=3)
     first = RecordSettings().first_seed
     seeds = range(first, first + 12)
@@ -264,7 +265,7 @@ def test_demo_draws_what_was_learned(tmp_path: Path) -> None:
 def test_demo_samples_every_seed_under_its_own_condition() -> None:
     from dlms_engine.cli import demo
 
-    model = common.load_model("cli_model:labelled")
+    model = load_model("cli_model:labelled")
     table = registry.handcrafted_table(processes.EDM(), "ipndm", 3)
     together = demo.sampled(model, table, [0, 1, 2])
     assert torch.equal(together[2], demo.sampled(model, table, [2])[0])
@@ -276,7 +277,7 @@ def test_demo_gives_the_emoji_model_its_classes(monkeypatch: pytest.MonkeyPatch)
     from dlms_engine import models
     from dlms_engine.cli import demo
 
-    tiny = common.load_model("cli_model:tiny")
+    tiny = load_model("cli_model:tiny")
     assert tiny.features is not None and tiny.reference is not None
     found = models.PretrainedModel(
         tiny.denoiser, tiny.shape, tiny.features, tiny.reference, ("face", "heart")

@@ -11,7 +11,7 @@ from commands import answer, complaint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dlms_engine.cli import common
+from dlms_engine.cli.model import condition_rows, distance_features, load_model, samples_name
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.lab.record.measure import Measurer
 from dlms_engine.learners.start import ExactSolution, SamplingProblem
@@ -26,7 +26,7 @@ FEW = ("--samples", 6, "--batch", 4)
 
 def sampled(seeds: list[int], nfe: int) -> Tensor:
     """What a user would write in Python."""
-    model = common.load_model("cli_model:flowing")
+    model = load_model("cli_model:flowing")
     table = handcrafted_table(model.denoiser.process, "ipndm", nfe, grid="time_uniform")
     labels = torch.tensor([float(seed % 3) for seed in seeds])
     return Sampler(model.denoiser, table).sample(seeds, model.shape, label=labels)
@@ -63,7 +63,7 @@ def test_evaluate_measures_with_conditions_against_a_proved_solution(
     facts = answer(
         capsys, "evaluate", *FLOW, *FEW, "--nfe", 4, "--exact-nfe", 64, "--folder", tmp_path
     )
-    model = common.load_model("cli_model:flowing")
+    model = load_model("cli_model:flowing")
     seeds = range(100_000, 100_006)
     problem = SamplingProblem(model.denoiser, model.shape, model.conditions)
     proof = ExactSolution(problem, samples=4).prove()
@@ -80,11 +80,11 @@ def test_evaluate_measures_with_conditions_against_a_proved_solution(
 def test_results_kept_for_other_conditions_are_not_taken(tmp_path: Path) -> None:
     from dlms_engine.lab.record.store import Store
 
-    model = common.load_model("cli_model:flowing")
+    model = load_model("cli_model:flowing")
 
     def ends(labels: Tensor) -> Tensor:
         store = Store(tmp_path)
-        features = common.distance_features(model)
+        features = distance_features(model)
         conditions = {"label": labels}
         measurer = Measurer(
             model.denoiser, features, model.shape, store, batch=4, conditions=conditions
@@ -121,8 +121,8 @@ def test_a_file_of_conditions_takes_the_place_of_the_models(
     other = load_file(path)["samples"]
     answer(capsys, "sample", *some)
     assert not torch.equal(load_file(path)["samples"], other)
-    model = common.load_model("cli_model:flowing", conditions=labels)
-    assert common.condition_rows(model, [4])["label"].tolist() == [2.0]
+    model = load_model("cli_model:flowing", conditions=labels)
+    assert condition_rows(model, [4])["label"].tolist() == [2.0]
     missing = complaint(capsys, "sample", *some, "--conditions", tmp_path / "none.safetensors")
     assert "none.safetensors" in missing
 
@@ -134,9 +134,9 @@ def test_samples_that_are_no_pictures_need_another_file(
     assert ".safetensors" in complaint(capsys, "sample", *plane, tmp_path / "x.png")
     answer(capsys, "sample", *plane, tmp_path / "x.safetensors")
     assert load_file(tmp_path / "x.safetensors")["samples"].shape == (2, 2)
-    model = common.load_model("cli_model:plane")
-    assert common.samples_name(model) == "samples.safetensors"
-    assert common.samples_name(common.load_model("cli_model:tiny")) == "samples.png"
+    model = load_model("cli_model:plane")
+    assert samples_name(model) == "samples.safetensors"
+    assert samples_name(load_model("cli_model:tiny")) == "samples.png"
 
 
 def test_rows_of_conditions_follow_the_numbers() -> None:

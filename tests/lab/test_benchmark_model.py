@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dlms_engine.cli.common import load_model
+from dlms_engine.cli.model import load_model
 from dlms_engine.lab import benchmark_model
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM

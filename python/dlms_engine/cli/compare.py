@@ -10,16 +10,8 @@ from typing import Annotated
 import typer
 
 from ..support.files import write_text
-from .common import (
-    ConditionsOption,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    distance_features,
-    emit,
-    load_model,
-    parse_seeds,
-)
+from .common import JsonOption, emit, parse_seeds
+from .model import ConditionsOption, DeviceOption, ModelOption, distance_features, load_model
 
 
 def compare_command(

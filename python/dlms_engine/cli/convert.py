@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import JsonOption, SetOption, emit, load_model, parse_settings
+from .common import JsonOption, SetOption, emit, parse_settings
+from .model import load_model
 
 
 def convert_command(

@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    DeviceOption,
-    JsonOption,
-    Model,
-    condition_rows,
-    emit,
-    load_model,
-    parse_seeds,
-)
+from .common import JsonOption, emit, parse_seeds
+from .model import DeviceOption, Model, condition_rows, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor

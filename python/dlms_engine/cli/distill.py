@@ -12,20 +12,8 @@ from ..support.files import written
 from . import config as configs
 from . import pipeline as pipelines
 from .checks import check_seed, check_solver_output, refuse_beside
-from .common import (
-    ConditionsOption,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    NfeOption,
-    SetOption,
-    emit,
-    leads,
-    load_model,
-    of_model,
-    parse_settings,
-    samples_name,
-)
+from .common import JsonOption, NfeOption, SetOption, emit, leads, parse_settings
+from .model import ConditionsOption, DeviceOption, ModelOption, load_model, of_model, samples_name
 from .outcome import outcome_lines, start_value
 
 

@@ -13,24 +13,19 @@ from ..support.files import write_text
 from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
-    ConditionsOption,
-    DeviceOption,
     GridOption,
     JsonOption,
     MethodOption,
-    Model,
-    ModelOption,
     NfeOption,
     OrderOption,
     SetOption,
     choose_solver,
-    distance_features,
     emit,
     leads,
-    load_model,
     parse_seeds,
     parse_settings,
 )
+from .model import ConditionsOption, DeviceOption, Model, ModelOption, distance_features, load_model
 
 if TYPE_CHECKING:
     from ..lab.record.measure import Entry

@@ -11,20 +11,17 @@ import typer
 from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
-    ConditionsOption,
     GridOption,
     JsonOption,
     MethodOption,
-    ModelOption,
     NfeOption,
     OrderOption,
     SetOption,
     choose_solver,
-    condition_rows,
     emit,
-    load_model,
     parse_settings,
 )
+from .model import ConditionsOption, ModelOption, condition_rows, load_model
 
 
 def export(

@@ -7,15 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .common import (
-    ConditionsOption,
-    DeviceOption,
-    JsonOption,
-    ModelOption,
-    NfeOption,
-    emit,
-    load_model,
-)
+from .common import JsonOption, NfeOption, emit
+from .model import ConditionsOption, DeviceOption, ModelOption, load_model
 
 
 def recommend_command(

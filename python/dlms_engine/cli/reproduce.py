@@ -10,15 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import (
-    DeviceOption,
-    JsonOption,
-    SetOption,
-    emit,
-    load_model,
-    parse_seeds,
-    parse_settings,
-)
+from .common import JsonOption, SetOption, emit, parse_seeds, parse_settings
+from .model import DeviceOption, load_model
 
 if TYPE_CHECKING:
     import torch

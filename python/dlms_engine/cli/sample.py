@@ -15,25 +15,20 @@ from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
     BackendOption,
-    ConditionsOption,
-    DeviceOption,
     GridOption,
     JsonOption,
     MethodOption,
-    ModelOption,
     NfeOption,
     OrderOption,
     SetOption,
     SolverOption,
     choose_solver,
-    condition_rows,
     emit,
-    is_image,
     leads,
-    load_model,
     parse_seeds,
     parse_settings,
 )
+from .model import ConditionsOption, DeviceOption, ModelOption, condition_rows, is_image, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
