@@ -294,7 +294,7 @@ def test_a_figure_comes_with_its_machine(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["gpu"] == "NVIDIA H200" and found["commit"] == "1234567-dirty"
     assert {"driver", "torch", "cuda", "triton", "python"} <= set(found)
     assert (found["diffusers"] is not None) or not rivals.available_rivals()
-    assert device._version("no-such-package") is None
+    assert timing._version("no-such-package") is None
 
 
 def test_a_row_is_timed_cold_and_warm_and_with_both_ways_to_read_the_ring(
