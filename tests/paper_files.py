@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from edm_files import snapshot_bytes
+from guided_reference import random_state
 from torch import nn
 
 from dlms_engine.checkpoints.networks import DhariwalUNet, SongUNet
@@ -20,6 +21,12 @@ ADM: dict[str, Any] = {
     "model_channels": 64, "channel_mult": [1], "num_blocks": 1, "attn_resolutions": [],
 }  # fmt: skip
 CLASSES = 4
+GUIDED: dict[str, Any] = {
+    "in_channels": 3, "model_channels": 64, "out_channels": 3, "num_res_blocks": 1,
+    "attention_resolutions": [], "channel_mult": [1], "num_classes": None,
+    "num_head_channels": 64, "use_scale_shift_norm": True, "resblock_updown": True,
+    "use_new_attention_order": False,
+}  # fmt: skip
 
 
 def snapshot(path: Path, *, classes: int = 0) -> Path:
@@ -32,6 +39,21 @@ def snapshot(path: Path, *, classes: int = 0) -> Path:
             nn.init.normal_(parameter, std=0.1)
     path.write_bytes(snapshot_bytes(network, settings))
     return path
+
+
+def guided_edm(path: Path) -> Path:
+    """The consistency-model repository's ``.pt``: a state dict, without classes."""
+    torch.save(random_state({**GUIDED, "attention_dims": 2}), path)
+    return path
+
+
+def guided(path: Path, classifier: Path) -> tuple[Path, Path]:
+    """guided-diffusion's ``.pt`` files: a U-Net with classes and a variance, and its classifier."""
+    torch.save(random_state({**GUIDED, "out_channels": 6, "num_classes": CLASSES}), path)
+    pool = {"pool": "attention", "image_size": 8, "out_channels": CLASSES}
+    pool |= {"channel_mult": [1, 1], "attention_resolutions": [2]}
+    torch.save(random_state({**GUIDED, **pool}), classifier)
+    return path, classifier
 
 
 def ldm(folder: Path) -> Path:

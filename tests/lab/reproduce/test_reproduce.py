@@ -142,6 +142,21 @@ def test_latent_and_pixel_pipelines_load(tmp_path: Path) -> None:
     assert pixels.decode is None and pixels.shape == (3, 8, 8)
 
 
+def test_guided_networks_load_with_the_classifier_s_gradient(tmp_path: Path) -> None:
+    bedroom = {"checkpoint": paper_files.guided_edm(tmp_path / "edm_bedroom256_ema.pt")}
+    model = load_paper_model(DATA_SETS["bedroom-pixel"], bedroom, side=8)
+    assert isinstance(model.denoiser.process, EDM) and model.conditions is None
+    paths = paper_files.guided(tmp_path / "256x256_diffusion.pt", tmp_path / "classifier.pt")
+    files = dict(zip(("checkpoint", "classifier"), paths, strict=True))
+    model = load_paper_model(DATA_SETS["imagenet256-adm"], files, side=8)
+    x, t = torch.zeros(2, *model.shape), torch.tensor(0.5, dtype=torch.float64)
+    rows = rows_of(model.conditions, range(2))
+    guided = model.denoiser.predict(x, t, **rows)
+    assert model.denoiser.last_features.shape == (2, 64)
+    model.denoiser.network.scale = 0.0  # planted: no gradient
+    assert not torch.allclose(model.denoiser.predict(x, t, **rows), guided, atol=1e-6)
+
+
 def test_thresholding_is_the_rows_own(cifar10: PaperModel) -> None:
     variant = with_thresholding(cifar10.denoiser, 0.995)
     assert variant.dynamic_thresholding == 0.995

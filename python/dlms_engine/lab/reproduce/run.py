@@ -211,7 +211,7 @@ class Reproduction:
                     shape=self.model.shape,
                     cond=self.model.conditions,
                     output=path,
-                    resume=True,
+                    resume=path.with_name(f"{path.stem}.checkpoint.safetensors").exists(),
                     progress=False,
                     seed=seed,
                     feature_network=self._trained_features,
