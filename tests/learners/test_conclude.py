@@ -78,7 +78,7 @@ def test_a_good_teacher_and_a_better_student_are_not_mentioned(
 ) -> None:
     with caplog.at_level(logging.WARNING, "dlms_engine"):
         solver = distill(
-            mixture_denoiser(), "dode", nfe=4, shape=(16,), solver="ddim", scale=40, progress=False
+            flow(1.0), "dode", nfe=5, shape=(16,), solver="ddim", scale=40, progress=False
         )
     assert solver.best["compared"]["kept"] == "learned" and not caplog.text
 

@@ -261,7 +261,7 @@ def test_never_worse_than_its_solver_on_a_standard_grid(process: Process) -> Non
     for candidates in ("all", "searched"):
         solver = distill(
             denoiser, "gits", nfe=4, shape=SHAPE, trajectories=16, points=21, batch=16,
-            candidates=candidates,
+            candidates=candidates, grid="polynomial",
         )  # fmt: skip
         ends[candidates] = solver.policy
     p = SamplingProblem(denoiser, SHAPE)

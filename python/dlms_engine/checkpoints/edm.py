@@ -2,7 +2,7 @@
 
     from dlms_engine.integrations.edm import load_edm
 
-    denoiser = load_edm("edm-cifar10-32x32-uncond-vp.pkl", features="8x8_block3")
+    denoiser = load_edm("edm-cifar10-32x32-uncond-vp.pkl", features="enc.8x8_block3")
 
 One-time conversion:  python -m dlms_engine.checkpoints.edm snapshot.pkl snapshot.safetensors
 """
@@ -156,7 +156,7 @@ def load_edm(
 
     Args:
         path: ``.pkl`` or converted ``.safetensors``.
-        features: bottleneck module for DLMS, e.g. ``"8x8_block3"``.
+        features: bottleneck module for DLMS, e.g. ``"enc.8x8_block3"``.
         dtype: of the network's weights; state and history stay float32.
     """
     snapshot = read_snapshot(path)

@@ -67,8 +67,8 @@ def outcome_lines(
     if isinstance(compared, Mapping) and compared.get("kept") == "base":
         return [
             f"  {MEASURES['rmse']} (lower is better): {best['score']:.4g}, that of its base on "
-            f"{compared['base']}, which is kept: what was learned ({_number(compared['learned'])}) is "
-            "no nearer"
+            f"{compared['base']}, which is kept: what was learned ({_number(compared['learned'])}) "
+            "is not nearer beyond chance"
         ]
     score = best.get("score")
     if not isinstance(score, int | float):

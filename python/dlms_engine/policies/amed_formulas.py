@@ -27,6 +27,10 @@ _SOLVERS = {"amed": 1, "ddim": 1, "dpm_solver_2": 2, "ipndm": 4, "dpm_solver_pp"
 MULTISTEP = ("ipndm", "dpm_solver_pp")
 
 Value = TypeVar("Value", Tensor, Form)
+BLIND_START = (
+    "AMED on dpm_solver_pp works in lambda, infinite at a flow's t = 1: use solver='amed', 'ddim', "
+    "'dpm_solver_2' or 'ipndm', or a flow that starts below it, RectifiedFlow(t_max=0.999)"
+)
 
 
 @dataclass(frozen=True)
@@ -259,11 +263,7 @@ def check_levels(base: AmedBase, process: Process, grid: Tensor) -> None:
     """ValueError unless the middle of every step exists: 0 < sigma / alpha < infinity."""
     if isinstance(process, RectifiedFlow):
         if base.solver == "dpm_solver_pp":
-            raise ValueError(
-                "AMED on dpm_solver_pp works in lambda, infinite at a flow's t = 1: use "
-                "solver='amed', 'ddim', 'dpm_solver_2' or 'ipndm', or coordinates='edm' on a flow that "
-                "starts below it, RectifiedFlow(t_max=0.999)"
-            )
+            raise ValueError(BLIND_START)
         return
     ends = process.sigma_over_alpha(torch.stack([grid[0], grid[-1]]).detach())
     if not bool(((ends > 0) & ends.isfinite()).all()):

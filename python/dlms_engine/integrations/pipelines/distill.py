@@ -64,7 +64,7 @@ def distill_pipeline(
         method: one of ``dlms_engine.learners.LEARNERS``; ``"auto"`` says first how many evaluations
             its ``budget`` holds here.
         output: where the solver file goes as well.
-        features: bottleneck for DLMS; a network without it, or with one that is not 8 x 8, gets
+        features: bottleneck for DLMS and AMED; a network without it, or with one that is not 8 x 8, gets
             the variant that does not read it. Pipelines that do not call ``scale_model_input`` (SD3,
             FLUX, DDPM) get solvers without an analytical first step, unless ``afs`` is given.
         folder: keeps the prompts' embeddings and exact latents, for a later or resumed run.
@@ -82,7 +82,7 @@ def distill_pipeline(
     denoiser, shape = pipeline_denoiser(
         pipe, texts, guidance_scale=guidance_scale, folder=folder, **arguments
     )
-    if method == "dlms" and not _attach(denoiser, features, shape):
+    if method in ("dlms", "amed") and not _attach(denoiser, features, shape):
         settings.setdefault("bottleneck", False)
     if learner(method).afs and not denoiser.network.call.scaled:
         settings.setdefault("afs", False)  # the pipeline could not run it step by step

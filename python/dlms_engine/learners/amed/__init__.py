@@ -64,6 +64,7 @@ AMED = LearnerEntry(
     AmedSettings,
     trained=True,
     defaults=_DEFAULTS,
+    afs=True,
     presets=presets.of("amed"),
     begin=BeginAtForm(("solver", "order", "prediction", "grid"), _forms, Amed, AmedSettings),
 )

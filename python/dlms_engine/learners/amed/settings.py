@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ...policies.amed_formulas import AmedBase, AmedSolver
+from ...policies.amed_formulas import BLIND_START, AmedBase, AmedSolver
 from ...processes import Process
-from ...processes.grids import GRIDS, named_grid
+from ...processes.grids import GRIDS, default_grid, named_grid
 from ...solvers import make_solver
 from ...solvers.table import SolverTable
 from ..training.conclude import Keep, standard_tables
@@ -33,7 +33,7 @@ class AmedSettings:
         afs: analytical first step; None takes it for an odd nfe, where it is needed.
         grid: "time_uniform", "time_quadratic", "polynomial" or "logsnr", explicit times, a table or
             another learner's solver file; None takes the published choice: time_uniform for
-            AMED-Solver, logsnr for dpm_solver_pp, polynomial for the others.
+            AMED-Solver, logsnr for dpm_solver_pp, polynomial for the others (uniform in time on flows).
         scale_dir: direction scales lie within 1 +- scale_dir; 0 keeps 1.
         scale_time: the network's noise level is scaled within 1 +- scale_time; 0 keeps 1.
         coordinates: "edm" works on x / alpha at levels sigma / alpha, as the paper: a network that is
@@ -117,7 +117,12 @@ class AmedSettings:
         return standard_tables(process, name, self.nfe, options, afs)
 
     def coordinates_on(self, process: Process) -> CoordinatesName | None:
-        """``coordinates``; a flow on DPM-Solver++ needs levels, where it has them."""
+        """``coordinates``; a flow on DPM-Solver++ needs levels, where it has them.
+
+        ValueError: it has none.
+        """
+        if self.solver == "dpm_solver_pp" and float(process.alpha(process.t_max)) == 0:
+            raise ValueError(BLIND_START)
         if self.coordinates is None and self.solver == "dpm_solver_pp" and process.t_max < 1:
             return "edm"
         return self.coordinates
@@ -145,7 +150,8 @@ class AmedSettings:
         """(student's ``[steps + 1]``, teacher's ``[steps * (M + 1) + 1]``) times, float64."""
         count = self.teacher_interpolation + 1
         published = {"amed": "time_uniform", "dpm_solver_pp": "logsnr"}
-        source = published.get(self.solver, "polynomial") if self.grid is None else self.grid
+        usual = published.get(self.solver, default_grid(process))
+        source = usual if self.grid is None else self.grid
         grid = start_times(process, source, self.steps).grid
         if not isinstance(source, str) or source not in GRIDS:
             return grid, refine(process, grid, count)

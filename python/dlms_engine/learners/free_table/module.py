@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ...models.denoiser import Denoiser
 from ...policies.dlms import step_coefficients
+from ...processes.grids import default_grid
 from ...solvers.table import SolverTable
 from ..ld3.grid import LearnedGrid
 from ..training.start_times import start_times
@@ -31,7 +32,8 @@ class FreeTableModule(nn.Module):
         super().__init__()
         process = self.process = denoiser.process
         self.settings = settings
-        start = start_times(process, settings.grid, settings.steps)
+        source = default_grid(process) if settings.grid is None else settings.grid
+        start = start_times(process, source, settings.steps)
         self.times = LearnedGrid(
             process, start.grid, network_times=start.network, window=settings.window
         )

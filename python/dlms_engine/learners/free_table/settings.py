@@ -22,7 +22,8 @@ class FreeTableSettings:
         variant: UniPC's B(h).
         afs: analytical first step.
         store: what rows combine, "data" or "noise"; None for the base's own.
-        grid: initial times: a name, times, or another learner's solver file (LD3, GITS, ...), whose
+        grid: initial times, None for polynomial (uniform in time on flows), a name, times, or another
+            learner's solver file (LD3, GITS, ...), whose
             network times are taken too.
         depth: outputs a row may combine; None for all of them (full lower triangle).
         window: largest offset of a network time as a share of the smallest gap.
@@ -49,7 +50,7 @@ class FreeTableSettings:
     variant: Literal["bh1", "bh2"] = "bh2"
     afs: Afs = "dockhorn"
     store: Prediction | None = None
-    grid: GridSource = "polynomial"
+    grid: GridSource | None = None
     depth: int | None = None
     window: float = 0.5
     learn_times: bool = True

@@ -51,7 +51,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         name, table, rows = nearest_to_exact(
             denoiser, shape, searched, settings, seed=options.seed, cond=options.cond
         )
-        score = min(row["rmse"] for row in rows)
+        score = next(row["rmse"] for row in rows if row["grid"] == name)
         best = {"score": score, "set": name, "indices": indices, "grids": rows}
     solver = DistilledSolver(table, "gits", described, report["tried"], best)
     beside = Beside(

@@ -17,6 +17,7 @@ from ...engine.adjoint import walk
 from ...engine.sampler import Sampler
 from ...models.denoiser import Denoiser
 from ...policies.dlms import step_coefficients
+from ...processes.grids import default_grid
 from ...solvers import SOLVERS, make_solver
 from ...solvers.table import SolverTable
 from ...support.parallel import World
@@ -55,7 +56,8 @@ class Gits:
         self.samples, self.seed, self.cond = samples, seed, cond
         self.world = world or World()
         process = denoiser.process
-        self.grid = start_times(process, settings.grid, settings.points - 1).grid
+        source = default_grid(process) if settings.grid is None else settings.grid
+        self.grid = start_times(process, source, settings.points - 1).grid
         order = {} if settings.teacher_order is None else {"order": settings.teacher_order}
         self.teacher = make_solver(settings.teacher, process, self.grid, **order)
         self._ends: list[Tensor] = []  # of the teacher, batch by batch

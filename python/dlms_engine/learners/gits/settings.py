@@ -24,7 +24,8 @@ class GitsSettings:
         afs: analytical first step of the student: one grid point more for the same evaluations,
             inserted where the student's end is nearest to the teacher's. The teacher never uses it.
         points: times of the teacher's grid (published: 21 and 61).
-        grid: the teacher's grid: a name, explicit times or another solver's file.
+        grid: the teacher's grid: a name, explicit times or another solver's file; None for polynomial,
+            uniform in time on flows.
         teacher: solver of the teacher trajectory; ``teacher_order`` its order, None for the
             default.
         metric: of a jump from i that should reach X_j: "l1" or "l2" distance, or "dev" (published),
@@ -44,7 +45,7 @@ class GitsSettings:
     options: dict[str, Any] = field(default_factory=dict)
     afs: bool = False
     points: int = 61
-    grid: GridSource = "polynomial"
+    grid: GridSource | None = None
     teacher: str = "ipndm"
     teacher_order: int | None = None
     metric: Metric = "dev"

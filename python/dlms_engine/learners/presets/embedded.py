@@ -63,6 +63,8 @@ EMBEDDED: dict[str, dict[str, Any]] = {
         "student": "unipc",
         "order": 3,
         "loss": "features",
+        "lr_times_share": 0.1,
+        "rounds_times": 5,
         "batch": 10,
         "validation": 50,
         "whole": True,

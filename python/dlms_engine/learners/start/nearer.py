@@ -10,20 +10,16 @@ LESS = 0.9
 """RMSE, as a share of the other's, below which logarithms may decide."""
 
 
-def nearer(one: Tensor, other: Tensor) -> bool:
+def nearer(one: Tensor, other: Tensor, less: float = LESS) -> bool:
     """Of squared errors ``[B]`` of the same samples: whether ``one`` is smaller by two standard errors.
 
     Where a few samples, which end in another mode of the data, hold most of the squared error, its mean
-    says little: there the logarithms decide, if the RMSE is a tenth smaller too.
+    says little: there the logarithms decide, if the RMSE is below ``less`` of the other's, too.
     """
     if wins(other - one):
         return True
-    return float(one.mean()) < LESS**2 * float(other.mean()) and wins(log_gain(other, one))
-
-
-def log_gain(one: Tensor, other: Tensor) -> Tensor:
-    """``[B]`` log(one / other), of squared errors that may be 0."""
-    return one.clamp_min(1e-300).log() - other.clamp_min(1e-300).log()
+    gain = other.clamp_min(1e-300).log() - one.clamp_min(1e-300).log()
+    return float(one.mean()) < less**2 * float(other.mean()) and wins(gain)
 
 
 def wins(gain: Tensor) -> bool:

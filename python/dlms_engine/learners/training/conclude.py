@@ -2,8 +2,8 @@
 
 A method charged step by step, or against a teacher that is itself far from the solution, can end behind
 the handcrafted solver that it improves. So the base is run on every standard grid, and the learned
-solver is kept where it is nearer than the best of them, or where ``keep="learned"``, as the papers'
-presets have it, asks for the method to the letter: the report says so then.
+solver is kept where it is nearer than the best of them beyond chance, or where ``keep="learned"``, as the
+papers' presets have it, asks for the method to the letter: the report says so then.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ...solvers.table import SolverTable
 from ...support.values import json_number
 from ..options import RunOptions
 from ..start import SamplingProblem
-from ..start.nearer import log_gain, wins
+from ..start.nearer import nearer
 from .noise import numbered_as_before, tell_first_sample
 from .validation import exact_solution
 
@@ -104,11 +104,6 @@ class _Measure:
         return torch.cat(parts).cpu().nan_to_num(nan=math.inf)
 
 
-def _ahead(learned: Tensor, base: Tensor) -> bool:
-    """Whether the mean is smaller, and not by a few samples while most are further away."""
-    return bool(learned.mean() < base.mean()) and not wins(log_gain(learned, base))
-
-
 def _rmse(squares: Tensor) -> float:
     return math.sqrt(float(squares.mean()))
 
@@ -142,7 +137,7 @@ def concluded(
             name = min(squares, key=lambda name: _rmse(squares[name]))
             base = squares[name]
             compared |= {"base": name, "base_rmse": _rmse(base)}
-            if beside.keep == "best" and not _ahead(learned, base):
+            if beside.keep == "best" and not nearer(learned, base, 1.0):
                 compared["kept"] = "base"
                 solver.policy = beside.bases[name]
                 solver.best |= {"score": _rmse(base), "set": f"the base on {name}"}
@@ -160,7 +155,7 @@ def compared_lines(compared: Mapping[str, Any], finer: str = "") -> list[str]:
     if compared["kept"] == "base":
         lines.append(
             f"its base on {compared['base']} is kept (RMSE {base:.4g} to the exact solution): what was "
-            f"learned ({learned:.4g}) is no nearer"
+            f"learned ({learned:.4g}) is not nearer beyond chance"
         )
     elif base is not None and base < learned:
         lines.append(
