@@ -252,8 +252,8 @@ def sweep(count: int, kind: str, seed: int) -> tuple[list[str], int]:
 
 @pytest.mark.parametrize("kind", ["vp", "flow"])
 def test_random_configs_are_those_of_diffusers(kind: str) -> None:
-    wrong, compared = sweep(90, kind, seed=1)
-    assert compared > 60
+    wrong, compared = sweep(60, kind, seed=1)
+    assert compared > 40
     assert not wrong, "\n".join(wrong)
 
 
