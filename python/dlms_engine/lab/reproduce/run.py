@@ -144,7 +144,7 @@ class Reproduction:
                 with_thresholding(model.denoiser, threshold),
                 self.features,
                 model.shape,
-                Store(self.folder / "cache" / kind),
+                Store(self.folder / "cache" / self.panel.data / kind),
                 batch=self.settings.batch,
                 conditions=model.conditions,
                 advance=self._advanced,
