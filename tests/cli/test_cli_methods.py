@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from dlms_engine import grids, solvers
 from dlms_engine.cli.outcome import outcome_lines
 from dlms_engine.learners import LEARNERS
-from dlms_engine.policies.distilled import save_solver
+from dlms_engine.policies.distilled import load_solver, save_solver
 from dlms_engine.processes import EDM, VP
 
 TINY = ("--model", "cli_model:tiny")
@@ -78,6 +78,26 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(
     refused = complaint(capsys, "evaluate", *TINY, "--solver", path, "--folder", folder)
     assert "the solver was made for name=vp" in refused
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("method", ["dode", "gits"])
+def test_other_methods_are_measured_beside_their_base(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their files named none: a result stood alone."""
+    path = tmp_path / "solver.safetensors"
+    small = ["solver=ddim", *(["points=8", "gamma=[1.0, 1.1]"] if method == "gits" else [])]
+    words = [word for pair in small for word in ("--set", pair)]
+    made = ("distill", *TINY, "--nfe", 3, "--method", method, "--trajectories", 4, *words)
+    assert run(*made, "--output", path) == 0
+    told = capsys.readouterr().out
+    sizes = ("--samples", 8, "--exact-nfe", 12, "--accurate-nfe", 8, "--folder", tmp_path)
+    assert run("evaluate", *TINY, "--solver", path, *sizes) == 0
+    shown = capsys.readouterr().out
+    base = load_solver(path).baseline
+    assert base is not None and base.startswith("ddim/")
+    assert method == "gits" or f"its base, {base}" in told
+    assert f"its base, {base}: " in shown and "times this" in shown
 
 
 def test_a_file_that_names_no_baseline_says_how_to_get_it(

@@ -40,7 +40,7 @@ def test_the_base_is_kept_where_learning_made_it_worse(method: str, tmp_path: An
     solver = run(method, output=tmp_path / "solver.safetensors")
     compared = solver.best["compared"]
     assert compared["kept"] == "base" and compared["base_rmse"] < compared["learned"]
-    assert solver.best["set"] == f"the base on {compared['base']}"
+    assert solver.best["set"] == f"the base, {compared['base']}"
     assert load_solver(tmp_path / "solver.safetensors").best["compared"] == compared
     problem = SamplingProblem(mixture_denoiser(), (16,))
     numbers = range(1 << 25, (1 << 25) + 128)

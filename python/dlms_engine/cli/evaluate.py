@@ -147,28 +147,35 @@ def evaluate_command(
         accurate_nfe=accurate_nfe,
         compile=compile_,
     )
-    baseline = None if not solver else _baseline(solver[0], held.denoiser.process)
-    entries = Entry(label, policy, learned=bool(solver)), baseline
+    baseline = _baseline(solver[0], held.denoiser.process) if solver else (None, "")
+    entries = Entry(label, policy, learned=bool(solver)), *baseline
     _single(held, *entries, settings, (folder or CACHE).expanduser(), as_json)
 
 
-def _baseline(path: Path, process: Process) -> Entry | None:
-    """The handcrafted solver that a learned one was chosen against; None where its file names none."""
+def _baseline(path: Path, process: Process) -> tuple[Entry | None, str]:
+    """The handcrafted solver that a learned one was measured beside, and what it is to it.
+
+    None where the file names none that can be made.
+    """
     from ..lab.record.measure import Entry
-    from ..learners.start.search import candidate_of
     from ..policies.distilled import DistilledSolver, load_solver
 
     held = load_solver(path)
-    report = held.report if isinstance(held, DistilledSolver) else None
-    if not isinstance(report, dict) or not isinstance(report.get("base"), str):
-        return None
-    return Entry(report["base"], candidate_of(process, held.nfe, report["base"]).table)
+    label = held.baseline if isinstance(held, DistilledSolver) else None
+    if not isinstance(held, DistilledSolver) or label is None:
+        return None, ""
+    kind = "the best handcrafted solver" if held.report else "its base"
+    try:
+        return Entry(*choose_solver(process, None, label, held.nfe)), kind
+    except ValueError:  # a base that no label makes, such as D-ODE's single-step DPM-Solver
+        return None, ""
 
 
 def _single(
     model: Model,
     entry: Entry,
     baseline: Entry | None,
+    kind: str,
     settings: RecordSettings,
     folder: Path,
     as_json: bool,
@@ -196,7 +203,9 @@ def _single(
     lines = [
         f"{entry.label}: {entry.nfe} network evaluations, {settings.samples:,} samples",
         f"  endpoint RMSE to the exact solution: {number(found['rmse'])}",
-        *_beside(entry, baseline, base, found["rmse"]),
+        *_beside(
+            entry, None if baseline is None else f"{kind}, {baseline.label}", base, found["rmse"]
+        ),
         f"  {label}:" if distances else f"  {label}: needs pip install 'dlms-engine[evaluation]'",
         *(
             f"    to {name:17}{number(found[f'to_{side}'])} "
@@ -219,14 +228,14 @@ def _single(
     )
 
 
-def _beside(entry: Entry, baseline: Entry | None, base: float | None, rmse: float) -> list[str]:
+def _beside(entry: Entry, baseline: str | None, base: float | None, rmse: float) -> list[str]:
     from ..lab.record.report import number
 
     if baseline is None or base is None:
         beside = f"the file names none to set beside it, dlms recommend --nfe {entry.nfe} finds it"
         return [f"  the best handcrafted solver: {beside}"] if entry.learned else []
     times = f"{base / rmse:.2f} times this" if rmse > 0 else "not reached"
-    return [f"  the best handcrafted solver, {baseline.label}: {number(base)}, {times}"]
+    return [f"  {baseline}: {number(base)}, {times}"]
 
 
 def _record(

@@ -66,7 +66,7 @@ def outcome_lines(
     compared = best.get("compared")
     if isinstance(compared, Mapping) and compared.get("kept") == "base":
         return [
-            f"  {MEASURES['rmse']} (lower is better): {best['score']:.4g}, that of its base on "
+            f"  {MEASURES['rmse']} (lower is better): {best['score']:.4g}, that of its base, "
             f"{compared['base']}, which is kept: what was learned ({_number(compared['learned'])}) "
             "is not nearer beyond chance"
         ]
@@ -77,6 +77,12 @@ def outcome_lines(
     start = start_value(method, history)
     if start is not None and score > 0:
         lines[0] += f"; before training {start:.4g}, {start / score:.2f} times as much"
+    if isinstance(compared, Mapping) and compared.get("base_rmse"):
+        lines.append(
+            f"  {MEASURES['rmse']} on {compared['samples']} new samples: "
+            f"{_number(compared['learned'])}; of its base, {compared['base']}: "
+            f"{_number(compared['base_rmse'])}"
+        )
     if "set" in best:
         lines.append(f"  parameters kept: {best['set']}")
     return lines

@@ -55,6 +55,16 @@ class DistilledSolver(Versioned):
         return found
 
     @property
+    def baseline(self) -> str | None:
+        """Label of the handcrafted solver it was measured beside; None where there is none.
+
+        Of ``auto`` the best of all, of the other methods the best of their base's on standard grids.
+        """
+        compared = self.best.get("compared")
+        found = compared.get("base") if isinstance(compared, dict) else self.report.get("base")
+        return found if isinstance(found, str) else None
+
+    @property
     def kind(self) -> str:
         return str(self.policy.describe()["kind"])
 

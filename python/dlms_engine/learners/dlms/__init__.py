@@ -42,6 +42,8 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         learner, "dlms", learner.fingerprint(), training, shape, options, lambda: learner.policy
     )
     beside = Beside(
+        settings.handcrafted(denoiser.process),
+        keep="learned",  # it begins at the best of its forms and keeps the best it has been
         teacher=lambda noise, cond: learner.coordinates.carried(
             lambda x: learner.teacher_end(x, **cond), noise
         ),

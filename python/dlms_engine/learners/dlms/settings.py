@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ...processes import Process
+from ...solvers.table import SolverTable
 from ..training.coerce import check_choices
+from ..training.conclude import standard_tables
 from ..training.coordinates import CoordinatesName
 from ..training.start_times import GridSource
 from .teacher import TeacherSettings
@@ -92,6 +95,13 @@ class DlmsSettings:
     @property
     def steps(self) -> int:
         return self.nfe + int(self.afs)
+
+    def handcrafted(self, process: Process) -> dict[str, SolverTable]:
+        """The solver whose weights it begins with, iPNDM for Adams-Bashforth, on the standard grids."""
+        name = self.init if self.init in ("ddim", "dpm_solver_pp") else "ipndm"
+        most = 3 if name == "dpm_solver_pp" else 4
+        order = {} if name == "ddim" else {"order": min(most, self.resolved_order)}
+        return standard_tables(process, name, self.nfe, order, (self.afs,))
 
     @property
     def resolved_order(self) -> int:

@@ -122,12 +122,14 @@ def base_table(process: Process, grid: Tensor, settings: DodeSettings) -> Solver
 def standard_bases(process: Process, settings: DodeSettings) -> dict[str, SolverTable]:
     """The plain solver on every standard grid where it exists, by name."""
     found = {}
+    order = {} if settings.solver == "ddim" else {"order": settings.resolved_order}
     for name in standard_grids(process):
         plain = dataclasses.replace(
             settings, grid=name, alignment="interval", formulation="difference"
         )
         with contextlib.suppress(ValueError):  # a grid that starts or ends where it cannot
-            found[name] = replay(process, plain, [[0.0]] * settings.nfe)
+            table = replay(process, plain, [[0.0]] * settings.nfe)
+            found[name] = dataclasses.replace(table, name=settings.solver, options=order)
     return found
 
 

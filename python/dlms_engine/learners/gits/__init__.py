@@ -6,7 +6,7 @@ from typing import Any
 
 from ...models.denoiser import Denoiser
 from ...policies.distilled import DistilledSolver
-from ...solvers.registry import Label
+from ...solvers.registry import Label, label_of
 from ...support.parallel import World
 from .. import presets
 from ..begin import BeginAtSolver
@@ -60,7 +60,15 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         "more times (points)",
         "learned",
     )
-    return concluded(solver, denoiser, shape, options, beside)
+    solver = concluded(solver, denoiser, shape, options, beside)
+    if settings.candidates == "all":  # the standard grids are among those it was chosen from
+        standard = standard_students(denoiser.process, settings)
+        errors = {row["grid"]: row["rmse"] for row in best["grids"] if row["grid"] in standard}
+        if errors:
+            name = min(errors, key=errors.__getitem__)
+            label = label_of(standard[name], name.split("/")[0])
+            solver.best["compared"] |= {"base": label}
+    return solver
 
 
 def _begin(label: Label) -> dict[str, Any]:

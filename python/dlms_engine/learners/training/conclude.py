@@ -23,7 +23,7 @@ from ...policies.distilled import DistilledSolver
 from ...processes import Process
 from ...solvers import SOLVERS, make_solver
 from ...solvers.policy import Policy
-from ...solvers.registry import standard_grids
+from ...solvers.registry import label_of, standard_grids
 from ...solvers.table import SolverTable
 from ...support.values import json_number
 from ..options import RunOptions
@@ -49,7 +49,7 @@ class Beside:
     """What a learned solver is measured beside.
 
     Attributes:
-        bases: name -> handcrafted solver that the method improves.
+        bases: grid, with or without its first step -> handcrafted solver that the method improves.
         teacher: the end of its teacher, for methods with one that is not the exact solution.
         finer: the setting that brings the teacher nearer to the solution.
         keep: "best", or "learned" whatever the base reaches.
@@ -118,7 +118,7 @@ def concluded(
 ) -> DistilledSolver:
     """``solver`` with ``best["compared"]``, and the nearest base as its policy where that is better.
 
-    ``compared`` has the RMSE to the exact solution of ``learned``, ``base`` (by name; None without any)
+    ``compared`` has the RMSE to the exact solution of ``learned``, ``base`` (its label; None without any)
     and ``teacher``, the number of ``samples``, and what was ``kept``.
     """
     problem = SamplingProblem(denoiser, shape, options.cond or None, seed=options.seed)
@@ -136,11 +136,12 @@ def concluded(
             squares = {name: measure.squares(run, _SAMPLES) for name, run in runs.items()}
             name = min(squares, key=lambda name: _rmse(squares[name]))
             base = squares[name]
-            compared |= {"base": name, "base_rmse": _rmse(base)}
+            label = label_of(beside.bases[name], name.split("/")[0])
+            compared |= {"base": label, "base_rmse": _rmse(base)}
             if beside.keep == "best" and not nearer(learned, base, 1.0):
                 compared["kept"] = "base"
                 solver.policy = beside.bases[name]
-                solver.best |= {"score": _rmse(base), "set": f"the base on {name}"}
+                solver.best |= {"score": _rmse(base), "set": f"the base, {label}"}
         if beside.teacher is not None:
             compared["teacher"] = _rmse(measure.squares(beside.teacher, _SAMPLES))
     solver.best["compared"] = {key: json_number(value) for key, value in compared.items()}
@@ -154,13 +155,13 @@ def compared_lines(compared: Mapping[str, Any], finer: str = "") -> list[str]:
     lines, learned, base = [], compared["learned"], compared["base_rmse"]
     if compared["kept"] == "base":
         lines.append(
-            f"its base on {compared['base']} is kept (RMSE {base:.4g} to the exact solution): what was "
+            f"its base, {compared['base']}, is kept (RMSE {base:.4g} to the exact solution): what was "
             f"learned ({learned:.4g}) is not nearer beyond chance"
         )
     elif base is not None and base < learned:
         lines.append(
-            f"RMSE {learned:.4g}, worse than its base on {compared['base']} ({base:.4g}): "
-            "keep='learned' asks for it all the same"
+            f"RMSE {learned:.4g}, worse than its base, {compared['base']} ({base:.4g}), which needs no "
+            "training"
         )
     teacher = compared["teacher"]
     if teacher is not None and teacher >= min(learned, learned if base is None else base):
