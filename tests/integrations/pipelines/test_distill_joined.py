@@ -97,6 +97,14 @@ def test_a_joined_part_that_is_lost_is_seen(monkeypatch: Any) -> None:
         difference("WanImageToVideoPipeline")
 
 
+@pytest.mark.parametrize("name", ["Lumina2Pipeline", "ZImagePipeline", "WanImageToVideoPipeline"])
+def test_the_scale_is_the_one_that_was_given(name: str) -> None:
+    """Lumina 2 hands over the negative of its mix: 2 was taken for its scale, 3."""
+    make, inputs = cells.CASES[name]
+    asked = {k: v for k, v in inputs().items() if k not in ("generator", "output_type")}
+    assert pipeline_denoiser(make(), **asked)[0].network.call.guidance == 3.0
+
+
 def test_one_weight_for_all_channels_is_seen(monkeypatch: Any) -> None:
     """Planted fault: Lumina guides three of its four channels."""
     honest = step_calls.NetworkCall.table

@@ -259,7 +259,8 @@ def _guidance(mix: list[float], scales: list[float]) -> float | None:
     """The conditional branch's weight where two are mixed: one of ``scales``, or the larger."""
     if len(mix) != 2:
         return None
-    stated = [w for w in mix[::-1] if any(abs(w - s) < 1e-9 for s in scales)]
+    either = [*mix[::-1], *(-w for w in mix)]  # Lumina 2 hands over the negative
+    stated = [w for w in either if any(abs(w - s) < 1e-9 for s in scales)]
     return stated[0] if stated else max(mix)
 
 
