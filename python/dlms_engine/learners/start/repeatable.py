@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...processes.base import as_level
 from ...support.transfer import host_numbers
 from .problem import SamplingProblem
 
@@ -36,7 +37,7 @@ def require_repeatable(problem: SamplingProblem) -> None:
                 "statistics from the batch: call network.eval() first"
             )
     numbers = range(1)
-    x, t = problem.noise(numbers), torch.tensor(problem.process.t_max, dtype=torch.float64)
+    x, t = problem.noise(numbers), as_level(problem.process.t_max)
     condition = problem.condition(numbers)
     first, second = (problem.denoiser.predict(x, t, **condition) for _ in range(2))
     size, difference = host_numbers([first.abs().max(), (first - second).abs().max()])
