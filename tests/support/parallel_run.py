@@ -26,18 +26,19 @@ TRAINED = {
     "trajectories": 96, "batch": 24, "validation_samples": 8, "validation_steps": 16,
     "validate_every": 0, "checkpoint_seconds": 0.0,
 }  # fmt: skip
+LEARNED = {"keep": "learned"}  # so few updates may end behind a base, which is the same in any case
 SETTINGS: dict[str, dict[str, Any]] = {
     "dlms": {**TRAINED, "lr": 1e-3, "grid": "polynomial", "endpoint_share": 0.0},
     # a logarithm of batch means: not a mean of the ranks' losses
     "dlms-endpoint": {**TRAINED, "lr": 1e-3, "grid": "polynomial", "endpoint_share": 0.5,
                       "last_step": "bottleneck", "endpoint_steps": 8, "ema_kimg": []},
-    "amed": {**TRAINED, "lr": 1e-3, "solver": "amed", "endpoint_share": 0.0},
-    "free_table": {**TRAINED, "lr": 1e-3, "teacher_steps": 12, "base": "ipndm"},
-    "ld3": {"trajectories": 6, "validation": 4, "rounds": 0, "rounds_times": 3, "loss": "l2",
+    "amed": {**TRAINED, **LEARNED, "lr": 1e-3, "solver": "amed", "endpoint_share": 0.0},
+    "free_table": {**TRAINED, **LEARNED, "lr": 1e-3, "teacher_steps": 12, "base": "ipndm"},
+    "ld3": {**LEARNED, "trajectories": 6, "validation": 4, "rounds": 0, "rounds_times": 3, "loss": "l2",
             "teacher_nfe": 12, "radius": 0.05, "batch": 2, "student": "ipndm", "lr_times": 0.5},
-    "ld3-best": {"trajectories": 3, "validation": 3, "rounds": 1, "rounds_times": 0, "loss": "l2",
-                 "teacher_nfe": 12, "radius": 0.05, "batch": 2, "init": "best"},
-    "dode": {"trajectories": 15, "solver": "ipndm", "grid": "polynomial"},
+    "ld3-best": {**LEARNED, "trajectories": 3, "validation": 3, "rounds": 1, "rounds_times": 0,
+                 "loss": "l2", "teacher_nfe": 12, "radius": 0.05, "batch": 2, "init": "best"},
+    "dode": {**LEARNED, "trajectories": 15, "solver": "ipndm", "grid": "polynomial"},
     "gits": {"trajectories": 15, "solver": "ipndm", "points": 21, "gamma": [1.1, 1.2], "batch": 4},
 }  # fmt: skip
 

@@ -70,6 +70,9 @@ def test_training_did_something(folders: tuple[Path, Path]) -> None:
     assert (ld3.times - ld3.grid[:-1]).abs().max() > 1e-3
     best = load_solver(folders[0] / "free_table.safetensors").best
     assert best["set"] != "init" and not best["set"].endswith("@0")
+    for name in ("amed", "free_table", "ld3", "ld3-best", "dode"):
+        best = load_solver(folders[0] / f"{name}.safetensors").best
+        assert best["compared"]["kept"] == "learned", name
 
 
 @pytest.mark.parametrize(("name", "call"), [("dlms", 80), slow("ld3", 200)])

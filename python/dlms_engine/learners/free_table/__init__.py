@@ -41,7 +41,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         lambda: learner.free().detach(),
     )
     bases = settings.solver.standard(denoiser.process, settings.nfe)
-    return concluded(solver, denoiser, shape, options, Beside(bases))
+    return concluded(solver, denoiser, shape, options, Beside(bases, keep=settings.keep))
 
 
 def _begin(label: Label) -> dict[str, Any] | None:

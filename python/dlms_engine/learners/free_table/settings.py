@@ -8,6 +8,7 @@ from typing import Literal
 from ...solvers.common import Afs
 from ...solvers.table import Prediction
 from ..training.base_table import Base, BaseName
+from ..training.conclude import Keep
 from ..training.start_times import GridSource
 
 
@@ -42,6 +43,7 @@ class FreeTableSettings:
         interpolation: teacher's points inside each interval ("trajectory").
         validation_samples, validation_steps: fixed set and the evaluations of its exact solution.
         score: what chooses among the parameter sets, "rmse", "features" or "product".
+        keep: "best" of what was learned and the base on every standard grid; "learned" in any case.
     """
 
     nfe: int = 5
@@ -70,6 +72,7 @@ class FreeTableSettings:
     validation_samples: int = 64
     validation_steps: int = 48
     score: Literal["rmse", "features", "product"] = "rmse"
+    keep: Keep = "best"
 
     def __post_init__(self) -> None:
         if self.nfe < 1:
