@@ -119,7 +119,7 @@ def test_a_time_in_other_units_is_seen(monkeypatch: Any) -> None:
     """Planted fault: the negative of Lumina's time."""
     honest = step_calls.time_form
     monkeypatch.setattr(
-        "dlms_engine.integrations.pipelines.branch_calls.time_form",
+        "dlms_engine.integrations.pipelines.program_calls.time_form",
         lambda *given: tuple(-part for part in honest(*given)),
     )
     with pytest.raises(ValueError, match="something else than its networks' output"):

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ...support.files import replacing
-from .branch_calls import OneByOne, Recording, boundary_of
+from .branch_calls import Recording
 from .forms import Packing
+from .program_calls import OneByOne, boundary_of
 from .step_calls import NetworkCall, StepCalls, join
 
 _log = logging.getLogger("dlms_engine")
