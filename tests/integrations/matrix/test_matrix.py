@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
 pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
 sys.path.insert(0, str(Path(__file__).parent))
+import cells
 from cells import CASES, CLOSE, relative, row
 from table import PAGE, verdicts
 
@@ -67,6 +68,13 @@ def test_a_loop_that_trusts_its_record_is_wrong(monkeypatch: Any) -> None:
     found = row("StableDiffusionControlNetPipeline")
     # this run's own residuals are taken, which were made of stand-in latents
     assert found.whole_loop and found.accelerated > 100 * CLOSE
+
+
+def test_a_single_step_is_run_as_it_is(monkeypatch: Any) -> None:
+    """There is no second one to show that ControlNet's residuals follow the latents: 0.84 off."""
+    monkeypatch.setattr(cells, "STEPS", 1)
+    found = row("StableDiffusionControlNetPipeline")
+    assert not found.whole_loop and "single step" in found.reason and found.accelerated < CLOSE
 
 
 def test_a_mix_that_is_not_measured_is_wrong(monkeypatch: Any) -> None:

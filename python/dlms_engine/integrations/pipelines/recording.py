@@ -342,6 +342,10 @@ class Recorder:
             raise NotReplayed(
                 f"the pipeline stops after {end} of {self._runner.count} steps of the schedule"
             )
+        if end - self._rows[0] < 2:
+            raise NotReplayed(
+                "a single step does not tell arguments that follow the latents from constant ones"
+            )
         for number in {slot.module for slot in self._slots}:
             why = caches(self.modules[number])
             if why is not None:
