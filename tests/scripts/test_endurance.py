@@ -18,7 +18,11 @@ import kills  # noqa: E402
 import threads  # noqa: E402
 
 # Python 3.12 warns of any thread beside a fork; the children run nothing that those hold.
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+# Export has its own deprecations, which are no errors in a command.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
 
 
 def test_a_few_kills_leave_nothing_that_differs() -> None:

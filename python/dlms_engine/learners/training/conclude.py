@@ -25,6 +25,7 @@ from ...solvers import SOLVERS, make_solver
 from ...solvers.policy import Policy
 from ...solvers.registry import label_of, standard_grids
 from ...solvers.table import SolverTable
+from ...support.transfer import to_host
 from ...support.values import json_number
 from ..options import RunOptions
 from ..start import SamplingProblem
@@ -101,7 +102,7 @@ class _Measure:
             tell_first_sample(self._denoiser, low)
             difference = run(noise, cond) - self._targets[low][: len(numbers)]
             parts.append(difference.double().square().flatten(1).mean(1))
-        return torch.cat(parts).cpu().nan_to_num(nan=math.inf)
+        return to_host(torch.cat(parts)).nan_to_num(nan=math.inf)
 
 
 def _rmse(squares: Tensor) -> float:
