@@ -101,7 +101,7 @@ def test_never_worse_with_a_condition_a_sample_and_guidance() -> None:
         Mix((4,)), discrete(), "noise", guidance_scale=2.0,
         unconditional={"label": torch.tensor([0])},
     )  # fmt: skip
-    report = assert_not_worse(denoiser, (4,), 3, "25k", {"label": torch.arange(3)})
+    report = assert_not_worse(denoiser, (4,), 3, "150k", {"label": torch.arange(3)})
     assert len(report["stages"]) > 1
 
 

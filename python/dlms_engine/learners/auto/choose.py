@@ -15,7 +15,7 @@ from ...solvers.table import SolverTable
 from ...support.transfer import to_host
 from ...support.values import require_finite
 from ..start import ExactSolution, SamplingProblem, rmse_with_error, run_tables
-from ..start.nearer import nearer, wins
+from ..start.nearer import nearer, rmse_of, wins
 from .features import features_of, projected_frechet
 from .runs import corrected_ends
 
@@ -77,7 +77,7 @@ def measure_stages(
         end = end_of(problem, stage.policy, numbers)
         stage.squares = to_host((end - target).double().square().flatten(1).mean(1))
         if stage is stages[0]:
-            require_finite(_rmse(stage), f"the error of the {stage.name} on new samples")
+            require_finite(rmse_of(stage.squares), f"the error of the {stage.name} on new samples")
         if wanted is None:
             stage.frechet = projected_frechet(end, target)
             continue
@@ -112,7 +112,7 @@ def choose_stage(stages: Sequence[AutoStage], uncertainty: float = 0.0) -> AutoS
         if (
             nearer(stage.squares, chosen.squares)
             and not wins(stage.features - chosen.features)
-            and beyond_doubt(_rmse(chosen), _rmse(stage), uncertainty)
+            and beyond_doubt(rmse_of(chosen.squares), rmse_of(stage.squares), uncertainty)
             and stage.frechet <= stages[0].frechet
         ):
             chosen = stage
@@ -126,10 +126,6 @@ def beyond_doubt(rmse: float, smaller: float, uncertainty: float) -> bool:
     what is orthogonal adds in squares: a gain in squares below twice its own counts for nothing.
     """
     return rmse**2 - smaller**2 > 2 * uncertainty**2
-
-
-def _rmse(stage: AutoStage) -> float:
-    return math.sqrt(float(stage.squares.mean()))
 
 
 def ratio(base: AutoStage, other: AutoStage, resamples: int = 1000) -> tuple[float, float, float]:

@@ -10,6 +10,11 @@ LESS = 0.9
 """RMSE, as a share of the other's, below which logarithms may decide."""
 
 
+def rmse_of(squares: Tensor) -> float:
+    """Root of the mean of the squared errors ``[B]`` of samples."""
+    return math.sqrt(float(squares.mean()))
+
+
 def nearer(one: Tensor, other: Tensor, less: float = LESS) -> bool:
     """Of squared errors ``[B]`` of the same samples: whether ``one`` is smaller by two standard errors.
 

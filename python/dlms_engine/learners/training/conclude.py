@@ -29,7 +29,7 @@ from ...support.transfer import to_host
 from ...support.values import json_number
 from ..options import RunOptions
 from ..start import SamplingProblem
-from ..start.nearer import nearer
+from ..start.nearer import nearer, rmse_of
 from .noise import numbered_as_before, tell_first_sample
 from .validation import exact_solution
 
@@ -89,24 +89,20 @@ class _Measure:
         self._denoiser, self._problem = denoiser, problem
         self._targets: dict[int, Tensor] = {}
 
-    def squares(self, run: EndOf, samples: int) -> Tensor:
-        """float64 ``[samples]`` on the CPU; infinite where an end is not finite."""
+    def squares(self, run: EndOf) -> Tensor:
+        """float64 ``[_SAMPLES]`` on the CPU; infinite where an end is not finite."""
         parts = []
-        for low in range(_FIRST, _FIRST + samples, _BATCH):
-            numbers = range(low, min(low + _BATCH, _FIRST + samples))
+        for low in range(_FIRST, _FIRST + _SAMPLES, _BATCH):
+            numbers = range(low, low + _BATCH)
             cond = self._problem.condition(numbers)
             noise = self._problem.noise(numbers)
             if low not in self._targets:
                 tell_first_sample(self._denoiser, low)
                 self._targets[low] = exact_solution(self._denoiser, noise, _STEPS, **cond)
             tell_first_sample(self._denoiser, low)
-            difference = run(noise, cond) - self._targets[low][: len(numbers)]
+            difference = run(noise, cond) - self._targets[low]
             parts.append(difference.double().square().flatten(1).mean(1))
         return to_host(torch.cat(parts)).nan_to_num(nan=math.inf)
-
-
-def _rmse(squares: Tensor) -> float:
-    return math.sqrt(float(squares.mean()))
 
 
 @torch.no_grad()
@@ -125,26 +121,26 @@ def concluded(
     problem = SamplingProblem(denoiser, shape, options.cond or None, seed=options.seed)
     measure = _Measure(denoiser, problem)
     with numbered_as_before(denoiser):
-        learned = measure.squares(_running(denoiser, solver.policy), _SAMPLES)
+        learned = measure.squares(_running(denoiser, solver.policy))
         compared: dict[str, Any] = {
             "samples": _SAMPLES,
-            "learned": _rmse(learned),
+            "learned": rmse_of(learned),
             "kept": "learned",
         }
         compared |= {"base": None, "base_rmse": None, "teacher": None}
         if beside.bases:
             runs = {name: _running(denoiser, table) for name, table in beside.bases.items()}
-            squares = {name: measure.squares(run, _SAMPLES) for name, run in runs.items()}
-            name = min(squares, key=lambda name: _rmse(squares[name]))
+            squares = {name: measure.squares(run) for name, run in runs.items()}
+            name = min(squares, key=lambda name: rmse_of(squares[name]))
             base = squares[name]
             label = label_of(beside.bases[name], name.split("/")[0])
-            compared |= {"base": label, "base_rmse": _rmse(base)}
+            compared |= {"base": label, "base_rmse": rmse_of(base)}
             if beside.keep == "best" and not nearer(learned, base, 1.0):
                 compared["kept"] = "base"
                 solver.policy = beside.bases[name]
-                solver.best |= {"score": _rmse(base), "set": f"the base, {label}"}
+                solver.best |= {"score": rmse_of(base), "set": f"the base, {label}"}
         if beside.teacher is not None:
-            compared["teacher"] = _rmse(measure.squares(beside.teacher, _SAMPLES))
+            compared["teacher"] = rmse_of(measure.squares(beside.teacher))
     solver.best["compared"] = {key: json_number(value) for key, value in compared.items()}
     for line in compared_lines(compared, beside.finer):
         _log.warning("%s: %s", solver.method, line)
