@@ -23,6 +23,8 @@ OFFSETS = torch.tensor([1.0, 1.1, 0.93, 1.05, 1.0], dtype=torch.float64)
 MAKERS = {
     "dpm_solver_pp": ("data", lambda g, t: solvers.dpm_solver_pp(EDM, g, network_times=t)),
     "ipndm": ("noise", lambda g, t: solvers.ipndm(EDM, g, network_times=t)),
+    "unipc": ("data", lambda g, t: solvers.unipc(EDM, g, network_times=t)),
+    "deis": ("noise", lambda g, t: solvers.deis(EDM, g, network_times=t)),
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dlms_engine import grids, processes, solvers
 from dlms_engine.engine.sampler import Sampler, seeded_noise
 from dlms_engine.learners import distill
+from dlms_engine.learners.dlms.initial import initial_weights
 from dlms_engine.learners.dlms.objective import Dlms, endpoint_loss, student_end
 from dlms_engine.learners.dlms.settings import DlmsSettings
 from dlms_engine.learners.dlms.teacher import Teacher, TeacherSettings
@@ -43,8 +44,14 @@ NOISE = unit_noise(0, range(6), (16,)).double()
             {"init": "ipndm", "prediction": "noise"},
             lambda g, afs: solvers.ipndm(EDM, g, order=4, afs=afs),
         ),
+        (
+            {"init": "deis", "prediction": "noise"},
+            lambda g, afs: solvers.deis(EDM, g, order=4, afs=afs),
+        ),
+        ({"init": "unipc"}, lambda g, afs: solvers.unipc(EDM, g, order=3, afs=afs)),
+        ({"init": "unipc", "order": 3}, lambda g, afs: solvers.unipc(EDM, g, order=2, afs=afs)),
     ],
-    ids=["ddim", "dpm_solver_pp", "ipndm"],
+    ids=["ddim", "dpm_solver_pp", "ipndm", "deis", "unipc", "unipc2"],
 )
 @pytest.mark.parametrize("afs", [False, True])
 @pytest.mark.parametrize("grid", ["time_uniform", "polynomial"])
@@ -56,6 +63,28 @@ def test_untrained_it_is_the_solver_it_starts_from(settings, maker, afs, grid):
     got = Sampler(made.denoiser, made.policy, dtype=torch.float64)(x)
     expected = Sampler(made.denoiser, table, dtype=torch.float64)(x)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["unipc", "deis"])
+@pytest.mark.parametrize(
+    "process",
+    [processes.VP(), processes.RectifiedFlow(t_max=0.999), processes.RectifiedFlow()],
+    ids=["vp", "flow", "flow-from-1"],
+)
+def test_solvers_over_the_whole_history_are_exact_off_edm(process, init):
+    """DLMS's Eq. 8 covers them where a row may read every output that theirs does."""
+    prediction = "data" if init == "unipc" else "noise"
+    settings = DlmsSettings(nfe=5, afs=False, init=init, prediction=prediction, order=4)
+    grid = grids.time_uniform(process, 5)
+    if init == "deis" and float(process.alpha(grid[0])) == 0:
+        with pytest.raises(ValueError, match="alpha"):
+            initial_weights(process, grid, settings)
+        return
+    weights = initial_weights(process, grid, settings)
+    table = getattr(solvers, init)(process, grid, order=3 if init == "unipc" else 4)
+    _, gain = step_coefficients(process, prediction, grid[:-1], grid[1:])
+    torch.testing.assert_close(weights.sum(dim=1), torch.ones(5, dtype=torch.float64))
+    torch.testing.assert_close(weights[:, : table.depth] * gain[:, None], table.b)
 
 
 def test_the_designer_has_about_nine_thousand_parameters():
@@ -425,6 +454,10 @@ def test_ema_has_the_half_life_it_claims():
 def test_settings_refuse_what_cannot_be():
     with pytest.raises(ValueError, match="noise"):
         DlmsSettings(init="ipndm")
+    with pytest.raises(ValueError, match="init='unipc' is exact in data form only"):
+        DlmsSettings(init="unipc", prediction="noise")
+    with pytest.raises(ValueError, match="order is 1: its corrector reads two outputs"):
+        DlmsSettings(init="unipc", order=1)
     with pytest.raises(ValueError, match="nfe is 0"):
         DlmsSettings(nfe=0)
     assert dataclasses.replace(DlmsSettings(), nfe=7).steps == 8

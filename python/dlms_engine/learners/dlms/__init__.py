@@ -53,14 +53,15 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
 
 
 def _forms(process: Process, nfe: int) -> list[dict[str, Any]]:
-    """Adams-Bashforth, DDIM and, where they exist, iPNDM and DPM-Solver++, on every grid."""
+    """Adams-Bashforth, DDIM and, where they exist, the other handcrafted solvers, on every grid."""
     weights: list[dict[str, Any]] = [
         {"prediction": "data", "init": "ab", "order": order} for order in (2, 3, 4)
     ]
-    weights.append({"prediction": "data", "init": "ddim"})
+    weights += [{"prediction": "data", "init": name} for name in ("ddim", "unipc")]
     if not isinstance(process, RectifiedFlow):  # noise and lambda_ say nothing at alpha = 0
         weights.append({"prediction": "data", "init": "dpm_solver_pp"})
         weights += [{"prediction": "noise", "init": "ipndm", "order": k} for k in (2, 3, 4)]
+        weights += [{"prediction": "noise", "init": "deis", "order": k} for k in (3, 4)]
     return [
         {**each, "grid": grid, "afs": afs}
         for each in weights

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ...policies.dlms import step_coefficients
 from ...processes import Process, as_float64
 from ...solvers.ipndm import ADAMS_BASHFORTH
+from ...solvers.registry import make_solver
 from .teacher import multistep_weights
 
 if TYPE_CHECKING:
@@ -20,8 +22,14 @@ _log = logging.getLogger("dlms_engine")
 
 
 def initial_weights(process: Process, grid: Tensor, settings: DlmsSettings) -> Tensor:
-    """float64 ``[steps, order]``: row n-1 holds step n's weights, newest first, sum 1."""
+    """float64 ``[steps, order]``: row n-1 holds step n's weights, newest first, sum 1.
+
+    Raises:
+        ValueError: the solver of ``settings.init`` cannot start or end where ``grid`` does.
+    """
     steps, order = settings.steps, settings.resolved_order
+    if settings.init in ("deis", "unipc"):
+        return _weights_of_rows(process, grid, settings)
     weights = torch.zeros(steps, order, dtype=torch.float64, device="cpu")
     for n in range(1, steps + 1):
         row = _row(process, grid, settings, n, min(n, order))
@@ -53,6 +61,27 @@ def initial_scales(times: StartTimes, scale_range: float, gain: float) -> Tensor
         share = (wanted / scale_range).clamp(-0.95, 0.95)
         raw[:-1] = torch.atanh(share).float() / gain
     return raw
+
+
+def _weights_of_rows(process: Process, grid: Tensor, settings: DlmsSettings) -> Tensor:
+    """A handcrafted solver's rows as weights: b over the gain of a first-order step (Eq. 8, 9).
+
+    UniPC's corrected state is eliminated from its rows, which reaches one output further back than
+    its order; every output counts as evaluated, the analytical first step's too.
+    """
+    order = settings.resolved_order
+    options: dict[str, Any] = {"order": min(4, order)}
+    if settings.init == "unipc":
+        options = {"order": min(3, order - 1), "variant": "bh2"}
+    table = make_solver(
+        settings.init, process, as_float64(grid), store=settings.prediction, **options
+    )
+    carry, gain = step_coefficients(process, settings.prediction, grid[:-1], grid[1:])
+    # the row's own a is that of a first-order step: nothing of the state is lost in the weights
+    assert torch.allclose(table.a, carry, rtol=1e-9, atol=1e-12)
+    weights = torch.zeros(settings.steps, order, dtype=torch.float64, device="cpu")
+    weights[:, : table.depth] = table.b / gain[:, None]
+    return weights
 
 
 def _row(

@@ -13,7 +13,9 @@ from ..training.coordinates import CoordinatesName
 from ..training.start_times import GridSource
 from .teacher import TeacherSettings
 
-Init = Literal["ab", "ddim", "dpm_solver_pp", "ipndm"]
+Init = Literal["ab", "ddim", "deis", "dpm_solver_pp", "ipndm", "unipc"]
+_COMBINES = {"dpm_solver_pp": "data", "unipc": "data", "deis": "noise", "ipndm": "noise"}
+"""init -> the predictions whose rows it is exact for."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class DlmsSettings:
         prediction: "data" (the paper) or "noise" (rows over noise predictions).
         init: weights at the start: "ab" (Adams-Bashforth on whatever is combined, the paper's PLMS;
             on noise predictions this is iPNDM exactly), "ddim" (ablation: no high-order
-            initialisation), "dpm_solver_pp" (data only), "ipndm" (exact iPNDM, noise only).
+            initialisation), "dpm_solver_pp" and "unipc" (data only; UniPC with its corrector, of
+            order p - 1 at most 3), "ipndm" and "deis" (exact iPNDM and tAB-DEIS, noise only).
         grid: times at the start: "time_uniform", "time_quadratic", "polynomial", "logsnr", explicit
             times, a table, or the solver file of LD3, GITS or another learner with a table. With
             ``time_scaling`` its network times are the scalings at the start.
@@ -84,13 +87,18 @@ class DlmsSettings:
         check_choices(self)
         if not 0.0 <= self.endpoint_share <= 1.0:
             raise ValueError(f"endpoint_share is {self.endpoint_share}, expected 0 to 1")
-        if self.init == "ipndm" and self.prediction != "noise":
+        combines = _COMBINES.get(self.init, self.prediction)
+        if combines != self.prediction:
             raise ValueError(
-                "init='ipndm' is exact in noise form only: set prediction='noise', or init='ab' "
-                "for Adams-Bashforth weights on data predictions"
+                f"init={self.init!r} is exact in {combines} form only and prediction is "
+                f"{self.prediction!r}: set prediction={combines!r}, or init='ab' for "
+                "Adams-Bashforth weights on either"
             )
-        if self.init == "dpm_solver_pp" and self.prediction != "data":
-            raise ValueError("init='dpm_solver_pp' combines data: set prediction='data'")
+        if self.init == "unipc" and self.resolved_order < 2:
+            raise ValueError(
+                f"init is 'unipc' and order is {self.resolved_order}: its corrector reads two "
+                "outputs, set order=2 or more, or init='ddim'"
+            )
 
     @property
     def steps(self) -> int:
@@ -98,8 +106,8 @@ class DlmsSettings:
 
     def handcrafted(self, process: Process) -> dict[str, SolverTable]:
         """The solver whose weights it begins with, iPNDM for Adams-Bashforth, on the standard grids."""
-        name = self.init if self.init in ("ddim", "dpm_solver_pp") else "ipndm"
-        most = 3 if name == "dpm_solver_pp" else 4
+        name = "ipndm" if self.init == "ab" else self.init
+        most = {"dpm_solver_pp": 3, "unipc": min(3, self.resolved_order - 1)}.get(name, 4)
         order = {} if name == "ddim" else {"order": min(most, self.resolved_order)}
         return standard_tables(process, name, self.nfe, order, (self.afs,))
 
