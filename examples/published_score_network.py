@@ -133,6 +133,11 @@ def ztf32() -> tuple[dlms.Denoiser, tuple[int, ...]]:
     return load("ztf32")
 
 
+def hsc64() -> tuple[dlms.Denoiser, tuple[int, ...]]:
+    """The galaxies of hsc32 at 64x64, by a network of their own."""
+    return load("hsc64")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--name", choices=sorted(NAMES), default="hsc32")

@@ -40,6 +40,7 @@ WORDS = {
     "embedded": "EDM, 16x16 CIFAR-10, the model in the package",
     "examples.published_score_network:hsc32": "a published score network, VP, 32x32 galaxies, noise",
     "examples.published_score_network:ztf32": "another, of another survey",
+    "examples.published_score_network:hsc64": "a third, of the first survey at 64x64",
 }
 
 
