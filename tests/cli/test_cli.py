@@ -19,7 +19,7 @@ from dlms_engine import grids, processes, solvers
 from dlms_engine.cli import main
 from dlms_engine.cli.model import load_model
 from dlms_engine.engine.sampler import Sampler
-from dlms_engine.lab.record.record import RecordSettings
+from dlms_engine.lab.comparison.record import RecordSettings
 from dlms_engine.policies.distilled import load_solver, save_solver
 from dlms_engine.solvers import registry
 
@@ -210,7 +210,7 @@ def test_record_is_complete_and_resumes(
     assert isinstance(rows, list)
     labels = [label for label, _ in solvers.handcrafted(processes.EDM(), 3)]
     assert [row["solver"] for row in rows if not row["learned"]] == labels
-    assert [row["facts"]["method"] for row in rows if row["learned"]] == ["dlms"]
+    assert [row["method"] for row in rows if row["learned"]] == ["dlms"]
     assert "**dlms" in (folder / "record.md").read_text(encoding="utf-8")
     assert json.loads((folder / "record.json").read_text(encoding="utf-8")) == first
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dlms_engine.cli.model import condition_rows, distance_features, load_model, samples_name
 from dlms_engine.engine.sampler import Sampler
-from dlms_engine.lab.record.measure import Measurer
+from dlms_engine.lab.comparison.measure import Measurer
 from dlms_engine.learners.start import ExactSolution, SamplingProblem
 from dlms_engine.learners.start.problem import rows_of
 from dlms_engine.processes import EDM, VP, RectifiedFlow
@@ -78,7 +78,7 @@ def test_evaluate_measures_with_conditions_against_a_proved_solution(
 
 
 def test_results_kept_for_other_conditions_are_not_taken(tmp_path: Path) -> None:
-    from dlms_engine.lab.record.store import Store
+    from dlms_engine.lab.comparison.store import Store
 
     model = load_model("cli_model:flowing")
 

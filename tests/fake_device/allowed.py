@@ -6,7 +6,7 @@ ALLOWED = {
     "support.transfer.to_host": "finished results, for a report, a table or a file",
     "learners.training.checkpoint.save_checkpoint": "a checkpoint",
     "learners.training.identity._bytes": "what a checkpoint belongs to, where one is kept",
-    "lab.record.store.digest": "what a measurement that is kept belongs to",
+    "lab.comparison.store.digest": "what a measurement that is kept belongs to",
     "integrations.pipelines.recording.Recorder.step": "a pipeline's first call of a kind, once",
     "integrations.pipelines.dry_run.DryRun.weights": "all of one call's mixing weights at once",
     "policies.dlms.DesignerPolicy.state": "a solver file",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -144,6 +146,11 @@ def emit(facts: Mapping[str, Any], as_json: bool, lines: Sequence[str]) -> None:
         return
     for line in lines:
         typer.echo(line)
+
+
+def command_line() -> str:
+    """The command as it was typed, for pages that say how they were made."""
+    return shlex.join(["dlms", *sys.argv[1:]])
 
 
 def leads() -> bool:

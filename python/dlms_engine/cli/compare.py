@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..support.files import write_text
-from .common import JsonOption, emit, parse_seeds
+from .common import JsonOption, command_line, emit, parse_seeds
 from .model import ConditionsOption, DeviceOption, ModelOption, distance_features, load_model
 
 
@@ -61,7 +58,7 @@ def compare_command(
     """Distil every method at the same cost and budget, and measure them side by side."""
     from ..lab.comparison import CompareSettings, choose
     from ..lab.comparison import compare as run
-    from ..lab.comparison.page import markdown, page
+    from ..lab.comparison.page import markdown, publish
 
     if methods is not None and study is not None:
         raise ValueError("give --methods or --study, not both")
@@ -92,7 +89,5 @@ def compare_command(
         conditions=held.conditions,
         progress=not as_json,
     )
-    text = markdown(result)
-    write_text(folder / "compare.md", text)
-    report = page(result, folder, command=shlex.join(["dlms", *sys.argv[1:]]))
-    emit(result, as_json, [text, str(report), str(folder / "compare.json")])
+    paths = publish(result, folder, "compare", command=command_line())
+    emit(result, as_json, [markdown(result), *map(str, paths)])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..support.files import write_text
 from .checks import HANDCRAFTED, refuse_beside
 from .common import (
     AfsOption,
@@ -20,6 +20,7 @@ from .common import (
     OrderOption,
     SetOption,
     choose_solver,
+    command_line,
     emit,
     leads,
     parse_seeds,
@@ -28,8 +29,9 @@ from .common import (
 from .model import ConditionsOption, DeviceOption, Model, ModelOption, distance_features, load_model
 
 if TYPE_CHECKING:
-    from ..lab.record.measure import Entry
-    from ..lab.record.record import RecordSettings
+    from ..lab.comparison.measure import Entry
+    from ..lab.comparison.record import RecordSettings
+    from ..lab.comparison.result import Sizes
     from ..processes import Process
 
 RECORD_ONLY = (
@@ -100,7 +102,8 @@ def evaluate_command(
         if solver:
             refuse_beside(context, "beside --solver FILE", HANDCRAFTED)
     held = load_model(model, device, conditions)
-    from ..lab.record.record import RecordSettings
+    from ..lab.comparison.record import RecordSettings
+    from ..lab.comparison.result import Sizes
 
     if record:
         if method is not None:
@@ -110,7 +113,7 @@ def evaluate_command(
             samples=samples or 10_000,
             batch=batch,
             screen_samples=screen_samples,
-            compared_samples=compared_samples,
+            exact_samples=compared_samples,
             full_nfes=tuple(parse_seeds(full_nfes)),
             shortlist=shortlist,
             finalists=finalists,
@@ -133,23 +136,21 @@ def evaluate_command(
         options=options,
     )
     from ..engine.sampler import Sampler
-    from ..lab.record.measure import Entry
+    from ..lab.comparison.measure import Entry
 
     Sampler(held.denoiser, policy)  # one that does not fit is refused before anything is measured
     count = samples or 2_000
-    settings = RecordSettings(
-        nfes=(int(policy.nfe),),
+    sizes = Sizes(
         samples=count,
-        screen_samples=count,
-        compared_samples=count,
+        exact_samples=count,
         batch=batch,
         exact_nfe=exact_nfe,
         accurate_nfe=accurate_nfe,
-        compile=compile_,
+        screen_samples=0,
     )
     baseline = _baseline(solver[0], held.denoiser.process) if solver else (None, "")
-    entries = Entry(label, policy, learned=bool(solver)), *baseline
-    _single(held, *entries, settings, (folder or CACHE).expanduser(), as_json)
+    entries = Entry(label, policy, "file" if solver else None), *baseline
+    _single(held, *entries, sizes, compile_, (folder or CACHE).expanduser(), as_json)
 
 
 def _baseline(path: Path, process: Process) -> tuple[Entry | None, str]:
@@ -157,7 +158,7 @@ def _baseline(path: Path, process: Process) -> tuple[Entry | None, str]:
 
     None where the file names none that can be made.
     """
-    from ..lab.record.measure import Entry
+    from ..lab.comparison.measure import Entry
     from ..policies.distilled import DistilledSolver, load_solver
 
     held = load_solver(path)
@@ -176,13 +177,14 @@ def _single(
     entry: Entry,
     baseline: Entry | None,
     kind: str,
-    settings: RecordSettings,
+    sizes: Sizes,
+    compiled: bool,
     folder: Path,
     as_json: bool,
 ) -> None:
+    from ..lab.comparison.record import evaluate_one
     from ..lab.evaluation.frechet import label_of_features
-    from ..lab.record.record import evaluate_one
-    from ..lab.record.report import number
+    from ..lab.pages import number
 
     features = distance_features(model)
     label = label_of_features(features)
@@ -194,14 +196,15 @@ def _single(
         model.reference,
         model.shape,
         folder=folder,
-        settings=settings,
+        settings=sizes,
+        compiled=compiled,
         conditions=model.conditions,
         progress=not as_json,
     )
     found = measure(entry, distances=distances)
     base = None if baseline is None else measure(baseline, distances=False)["rmse"]
     lines = [
-        f"{entry.label}: {entry.nfe} network evaluations, {settings.samples:,} samples",
+        f"{entry.label}: {entry.nfe} network evaluations, {sizes.samples:,} samples",
         f"  endpoint RMSE to the exact solution: {number(found['rmse'])}",
         *_beside(
             entry, None if baseline is None else f"{kind}, {baseline.label}", base, found["rmse"]
@@ -218,7 +221,7 @@ def _single(
         {
             "solver": entry.label,
             "nfe": entry.nfe,
-            "samples": settings.samples,
+            "samples": sizes.samples,
             "distance": label if distances else None,
             "baseline": None if baseline is None else {"solver": baseline.label, "rmse": base},
             **found,
@@ -229,7 +232,7 @@ def _single(
 
 
 def _beside(entry: Entry, baseline: str | None, base: float | None, rmse: float) -> list[str]:
-    from ..lab.record.report import number
+    from ..lab.pages import number
 
     if baseline is None or base is None:
         beside = f"the file names none to set beside it, dlms recommend --nfe {entry.nfe} finds it"
@@ -241,46 +244,37 @@ def _beside(entry: Entry, baseline: str | None, base: float | None, rmse: float)
 def _record(
     model: Model, files: list[Path], settings: RecordSettings, folder: Path, as_json: bool
 ) -> None:
-    from ..lab.record import report
-    from ..lab.record.measure import Entry
-    from ..lab.record.record import record
-    from ..solvers import handcrafted
+    from ..lab.comparison.page import markdown, publish
+    from ..lab.comparison.record import record
 
-    process = model.denoiser.process
-    entries = {
-        nfe: [
-            Entry(label, table, facts=dict(table.options))
-            for label, table in handcrafted(process, nfe)
-        ]
-        for nfe in settings.nfes
-    }
-    result: dict[str, Any] = record(
+    result = record(
         model.denoiser,
         distance_features(model),
         model.reference,
         model.shape,
-        entries,
-        [_learned(path) for path in files],
+        _learned(files),
         folder,
         settings,
         conditions=model.conditions,
         progress=not as_json,
     )
-    if not leads():
-        return
-    text = report.record_markdown(result)
-    write_text(folder / "record.md", text)
-    pictures = report.draw_record(result, folder)
-    emit(result, as_json, [text, *(str(path) for path in pictures), str(folder / "record.json")])
+    if leads():
+        paths = publish(result, folder, "record", command=command_line())
+        emit(result, as_json, [markdown(result), *map(str, paths)])
 
 
-def _learned(path: Path) -> Entry:
-    from ..lab.record.measure import Entry
+def _learned(files: list[Path]) -> list[Entry]:
+    """Called after their methods; after their files too where one method has several of one nfe."""
+    from ..lab.comparison.measure import Entry
     from ..policies.distilled import load_solver
     from ..solvers.policy import policy_of
 
-    held = load_solver(path)
-    policy = policy_of(held)
-    method = str(getattr(held, "method", "table"))
-    facts = {"method": method, "file": path.name}
-    return Entry(f"{method} ({path.stem})", policy, learned=True, facts=facts)
+    held = [(path, load_solver(path)) for path in files]
+    methods = [str(getattr(solver, "method", "table")) for _, solver in held]
+    policies = [policy_of(solver) for _, solver in held]
+    of_each = Counter(zip(methods, (policy.nfe for policy in policies), strict=True))
+    several = {method for (method, _), count in of_each.items() if count > 1}
+    return [
+        Entry(f"{method} ({path.stem})" if method in several else method, policy, method)
+        for (path, _), method, policy in zip(held, methods, policies, strict=True)
+    ]

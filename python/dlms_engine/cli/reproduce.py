@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonOption, SetOption, emit, parse_seeds, parse_settings
+from .common import JsonOption, SetOption, command_line, emit, parse_seeds, parse_settings
 from .model import DeviceOption, load_model
 
 if TYPE_CHECKING:
@@ -137,7 +135,7 @@ def reproduce_command(
         emit(work.estimate.facts(), as_json, [])
         return
     result = work.run(progress=not as_json)
-    pages = write_pages(result, folder, command=shlex.join(["dlms", *sys.argv[1:]]))
+    pages = write_pages(result, folder, command=command_line())
     emit(result, as_json, [pages[0].read_text(encoding="utf-8"), *map(str, pages)])
 
 

@@ -19,10 +19,11 @@ from dlms_engine.lab.comparison import CONTESTANTS, STUDIES, CompareSettings, ch
 from dlms_engine.lab.comparison import distilled as workshop
 from dlms_engine.lab.comparison.budget import affordable, counted
 from dlms_engine.lab.comparison.contestants import BuildsOn, Contestant
-from dlms_engine.lab.comparison.page import draw, markdown, over_seeds, page
-from dlms_engine.lab.record.measure import Entry, Measurer
-from dlms_engine.lab.record.report import number
-from dlms_engine.lab.record.store import Store
+from dlms_engine.lab.comparison.measure import Entry, Measurer
+from dlms_engine.lab.comparison.page import draw, markdown, over_seeds, publish
+from dlms_engine.lab.comparison.result import Result
+from dlms_engine.lab.comparison.store import Store
+from dlms_engine.lab.pages import number
 from dlms_engine.policies.distilled import DistilledSolver, load_solver
 from dlms_engine.support.files import only_one
 
@@ -43,7 +44,7 @@ HEUN_LIKE = Contestant(
 
 def run(
     folder: Path, who: list[Contestant], nfes: tuple[int, ...] = (3,), **changes: Any
-) -> dict[str, Any]:
+) -> Result:
     held = cli_model.tiny()
     assert held.features is not None and held.reference is not None
     settings = CompareSettings(nfes=nfes, **SIZES | changes)
@@ -161,10 +162,12 @@ def test_a_count_a_method_cannot_make_is_said_not_hidden(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_page_stands_alone(tmp_path: Path) -> None:
     result = run(tmp_path, [DODE], (3, 4))
-    text = page(result, tmp_path, command="dlms compare <now>").read_text()
+    paths = publish(result, tmp_path, "compare", command="dlms compare <now>")
+    assert all(path.exists() for path in paths)
+    text = (tmp_path / "compare.html").read_text()
     assert "dlms compare &lt;now&gt;" in text
     sources = re.findall(r'src="([^"]{0,30})', text)
-    assert len(sources) == len(draw(result, tmp_path)) + 2, "a picture is missing"
+    assert len(sources) == len(draw(result, tmp_path, "compare")) + 2, "a picture is missing"
     assert all(source.startswith("data:image/png;base64,") for source in sources)
     assert "http" not in text
     assert text.count("<tr class=") == len(result["rows"])

@@ -20,9 +20,10 @@ from ...models.denoiser import Denoiser
 from ...policies.distilled import load_solver
 from ...solvers.policy import Policy
 from ...support.files import only_one, write_text
-from ..record.store import network_digest
 from .budget import Calls, affordable, counted
 from .contestants import Contestant
+from .result import Cost
+from .store import network_digest
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,15 @@ class Distilled:
     forward: int
     backward: int
     seconds: float
+
+    @property
+    def cost(self) -> Cost:
+        return {
+            "trajectories": self.trajectories,
+            "forward": self.forward,
+            "backward": self.backward,
+            "seconds": self.seconds,
+        }
 
 
 @dataclass(frozen=True)
@@ -87,8 +97,7 @@ class Workshop:
                 policy = load_solver(path).policy
                 return Distilled(policy, **held["cost"])
             found = self._make(contestant, nfe, seed, path)
-            cost = {k: v for k, v in vars(found).items() if k != "policy"}
-            write_text(facts_path, json.dumps({"key": key, "cost": cost}, indent=1))
+            write_text(facts_path, json.dumps({"key": key, "cost": found.cost}, indent=1))
         return found
 
     def _make(self, contestant: Contestant, nfe: int, seed: int, path: Path) -> Distilled:

@@ -2,61 +2,82 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, cast
 
 from ...support.files import write_text
 from .. import plots
-from ..evaluation.frechet import LABEL
-from ..record.report import number
-from ..record.rows import rank
-
-_Row = Mapping[str, Any]
+from ..pages import Table, html_page, markdown_page, number
+from .result import Result, ResultRow, best, figure, rank
 
 COLUMNS = (
     "NFE", "solver", "endpoint RMSE", "distance to accurate", "distance to data", "builds on",
     "RMSE: base / it", "network calls", "seconds",
 )  # fmt: skip
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
-table { border-collapse: collapse; font-size: 0.85rem; }
-td, th { padding: 0.2rem 0.6rem; border-bottom: 1px solid #ddd; text-align: right; }
-td:nth-child(2), th:nth-child(2), td:nth-child(6), th:nth-child(6) { text-align: left; }
-tr.learned td { background: #fbf3f5; }
-img { max-width: 100%; }
-@media (prefers-color-scheme: dark) {
-  body { background: #16181c; color: #e6e6e6; }
-  tr.learned td { background: #2a1d22; }
-  img { background: #fff; }
-}
-"""
+
+def publish(result: Result, folder: Path, stem: str, *, command: str = "") -> list[Path]:
+    """``STEM.md``, ``STEM.html`` and the pictures, beside the ``STEM.json`` that is there."""
+    pictures = draw(result, folder, stem)
+    shown = [folder / f"samples-{nfe}.png" for nfe in result["settings"]["nfes"]]
+    parts = [*_parts(result), *pictures, *(path for path in shown if path.exists())]
+    pages = [folder / f"{stem}.md", folder / f"{stem}.html"]
+    write_text(pages[0], markdown(result))
+    write_text(pages[1], html_page("Solvers compared", parts, command=command))
+    return [*pages, *pictures, folder / f"{stem}.json"]
 
 
-def _label(result: Mapping[str, Any]) -> str:
-    return str(result.get("distance", LABEL))
+def markdown(result: Result) -> str:
+    """The conditions and the tables."""
+    return markdown_page(_parts(result))
 
 
-def _conditions(result: Mapping[str, Any]) -> str:
+def _parts(result: Result) -> list[str | Table]:
+    """What was measured, the solvers that were compared, and all that were screened."""
+    rows = over_seeds(result["rows"])
+    certain = [row for row in rows if row.get("size") != "screen"]
+    table = Table(COLUMNS, ((row["learned"], _cells(row, rows)) for row in ordered(certain)))
+    parts: list[str | Table] = [_conditions(result), table]
+    if len(certain) < len(rows):
+        parts += ["Endpoint RMSE of every solver:", _matrix(result, "rmse")]
+        caption = f"{_label(result)} to accurate samples minus the floor, every solver:"
+        parts += [caption, _matrix(result, "excess_accurate")]
+    return parts
+
+
+def _label(result: Result) -> str:
+    return result["distance"]
+
+
+def _conditions(result: Result) -> str:
     """One paragraph: what was measured, and how."""
-    s, floors = result["settings"], result["floors"]
+    s, floors = result["settings"], result["floors"]["full"]
     to_data = f", {floors['data']:.4g} to the data" if "data" in floors else ""
+    samples = f"{s['samples']:,} samples"
+    if "full_nfes" in s:
+        counts = ", ".join(map(str, s["full_nfes"]))
+        samples = f"{s['exact_samples']:,} samples ({s['samples']:,} at {counts} evaluations)"
     return (
         f"Endpoint RMSE: {s['exact_samples']:,} samples against the exact solution "
         f"({s['exact_nfe']} evaluations) from the same noise. {_label(result)}: "
-        f"{s['samples']:,} samples, minus the floor, i.e. what accurate samples "
+        f"{samples}, minus the floor, i.e. what accurate samples "
         f"({s['accurate_nfe']} evaluations) of the same seeds have: "
         f"{floors['accurate']:.4g} to accurate samples of other seeds{to_data}. "
-        f"{_cost_of(s)} torch {result['torch']}."
+        f"{_how(s)} torch {result['torch']}."
     )
 
 
-def _cost_of(settings: Mapping[str, Any]) -> str:
+def _how(settings: Mapping[str, Any]) -> str:
+    """How solvers were chosen, or what a distillation could spend."""
+    if "shortlist" in settings:
+        return (
+            f"Every handcrafted solver was screened on {settings['screen_samples']:,} samples; "
+            f"compared are the best {settings['shortlist']} by RMSE and half as many by distance. "
+            "Figures in brackets are those of the screening."
+        )
     trajectories = settings.get("trajectories")
     spent = (
         f"Budget: {settings['budget']:,} network calls (a pass of one sample in either direction) "
@@ -69,47 +90,36 @@ def _cost_of(settings: Mapping[str, Any]) -> str:
     return f"{spent} closed forms and searches take what they need.{each}"
 
 
-def markdown(result: Mapping[str, Any]) -> str:
-    """The conditions and one table."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|---:|---|---:|---:|---:|---|---:|---:|---:|"]
-    for row in ordered(over_seeds(result["rows"])):
-        cells = _cells(row, result["rows"])
-        if row["learned"]:
-            cells[1] = f"**{cells[1]}**"
-        lines.append("| " + " | ".join(cells) + " |")
-    return f"{_conditions(result)}\n\n" + "\n".join(lines) + "\n"
-
-
-def ordered(rows: Sequence[_Row]) -> list[_Row]:
+def ordered(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """By evaluations, then by distance to accurate samples; what was refused comes last."""
     return sorted(rows, key=lambda row: (row["nfe"], rank(row.get("excess_accurate"))))
 
 
-def over_seeds(rows: Sequence[_Row]) -> list[_Row]:
+def over_seeds(rows: Sequence[ResultRow]) -> list[ResultRow]:
     """One row for the solvers that differ in the seed of their training alone.
 
     Its figures are the means; ``errors`` holds their standard errors.
     """
-    groups: dict[tuple[Any, ...], list[_Row]] = {}
+    groups: dict[tuple[Any, ...], list[ResultRow]] = {}
     for row in rows:
         groups.setdefault((row["nfe"], row["solver"], row["learned"]), []).append(row)
     return [_mean(held) if len(held) > 1 else held[0] for held in groups.values()]
 
 
-def _mean(rows: Sequence[_Row]) -> _Row:
-    measured = [row for row in rows if "refused" not in row]
+def _mean(rows: Sequence[ResultRow]) -> ResultRow:
+    measured: list[Any] = [row for row in rows if "refused" not in row]
     if len(measured) < 2:
-        return [*measured, *rows][0]
+        return cast(ResultRow, [*measured, *rows][0])
     found: dict[str, Any] = {**measured[0], "errors": {}}
     for key, value in measured[0].items():
         if isinstance(value, float) or key in ("forward", "backward"):
             values = [row[key] for row in measured]
             found[key] = type(value)(mean(values))
             found["errors"][key] = stdev(values) / math.sqrt(len(values))
-    return found
+    return cast(ResultRow, found)
 
 
-def base_of(row: _Row, rows: Sequence[_Row]) -> _Row | None:
+def base_of(row: ResultRow, rows: Sequence[ResultRow]) -> ResultRow | None:
     """The handcrafted row that ``row`` builds on."""
     for other in rows:
         same = other["nfe"] == row["nfe"] and not other["learned"]
@@ -118,85 +128,75 @@ def base_of(row: _Row, rows: Sequence[_Row]) -> _Row | None:
     return None
 
 
-def _cells(row: _Row, rows: Sequence[_Row]) -> list[str]:
+def _cells(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
+    """One for each of ``COLUMNS``."""
+    named = [str(row["nfe"]), row["solver"]]
     if "refused" in row:
-        return [str(row["nfe"]), str(row["solver"]), "-", "-", "-", str(row["refused"]), "", "", ""]
+        return [*named, "-", "-", "-", row["refused"], "", "", ""]
     base = base_of(row, rows)
     ratio = "" if base is None else f"{base['rmse'] / row['rmse']:.2f}"
-    calls = f"{row['forward'] + row['backward']:,}" if row["learned"] else ""
-    seconds = f"{row['seconds']:.0f}" if row["learned"] else ""
-    keys = ("rmse", "excess_accurate", "excess_data")
-    figures = [_figure_of(row, key) if key in row else "" for key in keys]
-    named = [str(row["nfe"]), str(row["solver"]), *figures]
-    return [*named, str(row.get("base") or ""), ratio, calls, seconds]
+    calls = f"{row['forward'] + row['backward']:,}" if "forward" in row else ""
+    seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
+    figures = [_figure_of(row, key) for key in ("rmse", "excess_accurate", "excess_data")]
+    return [*named, *figures, row.get("base") or "", ratio, calls, seconds]
 
 
-def _figure_of(row: _Row, key: str) -> str:
+def _figure_of(row: ResultRow, key: str) -> str:
+    value = figure(row, key)
+    if value is None:
+        return ""
     error = row.get("errors", {}).get(key)
-    return number(row[key]) + ("" if error is None else f" ± {number(error)}")
+    return number(value) + ("" if error is None else f" ± {number(error)}")
 
 
-def draw(result: Mapping[str, Any], folder: Path) -> list[Path]:
+def _matrix(result: Result, by: str) -> Table:
+    """Solvers against nfe, the best mean rank first; what was only screened stands in brackets."""
+    nfes = result["settings"]["nfes"]
+    cells: dict[tuple[bool, str], dict[int, str]] = {}
+    ranks: dict[tuple[bool, str], list[float]] = {}
+    for nfe in nfes:
+        rows = [row for row in result["rows"] if row["nfe"] == nfe]
+        for position, row in enumerate(sorted(rows, key=lambda row: rank(figure(row, by)))):
+            key, shown = (row["learned"], row["solver"]), _figure_of(row, by)
+            screened = row.get("size") == "screen"
+            cells.setdefault(key, {})[nfe] = f"({shown})" if screened else shown
+            ranks.setdefault(key, []).append(position / len(rows))
+    lines = (
+        (key[0], [key[1], *(cells[key].get(nfe, "") for nfe in nfes)])
+        for key in sorted(cells, key=lambda key: mean(ranks[key]))
+    )
+    return Table(["solver", *map(str, nfes)], lines)
+
+
+def draw(result: Result, folder: Path, stem: str) -> list[Path]:
     """Quality against NFE: the learned solvers and the best handcrafted one measured at each count.
 
     Returns what was written, one picture a figure.
     """
+    label = _label(result)
     names = {
         "rmse": "endpoint RMSE",
-        "excess_accurate": f"{_label(result)}\nto accurate samples, above the floor",
-        "excess_data": f"{_label(result)}\nto the data, above the floor",
+        "excess_accurate": f"{label}\nto accurate samples, above the floor",
+        "excess_data": f"{label}\nto the data, above the floor",
     }
-    if "data" not in result["floors"]:
+    if "data" not in result["floors"]["full"]:
         del names["excess_data"]
+    rows = over_seeds(result["rows"])
     found = []
-    for key, label in names.items():
-        curves: tuple[dict[str, dict[int, float]], ...] = ({}, {})
-        for row in over_seeds(result["rows"]):
-            if key in row:
-                side = curves[row["learned"]].setdefault(row["solver"], {})
-                side[row["nfe"]] = max(row[key], 1e-3)  # an excess may be negative; a log axis
-        hand = {"best handcrafted": _lowest(curves[0])} if curves[0] else {}
-        name = key.removeprefix("excess_")
+    for by, ylabel in names.items():
+        hand = [best(rows, nfe, by) for nfe in result["settings"]["nfes"]]
+        handcrafted = _curves((("best handcrafted", row) for row in hand if row), by)
+        learned = _curves(((row["solver"], row) for row in rows if row["learned"]), by)
+        path = folder / f"{stem}-{by.removeprefix('excess_')}.png"
         title = "Quality for the cost (lower is better)"
-        path = folder / f"compare-{name}.png"
-        found.append(plots.quality(hand, curves[1], path, ylabel=label, title=title))
+        found.append(plots.quality(handcrafted, learned, path, ylabel=ylabel, title=title))
     return found
 
 
-def _lowest(curves: Mapping[str, Mapping[int, float]]) -> dict[int, float]:
-    lowest: dict[int, float] = {}
-    for held in curves.values():
-        for nfe, value in held.items():
-            lowest[nfe] = min(value, lowest.get(nfe, math.inf))
-    return lowest
-
-
-def page(result: Mapping[str, Any], folder: Path, *, command: str = "") -> Path:
-    """``compare.html``: table, plots and samples in one file, nothing loaded from elsewhere."""
-    rows = []
-    for row in ordered(over_seeds(result["rows"])):
-        cells = "".join(f"<td>{html.escape(cell)}</td>" for cell in _cells(row, result["rows"]))
-        rows.append(f'<tr class="{"learned" if row["learned"] else "handcrafted"}">{cells}</tr>')
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    shown = [folder / f"samples-{nfe}.png" for nfe in result["settings"]["nfes"]]
-    figures = [*draw(result, folder), *(path for path in shown if path.exists())]
-    parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>Solvers compared</title><style>{STYLE}</style></head><body>",
-        "<h1>Solvers compared</h1>",
-        f"<p><code>{html.escape(command)}</code></p>" if command else "",
-        f"<p>{html.escape(_conditions(result))}</p>",
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>",
-        *(_figure(path) for path in figures),
-        "</body></html>",
-    ]
-    path = folder / "compare.html"
-    write_text(path, "\n".join(parts))
-    return path
-
-
-def _figure(path: Path) -> str:
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
-    name = html.escape(path.stem.replace("-", " "))
-    return f'<figure><img alt="{name}" src="data:image/png;base64,{data}"></figure>'
+def _curves(rows: Iterable[tuple[str, ResultRow]], by: str) -> dict[str, dict[int, float]]:
+    curves: dict[str, dict[int, float]] = {}
+    for name, row in rows:
+        value = figure(row, by)
+        if value is not None:  # an excess may be negative, and the axis is logarithmic
+            curves.setdefault(name, {})[row["nfe"]] = max(value, 1e-3)
+    return curves

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ...support.files import write_text
-from ..comparison.page import STYLE
-from ..record.report import number
+from ..pages import Table, html_page, markdown_page, number
 
 _Row = Mapping[str, Any]
 _Cell = Callable[[_Row], str]
-_Table = tuple[list[str], list[list[str]]]
 
 
 def write_pages(result: Mapping[str, Any], folder: Path, *, command: str = "") -> list[Path]:
@@ -21,42 +18,23 @@ def write_pages(result: Mapping[str, Any], folder: Path, *, command: str = "") -
     stem = folder / f"{result['table']}-{result['data']}"
     found = [stem.with_suffix(".md"), stem.with_suffix(".html")]
     write_text(found[0], reproduction_markdown(result, command=command))
-    write_text(found[1], _html(result, command))
+    write_text(found[1], html_page(_title(result), _parts(result), command=command))
     return found
 
 
 def reproduction_markdown(result: Mapping[str, Any], *, command: str = "") -> str:
     """Title, conditions, the tables beside the published figures, and what differs."""
-    parts = [f"# {_title(result)}", *([f"    {command}"] if command else []), *_conditions(result)]
-    for caption, (head, rows) in _tables(result):
-        lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
-        lines += ["| " + " | ".join(row) + " |" for row in rows]
-        parts += [f"## {caption}", "\n".join(lines)]
-    said = _remarks(result)
-    parts += ["## What differs", "\n".join(f"- {line}" for line in said)] if said else []
-    return "\n\n".join(parts) + "\n"
+    head = [f"# {_title(result)}", *([f"    {command}"] if command else [])]
+    return markdown_page([*head, *_parts(result)])
 
 
-def _html(result: Mapping[str, Any], command: str) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    title = html.escape(_title(result))
-    parts = [
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title><style>{STYLE} td:first-child {{ text-align: left; }}</style>",
-        f"</head><body><h1>{title}</h1>",
-        f"<p><code>{html.escape(command)}</code></p>" if command else "",
-        *(f"<p>{html.escape(text)}</p>" for text in _conditions(result)),
-    ]
-    for caption, (head, rows) in _tables(result):
-        body = "".join(row(cells, "td") for cells in rows)
-        parts.append(f"<h2>{html.escape(caption)}</h2>")
-        parts.append(f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody></table>")
-    said = "".join(f"<li>{html.escape(line)}</li>" for line in _remarks(result))
-    parts.append(f"<h2>What differs</h2><ul>{said}</ul>" if said else "")
-    return "\n".join([*parts, "</body></html>"])
+def _parts(result: Mapping[str, Any]) -> list[str | Table]:
+    parts: list[str | Table] = [*_conditions(result)]
+    for caption, table in _tables(result):
+        parts += [f"## {caption}", table]
+    if said := _remarks(result):
+        parts += ["## What differs", "\n".join(f"- {line}" for line in said)]
+    return parts
 
 
 def _title(result: Mapping[str, Any]) -> str:
@@ -83,7 +61,7 @@ def _conditions(result: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _tables(result: Mapping[str, Any]) -> list[tuple[str, _Table]]:
+def _tables(result: Mapping[str, Any]) -> list[tuple[str, Table]]:
     def published(row: _Row) -> str:
         spread = row["published_spread"]
         return f"{row['published']:.2f}" + ("" if spread is None else f" ± {spread:.2f}")
@@ -110,13 +88,13 @@ def _tables(result: Mapping[str, Any]) -> list[tuple[str, _Table]]:
     ]
 
 
-def _pivot(rows: Sequence[_Row], cell: _Cell) -> _Table:
+def _pivot(rows: Sequence[_Row], cell: _Cell) -> Table:
     """A line a solver, a column an nfe."""
     nfes = sorted({row["nfe"] for row in rows})
     names = list(dict.fromkeys(row["row"] for row in rows))
     held = {(row["row"], row["nfe"]): cell(row) for row in rows}
-    lines = [[name, *(held.get((name, nfe), "") for nfe in nfes)] for name in names]
-    return ["NFE", *map(str, nfes)], lines
+    lines = [(False, [name, *(held.get((name, nfe), "") for nfe in nfes)]) for name in names]
+    return Table(["solver", *map(str, nfes)], lines)
 
 
 def _remarks(result: Mapping[str, Any]) -> list[str]:

@@ -23,11 +23,11 @@ from ...policies.distilled import load_solver
 from ...support.files import only_one, write_text
 from ...support.parallel import World
 from ..comparison.budget import counted
+from ..comparison.measure import Entry, Measured, Measurer
+from ..comparison.result import Floors, distance
+from ..comparison.store import Store, digest, network_digest
 from ..evaluation.frechet import label_of_features
 from ..evaluation.own_features import own_features
-from ..record.measure import Entry, Measured, Measurer
-from ..record.rows import Floors, distance
-from ..record.store import Store, digest, network_digest
 from .data_sets import DATA_SETS
 from .estimate import Estimate, estimated
 from .inception import DecodedFeatures, InceptionFeatures
@@ -209,7 +209,7 @@ class Reproduction:
                     self.model.denoiser,
                     nfe=nfe,
                     shape=self.model.shape,
-                    cond=self.model.conditions,
+                    conditions=self.model.conditions,
                     output=path,
                     resume=path.with_name(f"{path.stem}.checkpoint.safetensors").exists(),
                     progress=False,
@@ -217,7 +217,7 @@ class Reproduction:
                     feature_network=self._trained_features,
                     **arguments,
                 )
-        return Entry(row.name, load_solver(path).policy, learned=True)
+        return Entry(row.name, load_solver(path).policy, str(row.learner["method"]))
 
     def arguments(self, row: TableRow) -> dict[str, Any]:
         """``distill``'s, as in the paper as far as what is given allows; ``notes`` say what differs."""

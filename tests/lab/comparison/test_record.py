@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from dlms_engine import solvers
-from dlms_engine.lab.record.measure import Entry, Measurer
-from dlms_engine.lab.record.record import RecordSettings, record
-from dlms_engine.lab.record.rows import best
-from dlms_engine.lab.record.store import Store, digest
+from dlms_engine.lab.comparison import session
+from dlms_engine.lab.comparison.measure import Entry, Measurer
+from dlms_engine.lab.comparison.record import RecordSettings, record
+from dlms_engine.lab.comparison.result import best
+from dlms_engine.lab.comparison.store import Store, digest
 
 pytest.importorskip("torchmetrics")
 NFE = 3
@@ -37,7 +38,7 @@ def numbers(found: list[object]) -> list[object]:
 def test_interrupted_measuring_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dlms_engine.lab.record import measure
+    from dlms_engine.lab.comparison import measure
 
     monkeypatch.setattr(measure, "SAVE_SECONDS", 0.0)
     exact = measurer(tmp_path / "whole").endpoints(12, SEEDS)
@@ -118,43 +119,48 @@ def test_shared_evaluations_give_the_figures_of_single_runs(tmp_path: Path) -> N
         assert torch.allclose(one.sums.total, other.sums.total, rtol=1e-4, atol=1e-4)
 
 
-def test_perfect_solver_has_no_excess_and_a_wrong_one_has(tmp_path: Path) -> None:
+def test_perfect_solver_has_no_excess_and_a_wrong_one_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     held = cli_model.tiny()
-    assert held.features is not None and held.reference is not None
+    assert held.features is not None
     settings = RecordSettings(
         nfes=(24,),
         full_nfes=(24,),
         screen_samples=16,
-        compared_samples=16,
+        exact_samples=16,
         samples=16,
         exact_nfe=24,
         accurate_nfe=24,
         batch=8,
     )
-    perfect = Entry("perfect", measurer(tmp_path / "m").accurate_table(24))
-    wrong = Entry("wrong", solvers.ddim(held.denoiser.process, perfect.policy.grid))  # type: ignore[union-attr]
+    perfect = measurer(tmp_path / "m").accurate_table(24)
+    wrong = solvers.ddim(held.denoiser.process, perfect.grid)
+    both = [("wrong", wrong), ("perfect", perfect)]
+    monkeypatch.setattr(session, "handcrafted", lambda _process, _nfe: both)
     found = record(
         held.denoiser,
         held.features,
         held.reference,
         held.shape,
-        {24: [wrong, perfect]},
-        [],
+        [Entry("also perfect", perfect, "dlms")],
         tmp_path,
         settings,
         progress=False,
     )
     rows = {row["solver"]: row for row in found["rows"]}
     assert rows["perfect"]["rmse"] == 0.0
-    assert rows["perfect"]["full"]["excess_accurate"] == pytest.approx(0.0, abs=1e-12)
+    assert {row["size"] for row in found["rows"]} == {"full"}
+    assert rows["perfect"]["excess_accurate"] == pytest.approx(0.0, abs=1e-12)
     assert rows["wrong"]["rmse"] > 1e-3
-    assert abs(rows["wrong"]["full"]["excess_accurate"]) > 1e-6
-    chosen = best(found["rows"], 24, learned=False, by="rmse")
+    assert abs(rows["wrong"]["excess_accurate"]) > 1e-6
+    chosen = best(found["rows"], 24, "rmse")
     assert chosen is not None and chosen["solver"] == "perfect"
+    assert rows["also perfect"]["learned"] and rows["also perfect"]["method"] == "dlms"
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"nfes": ()}, {"samples": 10}, {"screen_samples": 1}, {"compared_samples": 20_000}]
+    "sizes", [{"nfes": ()}, {"samples": 10}, {"screen_samples": 1}, {"exact_samples": 20_000}]
 )
 def test_impossible_sizes_are_refused(sizes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,14 +37,16 @@ class Entry:
     Attributes:
         label: what it is called in tables and plots; unique for one nfe.
         policy: a table or a learned policy.
-        learned: False for a handcrafted solver.
-        facts: JSON-able options, for the record.
+        method: the learner that made it; None for a handcrafted solver.
     """
 
     label: str
     policy: Policy
-    learned: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
+    method: str | None = None
+
+    @property
+    def learned(self) -> bool:
+        return self.method is not None
 
     @property
     def nfe(self) -> int:
@@ -114,7 +116,7 @@ class Measurer:
         self._problem = SamplingProblem(denoiser, shape, given)
         self.conditions = self._problem.conditions
         self._store = store
-        self._advance = advance
+        self.advance = advance
         self._width: int | None = None
         process = denoiser.process
         start = torch.tensor(process.t_max, dtype=torch.float64)
@@ -144,7 +146,7 @@ class Measurer:
         held = self._load("exact", key)
         done = int(held["done"]) if held else 0
         x = held["x"] if held else torch.zeros(len(seeds), *self.shape)
-        self._advance(done * nfe)
+        self.advance(done * nfe)
         sampler = Sampler(self.denoiser, table)
         for parts in self._rounds(seeds[done:]):
             own = self.world.deal(range(len(parts)))
@@ -185,7 +187,7 @@ class Measurer:
         key = self._key(entries, seeds, len(exact) if exact is not None else 0)
         state = self._load(name, key) or self._empty(len(entries))
         done = int(state["done"])
-        self._advance(done * sum(entry.nfe for entry in entries))
+        self.advance(done * sum(entry.nfe for entry in entries))
         run = self._shared(entries) if share else self._each(entries)
         saved = time.monotonic()
         for parts in self._rounds(seeds[done:]):
@@ -228,7 +230,7 @@ class Measurer:
     def _advance_others(self, parts: list[range], nfe: int) -> None:
         """Tells of the evaluations that the other ranks did meanwhile."""
         own = self.world.deal(range(len(parts)))
-        self._advance(nfe * sum(len(part) for k, part in enumerate(parts) if k != own))
+        self.advance(nfe * sum(len(part) for k, part in enumerate(parts) if k != own))
 
     def _noise(self, seeds: range) -> Tensor:
         return seeded_noise(seeds, self.shape, self._scale, device=self.denoiser.device)
@@ -248,7 +250,7 @@ class Measurer:
             noise = self._noise(seeds)
             parts = runs.ends(self._problem.predict, noise, seeds.start)
             ends = torch.cat([end for _, end in parts], dim=1)
-            self._advance(sum(entry.nfe for entry in entries) * len(seeds))
+            self.advance(sum(entry.nfe for entry in entries) * len(seeds))
             return iter(ends)
 
         return run
@@ -256,7 +258,7 @@ class Measurer:
     def _run(self, sampler: Sampler, seeds: range) -> Tensor:
         x = sampler(self._noise(seeds), **rows_of(self.conditions, seeds))
         assert isinstance(x, Tensor)
-        self._advance(sampler.nfe * len(seeds))
+        self.advance(sampler.nfe * len(seeds))
         return x
 
     def _key(self, entries: Sequence[Entry], seeds: range, exact: int = 0) -> dict[str, Any]:

@@ -1,1 +1,0 @@
-"""The record of samplers on the embedded and on the benchmark model."""
