@@ -120,7 +120,7 @@ compared() { # compared FOLDER SAMPLES NFES OPTIONS...
   local folder=$1 samples=$2 nfes=$3
   shift 3
   precision || return
-  limited "$PYTHON" -m dlms_engine compare --model "$NAME" --nfes "$nfes" --samples "$samples" \
+  limited "$PYTHON" -m dlms_engine compare --model "$NAME" --nfe "$nfes" --samples "$samples" \
     --exact-samples "$EXACT" --exact-nfe "$EXACT_NFE" --accurate-nfe "$ACCURATE_NFE" \
     --screen-samples "$SCREEN" --batch "$BATCH" --budget "$CALLS" --folder "$WORK/$folder" "$@"
 }
@@ -135,9 +135,9 @@ stage_record() {
   for file in "$WORK"/compare/solvers/*.safetensors; do
     [[ -f $file ]] && solvers+=(--solver "$file")
   done
-  limited "$PYTHON" -m dlms_engine evaluate --record --model "$NAME" --nfes "$NFES" \
-    --samples "$SAMPLES" --compared-samples "$EXACT" --screen-samples "$SCREEN" \
-    --full-nfes "$FULL" --exact-nfe "$EXACT_NFE" --accurate-nfe "$ACCURATE_NFE" --batch "$BATCH" \
+  limited "$PYTHON" -m dlms_engine evaluate --record --model "$NAME" --nfe "$NFES" \
+    --samples "$SAMPLES" --exact-samples "$EXACT" --screen-samples "$SCREEN" \
+    --full-nfe "$FULL" --exact-nfe "$EXACT_NFE" --accurate-nfe "$ACCURATE_NFE" --batch "$BATCH" \
     --folder "$WORK/record" "${solvers[@]}"
 }
 

@@ -33,7 +33,7 @@ from dlms_engine.solvers.table import SolverTable
 ROOT = Path(__file__).parent.parent
 TINY = ("--model", "cli_model:tiny")
 BUDGET = {
-    "nfes": 3, "budget": 2000, "samples": 8, "exact-samples": 6, "exact-nfe": 12, "accurate-nfe": 8,
+    "nfe": 3, "budget": 2000, "samples": 8, "exact-samples": 6, "exact-nfe": 12, "accurate-nfe": 8,
     "screen-samples": 2, "batch": 4,
 }  # fmt: skip
 

@@ -37,11 +37,11 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "sample": ("sample", *TINY, "--method=ddim", "--nfe=5", "--seeds=0-15"),
     "evaluate": ("evaluate", *TINY, "--method=ddim", "--nfe=3", "--samples=16", *SIZES),
     "record": (
-        "evaluate", "--record", *TINY, "--nfes=3", "--full-nfes=3", "--samples=8",
-        "--screen-samples=4", "--compared-samples=8", "--shortlist=2", "--finalists=1", *SIZES,
+        "evaluate", "--record", *TINY, "--nfe=3", "--full-nfe=3", "--samples=8",
+        "--screen-samples=4", "--exact-samples=8", "--shortlist=2", "--finalists=1", *SIZES,
     ),
     "compare": (
-        "compare", *TINY, "--nfes=3", "--methods=free_table,dode", "--budget=6000", "--samples=8",
+        "compare", *TINY, "--nfe=3", "--methods=free_table,dode", "--budget=6000", "--samples=8",
         "--exact-samples=6", "--screen-samples=2", *SIZES,
     ),
     "export": ("export", *TINY, "--method=ddim", "--nfe=3", "--batch=1"),

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dlms_engine import grids, processes, solvers
-from dlms_engine.cli import main
+from dlms_engine.cli import OLD_NAMES, main
 from dlms_engine.cli.model import load_model
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.lab.comparison.record import RecordSettings
@@ -202,9 +202,9 @@ def test_record_is_complete_and_resumes(
 ) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "record"
-    sizes = ("--samples", 8, "--screen-samples", 4, "--compared-samples", 6)
-    sizes = (*sizes, "--exact-nfe", 8, "--accurate-nfe", 6, "--full-nfes", "3")
-    arguments = ("evaluate", "--record", *TINY, *sizes, "--nfes", "3", "--batch", 4)
+    sizes = ("--samples", 8, "--screen-samples", 4, "--exact-samples", 6)
+    sizes = (*sizes, "--exact-nfe", 8, "--accurate-nfe", 6, "--full-nfe", "3")
+    arguments = ("evaluate", "--record", *TINY, *sizes, "--nfe", "3", "--batch", 4)
     first = answer(capsys, *arguments, "--solver", solver, "--folder", folder)
     rows = first["rows"]
     assert isinstance(rows, list)
@@ -345,6 +345,34 @@ def test_export_names_the_solver_and_hands_over_what_was_asked(tmp_path, capsys,
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("compare", "--nfes", "two"), "nfe is 'two'"),
+        (("compare", "--nfes=two"), "nfe is 'two'"),
+        (("evaluate", "--record", "--nfes", "two"), "nfe is 'two'"),
+        (("evaluate", "--record", "--full-nfes", "two"), "full_nfe is 'two'"),
+        (("evaluate", "--record", "--compared-samples", "9", "--samples=8"), "exact_samples is 9"),
+        (("reproduce", "amed-table2", "--rmse-samples", "x"), "--exact-samples"),
+    ],
+)
+def test_old_names_of_options_are_understood(
+    arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = () if arguments[0] == "reproduce" else TINY
+    assert words in complaint(capsys, *arguments, *model)
+
+
+@pytest.mark.parametrize("command", OLD_NAMES)
+def test_old_names_of_options_are_not_offered(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(command, "--help") == 0
+    offered = set(re.findall(r"--[a-z-]+", capsys.readouterr().out))
+    for old, new in OLD_NAMES[command].items():
+        assert new in offered and old not in offered
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
         (("sample", "--solver", "a.safetensors", "--nfe", "4"), "--nfe 4"),
         (("sample", "--solver", "a.safetensors", "--set", "x=1"), "--set x=1"),
         (("sample", "--output", "raw.safetensors", "--columns", "3"), "--columns 3"),
@@ -360,7 +388,10 @@ def test_export_names_the_solver_and_hands_over_what_was_asked(tmp_path, capsys,
         (("distill", "--output", "a", "--pipeline", ".", *TINY), "--model cli_model:tiny"),
         (("distill", "--output", "a.safetensors", "--seed", "-1"), "-1"),
         (("distill", "--output", "a.safetensors", "--seed", "18446744073709551616"), "1844674407"),
-        (("compare", "--seed", "-1"), "-1"),
+        (("compare", "--seed", "-1"), "seed is '-1'"),
+        (("compare", "--nfe", "three"), "nfe is 'three'"),
+        (("evaluate", "--nfe", "3-4"), "nfe is 3-4, expected one number"),
+        (("evaluate", "--nfe", "0"), "nfe is 0, expected one number >= 1"),
     ],
     ids=lambda value: " ".join(map(str, value))[:60] if isinstance(value, tuple) else "",
 )

@@ -101,7 +101,7 @@ def test_compare_takes_conditions_and_says_who_cannot(
 ) -> None:
     few = ("--samples", 4, "--exact-samples", 4, "--exact-nfe", 24, "--accurate-nfe", 8)
     facts = answer(
-        capsys, "compare", *FLOW, *few, "--nfes", 3, "--methods", "free_table,ld3", "--budget", 20_000,
+        capsys, "compare", *FLOW, *few, "--nfe", 3, "--methods", "free_table,ld3", "--budget", 20_000,
         "--screen-samples", 2, "--folder", tmp_path,
     )  # fmt: skip
     rows = {row["solver"]: row for row in facts["rows"] if row["learned"]}

@@ -68,8 +68,8 @@ def test_figures_are_the_same_bits_for_any_number_of_processes(tmp_path: Path) -
 def test_the_record_is_written_once_and_the_same(tmp_path: Path) -> None:
     pytest.importorskip("torchmetrics")
     pytest.importorskip("matplotlib")
-    sizes = ("--samples", 8, "--screen-samples", 4, "--compared-samples", 6, "--exact-nfe", 8)
-    sizes = (*sizes, "--accurate-nfe", 6, "--full-nfes", "3", "--nfes", "3", "--batch", 2)
+    sizes = ("--samples", 8, "--screen-samples", 4, "--exact-samples", 6, "--exact-nfe", 8)
+    sizes = (*sizes, "--accurate-nfe", 6, "--full-nfe", "3", "--nfe", "3", "--batch", 2)
     words = ("evaluate", "--record", *TINY, *sizes, "--json", "--folder")
     one, two = (answer(dlms(n, *words, tmp_path / str(n))) for n in (1, 2))
     assert one == two

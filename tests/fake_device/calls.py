@@ -73,13 +73,13 @@ def evaluate(device: str, folder: Path) -> Any:
 
 
 def record(device: str, folder: Path) -> Any:
-    few = ("--nfes", 3, "--full-nfes", 3, "--screen-samples", 2, "--compared-samples", 4)
+    few = ("--nfe", 3, "--full-nfe", 3, "--screen-samples", 2, "--exact-samples", 4)
     _command(device, "evaluate", "--record", *few, *SIZES, "--folder", folder)
     return _figures(folder / "record.json")
 
 
 def compare(device: str, folder: Path) -> Any:
-    few = ("--nfes", 3, "--methods", "dode", "--budget", 4000)
+    few = ("--nfe", 3, "--methods", "dode", "--budget", 4000)
     few += ("--exact-samples", 4, "--screen-samples", 2)  # type: ignore[assignment]
     _command(device, "compare", *few, *SIZES, "--folder", folder)
     return _figures(folder / "compare.json")

@@ -6,6 +6,16 @@ import os
 import sys
 from collections.abc import Sequence
 
+OLD_NAMES = {
+    "compare": {"--nfes": "--nfe"},
+    "evaluate": {
+        "--nfes": "--nfe", "--full-nfes": "--full-nfe", "--compared-samples": "--exact-samples",
+    },
+    "reproduce": {
+        "--nfes": "--nfe", "--rmse-samples": "--exact-samples", "--seeds": "--seed",
+    },
+}  # fmt: skip
+"""command -> options that had another name before -> what they are called now."""
 NEEDS = "the command line needs typer and rich: pip install typer rich"
 
 
@@ -13,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs ``dlms``; ``--debug`` anywhere shows tracebacks instead of one line."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
+    arguments = _renamed([argument for argument in arguments if argument != "--debug"])
     try:
         import typer
 
@@ -34,6 +44,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(int(getattr(error, "exit_code", 1)))
     if isinstance(status, int) and status:
         sys.exit(status)
+
+
+def _renamed(arguments: list[str]) -> list[str]:
+    """The same with the options' present names."""
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    names = OLD_NAMES.get(command, {})
+    split = (argument.partition("=") for argument in arguments)
+    return [names.get(name, name) + equals + value for name, equals, value in split]
 
 
 def _rank() -> str:

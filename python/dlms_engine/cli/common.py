@@ -42,24 +42,24 @@ SetOption = Annotated[
 ]
 
 
-def parse_seeds(text: str) -> list[int]:
-    """``"0-3,7"`` -> [0, 1, 2, 3, 7].
+def parse_numbers(text: str, name: str = "seeds") -> list[int]:
+    """``"0-3,7"``, given as ``name``, -> [0, 1, 2, 3, 7].
 
     Raises:
-        ValueError: not of that form, a range that runs backwards, or a seed beyond 64 bits.
+        ValueError: not of that form, a range that runs backwards, or a number beyond 64 bits.
     """
-    seeds: list[int] = []
+    numbers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise ValueError(f"seeds is {text!r}, expected numbers and ranges such as 0-15,42")
+            raise ValueError(f"{name} is {text!r}, expected numbers and ranges such as 0-15,42")
         stop = int(last) if dash else int(first)
         if stop < int(first):
-            raise ValueError(f"seeds: {part.strip()!r} runs backwards")
+            raise ValueError(f"{name}: {part.strip()!r} runs backwards")
         if stop >= 1 << 64:
-            raise ValueError(f"seeds: {stop} is beyond 64 bits, expected 0 to 2^64 - 1")
-        seeds.extend(range(int(first), stop + 1))
-    return seeds
+            raise ValueError(f"{name}: {stop} is beyond 64 bits, expected 0 to 2^64 - 1")
+        numbers.extend(range(int(first), stop + 1))
+    return numbers
 
 
 _PYTHON = {"True": "true", "False": "false", "None": "null"}

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from .common import JsonOption, command_line, emit, parse_seeds
+from .common import JsonOption, command_line, emit, parse_numbers
 from .model import ConditionsOption, DeviceOption, ModelOption, distance_features, load_model
 
 
 def compare_command(
-    nfes: Annotated[str, typer.Option(help="Evaluations to compare: numbers and ranges.")] = "3-10",
+    nfe: Annotated[str, typer.Option(help="Evaluations to compare: numbers and ranges.")] = "3-10",
     methods: Annotated[
         str | None,
         typer.Option(
@@ -65,7 +65,7 @@ def compare_command(
     names = None if methods is None else [name.strip() for name in methods.split(",")]
     contestants = choose(names, study)
     settings = CompareSettings(
-        nfes=tuple(parse_seeds(nfes)),
+        nfes=tuple(parse_numbers(nfe, "nfe")),
         budget=budget,
         samples=samples,
         exact_samples=min(exact_samples, samples),
@@ -74,7 +74,7 @@ def compare_command(
         accurate_nfe=accurate_nfe,
         screen_samples=screen_samples,
         batch=batch,
-        training_seeds=tuple(parse_seeds(seed)),
+        training_seeds=tuple(parse_numbers(seed, "seed")),
         trajectories=trajectories,
     )
     held = load_model(model, device, conditions)

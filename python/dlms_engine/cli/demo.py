@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonOption, emit, parse_seeds
+from .common import JsonOption, emit, parse_numbers
 from .model import DeviceOption, Model, condition_rows, load_model
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def demo(
     from ..learners.start import SamplingProblem, seconds_of_one
 
     started = time.perf_counter()
-    shown = parse_seeds(seeds)
+    shown = parse_numbers(seeds)
     folder.mkdir(parents=True, exist_ok=True)
     name, loaded = demo_model(model, device)
     say: Callable[[str], None] = (lambda _text: None) if as_json else typer.echo

@@ -16,14 +16,13 @@ from .common import (
     GridOption,
     JsonOption,
     MethodOption,
-    NfeOption,
     OrderOption,
     SetOption,
     choose_solver,
     command_line,
     emit,
     leads,
-    parse_seeds,
+    parse_numbers,
     parse_settings,
 )
 from .model import ConditionsOption, DeviceOption, Model, ModelOption, distance_features, load_model
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from ..processes import Process
 
 RECORD_ONLY = (
-    "screen_samples", "compared_samples", "shortlist", "finalists", "full_nfes", "nfes"
+    "screen_samples", "exact_samples", "shortlist", "finalists", "full_nfe"
 )  # fmt: skip
 CACHE = Path("~/.cache/dlms_engine/evaluate")
 
@@ -46,7 +45,12 @@ def evaluate_command(
         list[Path] | None, typer.Option(help="Solver file; with --record, may be given many times.")
     ] = None,
     method: MethodOption = None,
-    nfe: NfeOption = 5,
+    nfe: Annotated[
+        str | None,
+        typer.Option(
+            help="Network evaluations, default 5; with --record numbers and ranges, default 3-10."
+        ),
+    ] = None,
     grid: GridOption = None,
     order: OrderOption = None,
     afs: AfsOption = "off",
@@ -57,7 +61,7 @@ def evaluate_command(
     screen_samples: Annotated[
         int, typer.Option(min=2, help="--record: samples every solver is screened on.")
     ] = 64,
-    compared_samples: Annotated[
+    exact_samples: Annotated[
         int, typer.Option(min=2, help="--record: samples the best and the learned are compared on.")
     ] = 2000,
     shortlist: Annotated[
@@ -66,7 +70,7 @@ def evaluate_command(
     finalists: Annotated[
         int, typer.Option(min=1, help="--record: of these, measured on all samples.")
     ] = 2,
-    full_nfes: Annotated[
+    full_nfe: Annotated[
         str, typer.Option(help="--record: evaluations with distances on all samples.")
     ] = "5,10",
     exact_nfe: Annotated[int, typer.Option(min=1, help="Evaluations of the exact solution.")] = 200,
@@ -77,7 +81,6 @@ def evaluate_command(
     record: Annotated[
         bool, typer.Option("--record", help="Compare every handcrafted solver, and the files.")
     ] = False,
-    nfes: Annotated[str, typer.Option(help="--record: evaluations to compare.")] = "3-10",
     folder: Annotated[
         Path | None, typer.Option(help="Where results and cache go; a second run goes on there.")
     ] = None,
@@ -93,43 +96,43 @@ def evaluate_command(
     bottleneck or values, and the output says on which. The RMSE needs no features.
     """
     options = parse_settings(set_)
-    if record:
-        refuse_beside(
-            context, "with --record, which compares every handcrafted solver", HANDCRAFTED
-        )
-    else:
-        refuse_beside(context, "without --record", RECORD_ONLY)
-        if solver:
-            refuse_beside(context, "beside --solver FILE", HANDCRAFTED)
-    held = load_model(model, device, conditions)
     from ..lab.comparison.record import RecordSettings
     from ..lab.comparison.result import Sizes
 
     if record:
+        refuse_beside(
+            context, "with --record, which compares every handcrafted solver", HANDCRAFTED[1:]
+        )
         if method is not None:
             raise ValueError("--record compares every handcrafted solver: leave out --method")
         settings = RecordSettings(
-            nfes=tuple(parse_seeds(nfes)),
+            nfes=tuple(parse_numbers(nfe or "3-10", "nfe")),
             samples=samples or 10_000,
             batch=batch,
             screen_samples=screen_samples,
-            exact_samples=compared_samples,
-            full_nfes=tuple(parse_seeds(full_nfes)),
+            exact_samples=exact_samples,
+            full_nfes=tuple(parse_numbers(full_nfe, "full_nfe")),
             shortlist=shortlist,
             finalists=finalists,
             exact_nfe=exact_nfe,
             accurate_nfe=accurate_nfe,
             compile=compile_,
         )
+        held = load_model(model, device, conditions)
         _record(held, solver or [], settings, folder or Path("record-out"), as_json)
         return
+    refuse_beside(context, "without --record", RECORD_ONLY)
+    if solver:
+        refuse_beside(context, "beside --solver FILE", HANDCRAFTED)
     if len(solver or []) > 1:
         raise ValueError("several --solver files are for --record")
+    evaluations = _one(nfe or "5")
+    held = load_model(model, device, conditions)
     label, policy = choose_solver(
         held.denoiser.process,
         solver[0] if solver else None,
         method,
-        nfe,
+        evaluations,
         grid=grid,
         order=order,
         afs=afs,
@@ -151,6 +154,13 @@ def evaluate_command(
     baseline = _baseline(solver[0], held.denoiser.process) if solver else (None, "")
     entries = Entry(label, policy, "file" if solver else None), *baseline
     _single(held, *entries, sizes, compile_, (folder or CACHE).expanduser(), as_json)
+
+
+def _one(nfe: str) -> int:
+    numbers = parse_numbers(nfe, "nfe")
+    if len(numbers) > 1 or numbers[0] < 1:
+        raise ValueError(f"nfe is {nfe}, expected one number >= 1 (several are for --record)")
+    return numbers[0]
 
 
 def _baseline(path: Path, process: Process) -> tuple[Entry | None, str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .common import JsonOption, SetOption, command_line, emit, parse_seeds, parse_settings
+from .common import JsonOption, SetOption, command_line, emit, parse_numbers, parse_settings
 from .model import DeviceOption, load_model
 
 if TYPE_CHECKING:
@@ -54,19 +54,19 @@ def reproduce_command(
     lpips: Annotated[
         Path | None, typer.Option(help="LPIPS weights (.safetensors), LD3's loss.")
     ] = None,
-    nfes: Annotated[
+    nfe: Annotated[
         str | None, typer.Option(help="Evaluations to make, such as 4-6; default: the table's.")
     ] = None,
     rows: Annotated[
         str | None, typer.Option(help="Rows to make: parts of their names, with commas.")
     ] = None,
-    seeds: Annotated[
+    seed: Annotated[
         str | None, typer.Option(help="Seeds of the distillations; default: as many as the paper.")
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=2, help="Samples of the distance; default: the paper's.")
     ] = None,
-    rmse_samples: Annotated[
+    exact_samples: Annotated[
         int, typer.Option(min=0, help="Of these, compared with exact solutions.")
     ] = 1000,
     exact_nfe: Annotated[int, typer.Option(min=1, help="Evaluations of the exact solution.")] = 200,
@@ -116,10 +116,10 @@ def reproduce_command(
 
     settings = ReproduceSettings(
         samples=samples or kind.samples,
-        nfes=None if nfes is None else tuple(parse_seeds(nfes)),
+        nfes=None if nfe is None else tuple(parse_numbers(nfe, "nfe")),
         rows=() if rows is None else tuple(part.strip() for part in rows.split(",")),
-        seeds=None if seeds is None else tuple(parse_seeds(seeds)),
-        rmse_samples=rmse_samples,
+        training_seeds=None if seed is None else tuple(parse_numbers(seed, "seed")),
+        exact_samples=exact_samples,
         exact_nfe=exact_nfe,
         accurate_nfe=accurate_nfe,
         batch=batch,

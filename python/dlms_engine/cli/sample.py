@@ -25,7 +25,7 @@ from .common import (
     choose_solver,
     emit,
     leads,
-    parse_seeds,
+    parse_numbers,
     parse_settings,
 )
 from .model import ConditionsOption, DeviceOption, ModelOption, condition_rows, is_image, load_model
@@ -60,7 +60,7 @@ def sample(
     as_json: JsonOption = False,
 ) -> None:
     """Sample images with a solver file or a handcrafted solver."""
-    numbers = parse_seeds(seeds)
+    numbers = parse_numbers(seeds)
     if output.suffix not in SUFFIXES:
         raise ValueError(f"output is {output}, expected one of {', '.join(SUFFIXES)}")
     if solver is not None:

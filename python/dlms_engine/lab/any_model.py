@@ -1,6 +1,6 @@
 r"""``method="auto"`` on models that nothing was tuned on: one table, models x evaluations.
 
-    python -m dlms_engine.lab.any_model --folder models --nfes 4,5,6,8,10 --budget 150k \
+    python -m dlms_engine.lab.any_model --folder models --nfe 4,5,6,8,10 --budget 150k \
         --output benchmarks/results/any_model.json --page docs/any_model.md
 
 Cell by cell; what ``--output`` holds already is not done again. Every cell distils with default
@@ -153,7 +153,8 @@ def _main() -> None:
         "--folder", type=Path, required=True, help="where the small models are kept"
     )
     parser.add_argument("--models", default=",".join(grounds.GROUNDS))
-    parser.add_argument("--nfes", default="4,5,6,8,10")
+    parser.add_argument("--nfe", default="4,5,6,8,10")
+    parser.add_argument("--nfes", dest="nfe", help=argparse.SUPPRESS)  # its name before
     parser.add_argument("--budget", default="150k")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--output", type=Path, required=True)
@@ -163,11 +164,11 @@ def _main() -> None:
     if chosen.output.exists():
         cells = json.loads(chosen.output.read_text(encoding="utf-8"))
     command = (
-        f"python -m dlms_engine.lab.any_model --folder models --nfes 4,5,6,8,10 "
+        f"python -m dlms_engine.lab.any_model --folder models --nfe 4,5,6,8,10 "
         f"--budget {chosen.budget} "
         "--output benchmarks/results/any_model.json --page docs/any_model.md"
     )
-    for nfe in map(int, chosen.nfes.split(",")):
+    for nfe in map(int, chosen.nfe.split(",")):
         for name in chosen.models.split(","):
             if any(c["model"] == name and c["nfe"] == nfe for c in cells):
                 continue

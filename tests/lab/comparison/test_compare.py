@@ -213,7 +213,7 @@ def test_command_writes_table_page_and_json(
     from dlms_engine.cli import main
 
     sizes = ("--samples=8", "--exact-samples=4", "--exact-nfe=8", "--accurate-nfe=6", "--batch=4")
-    words = ["compare", "--model=cli_model:tiny", "--methods=dode", "--nfes=3-4", *sizes]
+    words = ["compare", "--model=cli_model:tiny", "--methods=dode", "--nfe=3-4", *sizes]
     with pytest.raises(SystemExit) as stop:
         main([*words, "--screen-samples=0", f"--folder={tmp_path / 'out'}"])
         raise SystemExit(0)

@@ -31,7 +31,7 @@ from dlms_engine.processes import EDM
 pytest.importorskip("torchmetrics")
 SMALL = {"trajectories": 4, "batch": 2, "validation_samples": 2, "validation_steps": 6}
 SETTINGS = ReproduceSettings(
-    samples=4, nfes=(4,), rows=("DEIS", "DLMS"), rmse_samples=2, exact_nfe=6, accurate_nfe=4,
+    samples=4, nfes=(4,), rows=("DEIS", "DLMS"), exact_samples=2, exact_nfe=6, accurate_nfe=4,
     batch=2, changes=SMALL,
 )  # fmt: skip
 
@@ -259,8 +259,8 @@ def test_the_command_makes_a_page(
 ) -> None:
     path = paper_files.snapshot(tmp_path / "edm-cifar10-32x32-uncond-vp.pkl")
     result = commands.answer(
-        capsys, "reproduce", "amed-table2", "--data", "cifar10", "--checkpoint", path, "--nfes", 3,
-        "--rows", "DDIM,EDM", "--samples", 4, "--batch", 2, "--rmse-samples", 2, "--exact-nfe", 8,
+        capsys, "reproduce", "amed-table2", "--data", "cifar10", "--checkpoint", path, "--nfe", 3,
+        "--rows", "DDIM,EDM", "--samples", 4, "--batch", 2, "--exact-samples", 2, "--exact-nfe", 8,
         "--accurate-nfe", 4, "--folder", tmp_path / "out",
     )  # fmt: skip
     assert [row["row"] for row in result["rows"]] == ["DDIM", "EDM"]  # type: ignore[attr-defined]

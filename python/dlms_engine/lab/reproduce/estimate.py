@@ -119,7 +119,7 @@ def estimated(
     for row in {row.name: row for _, row in cells if row.preset}.values():
         nfes = [nfe for nfe, other in cells if other.name == row.name]
         trained[row.name] = training_calls(arguments(row), nfes, model.denoiser.process)
-    sampling = min(settings.rmse_samples, settings.samples) * settings.exact_nfe
+    sampling = min(settings.exact_samples, settings.samples) * settings.exact_nfe
     sampling += 2 * settings.samples * settings.accurate_nfe * accurate
     images, training, calls = 2 * settings.samples * accurate, Calls(), {}
     for nfe, row in cells:

@@ -44,11 +44,11 @@ def _title(result: Mapping[str, Any]) -> str:
 def _conditions(result: Mapping[str, Any]) -> list[str]:
     settings = result["settings"]
     first, count = settings["first_seed"], settings["samples"]
-    seeds = ", ".join(map(str, settings["seeds"]))
+    seeds = ", ".join(map(str, settings["training_seeds"]))
     said = [
         f"{result['paper']}, Table {result['number']}. {count:,} samples, seeds {first} to "
         f"{first + count - 1}; distillations with seed {seeds}. Endpoint RMSE: the first "
-        f"{min(settings['rmse_samples'], count):,} samples against exact solutions "
+        f"{min(settings['exact_samples'], count):,} samples against exact solutions "
         f"({settings['exact_nfe']} evaluations) from the same noise. torch {result['torch']}."
     ]
     if not result["fid"]:
@@ -78,7 +78,7 @@ def _tables(result: Mapping[str, Any]) -> list[tuple[str, Table]]:
         return number(row["rmse"])
 
     made = [row for row in result["rows"] if "distance" in row]
-    found = [("Endpoint RMSE", _pivot(made, rmse))] if result["settings"]["rmse_samples"] else []
+    found = [("Endpoint RMSE", _pivot(made, rmse))] if result["settings"]["exact_samples"] else []
     if result["fid"]:
         return [("FID, and as published in brackets", _pivot(result["rows"], both)), *found]
     return [

@@ -69,7 +69,9 @@ class Reproduction:
         self.folder, self.files = folder, list(files)
         self.nfes = chosen_nfes(panel, settings.nfes)
         self.rows = chosen_rows(panel, settings.rows)
-        self.seeds = tuple(range(table.runs)) if settings.seeds is None else settings.seeds
+        self.seeds = (
+            tuple(range(table.runs)) if settings.training_seeds is None else settings.training_seeds
+        )
         self.samples = range(settings.first_seed, settings.first_seed + settings.samples)
         self._measurers: dict[float | None, Measurer] = {}
         self._advance: Callable[[int], object] = lambda _done: None
@@ -119,7 +121,7 @@ class Reproduction:
         ):
             self._advance = bar.update
             bar.set_description("exact solutions")
-            few = self.samples[: min(self.settings.rmse_samples, len(self.samples))]
+            few = self.samples[: min(self.settings.exact_samples, len(self.samples))]
             exact = self._measurer(None).endpoints(self.settings.exact_nfe, few) if few else None
             floors = self._floors(bar)
             rows: list[dict[str, Any]] = []
@@ -269,7 +271,7 @@ class Reproduction:
             "distance": label_of_features(self.features),
             "fid": self.fid is not None,
             "floor": None if floors is None else floors.values["accurate"],
-            "settings": {**settings, "nfes": list(self.nfes), "seeds": list(self.seeds)},
+            "settings": {**settings, "nfes": list(self.nfes), "training_seeds": list(self.seeds)},
             "estimate": self.estimate.facts(),
             "files": self.files,
             "paper_samples": DATA_SETS[self.panel.data].samples,

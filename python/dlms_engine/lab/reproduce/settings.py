@@ -20,8 +20,8 @@ class ReproduceSettings:
         samples: of the distance.
         nfes: evaluations to make, among the table's.
         rows: parts of the names of the rows to make; empty makes all.
-        seeds: of the distillations that a learned row is the mean of.
-        rmse_samples: the first of the samples, compared with exact solutions.
+        training_seeds: of the distillations that a learned row is the mean of.
+        exact_samples: the first of the samples, compared with exact solutions.
         exact_nfe, accurate_nfe: evaluations of exact solutions and, without FID, accurate samples.
         batch: samples at a time; a kill loses one batch.
         first_seed: of the samples; the papers begin at 0.
@@ -31,8 +31,8 @@ class ReproduceSettings:
     samples: int
     nfes: tuple[int, ...] | None = None
     rows: tuple[str, ...] = ()
-    seeds: tuple[int, ...] | None = None
-    rmse_samples: int = 1_000
+    training_seeds: tuple[int, ...] | None = None
+    exact_samples: int = 1_000
     exact_nfe: int = 200
     accurate_nfe: int = 32
     batch: int = 250
@@ -42,8 +42,8 @@ class ReproduceSettings:
     def __post_init__(self) -> None:
         if self.samples < 2:
             raise ValueError(f"samples is {self.samples}, expected at least 2")
-        if self.rmse_samples < 0:
-            raise ValueError(f"rmse_samples is {self.rmse_samples}, expected at least 0")
+        if self.exact_samples < 0:
+            raise ValueError(f"exact_samples is {self.exact_samples}, expected at least 0")
 
 
 @dataclass(frozen=True)
