@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from dlms_engine import grids, plots, processes
+from dlms_engine.lab import demo_pictures
 
 pytest.importorskip("matplotlib")
 EDM = processes.EDM()
@@ -146,3 +147,29 @@ def test_a_failed_write_leaves_the_old_picture(
     with pytest.raises(OSError, match="disk full"):
         plots.quality({"a": {3: 2.0}}, {}, path, ylabel="y")
     assert path.read_bytes() == before
+
+
+def test_a_caption_ends_within_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ran out on both sides."""
+    drawn = []
+    monkeypatch.setattr(demo_pictures, "write_figure", lambda figure, _: drawn.append(figure))
+    images = torch.zeros(4, 3, 4, 4)
+    sentence = (
+        "At 5 network calls the distilled sampler is 4.6 times closer to the accurate picture than "
+        "the best untrained one (dpm_solver_pp2-flat/time_quadratic/afs-dockhorn);\nand 1.4 times "
+        "further away than that with 10 calls."
+    )
+
+    def widths(text: str) -> tuple[float, float, float]:
+        others = {str(count): images for count in range(3)}
+        demo_pictures.compared(("accurate", images), others, tmp_path / "x.png", caption=text)
+        figure = drawn[-1]
+        figure.canvas.draw()
+        box = figure._supxlabel.get_window_extent()
+        return box.x0, box.x1, figure.bbox.x1
+
+    low, high, whole = widths(sentence)
+    assert 0 <= low and high <= whole
+    monkeypatch.setattr(demo_pictures, "within", lambda caption, _: caption)  # planted
+    low, high, whole = widths(sentence)
+    assert low < 0 and high > whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,8 +10,8 @@ from torch import Tensor
 
 from .plots import LEARNED_COLOURS, new_figure, tidy, tile, write_figure
 
-WHITE_AT = 0.5
-"""Difference of values in [-1, 1] that is drawn at full strength: a quarter of the range."""
+WHITE_AT = 0.2
+"""Difference of values in [-1, 1] that is drawn at full strength: a tenth of the range."""
 
 
 def compared(
@@ -50,11 +51,17 @@ def compared(
             f"difference to accurate: {picture_rmse(images, accurate[1]):.3f}", fontsize=10
         )
     axes[1][0].text(
-        0.5, 0.5, "below: where each one\ndiffers from the accurate\npicture (black: nowhere)",
+        0.5, 0.5, "right: where each one\ndiffers from the accurate\npicture (black: nowhere)",
         ha="center", va="center", fontsize=10, transform=axes[1][0].transAxes,
     )  # fmt: skip
-    figure.supxlabel(caption, fontsize=12)
+    figure.supxlabel(within(caption, figure.get_figwidth()), fontsize=12)
     return write_figure(figure, path)
+
+
+def within(caption: str, inches: float) -> str:
+    """``caption``, whose own lines stay, broken so that 12 points fit into ``inches``."""
+    characters = int(inches * 72 / (12 * 0.62))  # of the default face, an average one and some air
+    return "\n".join(textwrap.fill(line, characters) for line in caption.splitlines())
 
 
 def difference(images: Tensor, accurate: Tensor) -> Tensor:
