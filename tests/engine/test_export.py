@@ -22,7 +22,7 @@ from dlms_engine.engine.export import (
     SamplerExportError,
     bounds,
     export_sampler,
-    split_cond,
+    split_conditions,
     trace_sampler,
 )
 from dlms_engine.engine.sampler import Sampler, seeded_noise
@@ -86,7 +86,7 @@ def labelled(batch: int) -> dict[str, object]:
 
 def arguments(x: Tensor, cond: dict[str, object]) -> tuple:
     """What a package is called with."""
-    tensors = split_cond(cond)[0]
+    tensors = split_conditions(cond)[0]
     return (x, tensors) if tensors else (x,)
 
 
@@ -114,7 +114,7 @@ def make(name: str):
 @pytest.mark.parametrize("name", CASES)
 def test_the_traced_sampler_has_the_samplers_bits_in_any_batch(name):
     sampler, cond = make(name)
-    program = trace_sampler(sampler, noise(3), cond=cond(3))
+    program = trace_sampler(sampler, noise(3), conditions=cond(3))
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert not [
         t for t in targets if isinstance(t, torch._ops.OpOverload) and t.namespace != "aten"
@@ -269,7 +269,8 @@ def assert_no_worse_than_eager(got: Tensor, sampler: Sampler, x: Tensor, cond: d
 @pytest.mark.parametrize("name", ["guided", slow("dlms")])
 def test_the_package_runs_without_the_library(tmp_path, name):
     sampler, cond = make(name)
-    path = export_sampler(sampler, noise(3), tmp_path / "sampler.pt2", cond=cond(3), max_batch=64)
+    said = {"cond": cond(3)} if name == "guided" else {"conditions": cond(3)}  # the earlier name
+    path = export_sampler(sampler, noise(3), tmp_path / "sampler.pt2", max_batch=64, **said)
     batches = [(noise(batch, first=20), cond(batch)) for batch in (1, 3, 7)]
     outputs, metadata = run_alone(path.parent, [arguments(x, c) for x, c in batches])
     for got, (x, c) in zip(outputs, batches, strict=True):

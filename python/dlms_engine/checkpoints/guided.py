@@ -85,8 +85,8 @@ class NoisePart(nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, x: Tensor, time: Tensor, **cond: Any) -> Tensor:
-        out: Tensor = self.network(x, time, **cond)
+    def forward(self, x: Tensor, time: Tensor, **conditions: Any) -> Tensor:
+        out: Tensor = self.network(x, time, **conditions)
         return out[:, : x.shape[1]]
 
 

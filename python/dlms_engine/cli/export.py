@@ -71,12 +71,12 @@ def export(
     sampler = Sampler(held.denoiser, policy).to(device)
     noise = torch.zeros(batch or 2, *held.shape, device=device)
     started = time.perf_counter()
-    cond = condition_rows(held, range(len(noise)), noise.device)
+    rows = condition_rows(held, range(len(noise)), noise.device)
     export_sampler(
         sampler,
         noise,
         output,
-        cond=cond or None,
+        conditions=rows or None,
         dynamic_batch=batch == 0,
         max_batch=max_batch,
         overwrite=overwrite,

@@ -21,7 +21,7 @@ from ..support.transfer import rows_up
 from . import fused_adjoint
 
 
-def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> list[Tensor]:
+def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **conditions: Any) -> list[Tensor]:
     """Runs ``table``; gradients reach ``x``, ``a``, ``b``, ``times`` and ``initial_scale``.
 
     Args:
@@ -31,10 +31,10 @@ def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> lis
         the states x_0 .. x_nfe, each like ``x``; losses may use any. First derivatives only.
     """
     if fused_adjoint.runs_in_rows(denoiser, table, x):
-        return fused_adjoint.solve_rows(denoiser, table, x, **cond)
+        return fused_adjoint.solve_rows(denoiser, table, x, **conditions)
     numbers = on_device(table, x.device)
     states: tuple[Tensor, ...] = _Solve.apply(  # type: ignore[no-untyped-call]
-        denoiser, table.prediction, cond, x, *numbers
+        denoiser, table.prediction, conditions, x, *numbers
     )
     return list(states)
 
@@ -51,7 +51,7 @@ def on_device(table: SolverTable, device: torch.device) -> tuple[Tensor, Tensor,
 
 
 def walk(
-    denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any
+    denoiser: Denoiser, table: SolverTable, x: Tensor, **conditions: Any
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(state before row n, output m_n, state after row n) for each row; keeps what a row reads.
 
@@ -61,7 +61,7 @@ def walk(
     a, b, times, scale = on_device(table, x.device)
     x = per_sample(scale, x) * x
     for n in range(table.nfe):
-        m = denoiser.predict(x, times[..., n], table.prediction, **cond)
+        m = denoiser.predict(x, times[..., n], table.prediction, **conditions)
         history = [m, *history][: table.depth]
         following = per_sample(a[..., n], x) * x
         for k, past in enumerate(history):
@@ -78,7 +78,7 @@ class _Solve(torch.autograd.Function):
         ctx: Any,
         denoiser: Denoiser,
         prediction: Prediction,
-        cond: dict[str, Any],
+        conditions: dict[str, Any],
         x: Tensor,
         a: Tensor,
         b: Tensor,
@@ -88,12 +88,12 @@ class _Solve(torch.autograd.Function):
         rows, depth = a.shape[-1], b.shape[-1]
         states, outputs = [per_sample(scale, x) * x], list[Tensor]()
         for n in range(rows):
-            outputs.append(denoiser.predict(states[n], times[..., n], prediction, **cond))
+            outputs.append(denoiser.predict(states[n], times[..., n], prediction, **conditions))
             following = per_sample(a[..., n], x) * states[n]
             for k in range(min(depth, n + 1)):
                 following = following + per_sample(b[..., n, k], x) * outputs[n - k]
             states.append(following)
-        ctx.run = denoiser, prediction, cond, rows
+        ctx.run = denoiser, prediction, conditions, rows
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, a, b, times, scale, *states[:-1], *outputs)
         return tuple(states)
@@ -101,7 +101,7 @@ class _Solve(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        denoiser, prediction, cond, rows = ctx.run
+        denoiser, prediction, conditions, rows = ctx.run
         x, a, b, times, scale, *kept = ctx.saved_tensors
         states, outputs = kept[:rows], kept[rows:]
         _, _, _, _, for_a, for_b, for_times, for_scale = ctx.needs_input_grad
@@ -125,7 +125,7 @@ class _Solve(torch.autograd.Function):
             assert cotangent is not None
             cotangents[n] = None
             grad_x, grad_t = _network_vjp(
-                denoiser, prediction, cond, states[n], times[..., n], cotangent, for_times
+                denoiser, prediction, conditions, states[n], times[..., n], cotangent, for_times
             )
             v = v + grad_x
             if grad_t is not None:
@@ -148,7 +148,7 @@ class _Solve(torch.autograd.Function):
 def _network_vjp(
     denoiser: Denoiser,
     prediction: Prediction,
-    cond: dict[str, Any],
+    conditions: dict[str, Any],
     x: Tensor,
     t: Tensor,
     cotangent: Tensor,
@@ -158,7 +158,7 @@ def _network_vjp(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         t = t.detach().clone().requires_grad_(for_time)
-        m = denoiser.predict(x, t, prediction, **cond)
+        m = denoiser.predict(x, t, prediction, **conditions)
     wanted = [x, t] if for_time else [x]
     found = torch.autograd.grad(m, wanted, cotangent, allow_unused=True)
     grad_x = torch.zeros_like(x) if found[0] is None else found[0]

@@ -32,7 +32,7 @@ class DesignerSteps:
         kernels: from ``designer_row.select_designer``.
         x: ``[B, ...]``: batch and device of the run.
         dtype: of state, history and rows.
-        cond: handed to the network.
+        conditions: handed to the network.
     """
 
     rows: Tensor | None = None
@@ -44,13 +44,13 @@ class DesignerSteps:
         kernels: Kernels,
         x: Tensor,
         dtype: torch.dtype,
-        cond: dict[str, Any],
+        conditions: dict[str, Any],
     ) -> None:
         self.count = policy.nfe
         self.depth = policy.depth
         self._denoiser = denoiser
         self._kernels = kernels
-        self._cond = cond
+        self._conditions = conditions
         self._custom_level = denoiser._time_input is not None
         self._parameters = parameters(denoiser, policy, x.device)
         self._config = row_config(denoiser, policy)
@@ -64,7 +64,7 @@ class DesignerSteps:
         level = self._c_noise
         if self._custom_level:
             level = self._denoiser._noise_level(level)
-        return evaluate(self._denoiser, network_input, level, self._cond)
+        return evaluate(self._denoiser, network_input, level, self._conditions)
 
     def row(self, n: int) -> Tensor:
         features = self._denoiser.last_features if self._features else None
@@ -79,7 +79,7 @@ def policy_steps(
     policy: Any,
     x: Tensor,
     dtype: torch.dtype,
-    cond: dict[str, Any],
+    conditions: dict[str, Any],
     backend: str,
 ) -> Steps:
     """Steps of ``policy``: with the kernel where it is available and does the same, else in torch."""
@@ -88,14 +88,14 @@ def policy_steps(
     if kernels is not None and own and takes(policy):
         policy.place(x.device)
         try:
-            return DesignerSteps(denoiser, policy, kernels, x, dtype, cond)
+            return DesignerSteps(denoiser, policy, kernels, x, dtype, conditions)
         except BUILD_ERRORS as exc:
             # Triton needs a C compiler, the CUDA kernels beside it do not.
             asked = backend == "triton" or torch.compiler.is_compiling()
             if asked or isinstance(exc, torch.OutOfMemoryError):
                 raise
             designer_row.refuse(exc)
-    return PolicySteps(denoiser, policy, policy.start(x.shape[0], x.device), dtype, cond)
+    return PolicySteps(denoiser, policy, policy.start(x.shape[0], x.device), dtype, conditions)
 
 
 def takes(policy: Any) -> bool:

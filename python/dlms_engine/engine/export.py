@@ -23,6 +23,7 @@ from .._version import __version__
 from ..ops import layout, reference
 from ..policies.run import run_predictions
 from ..support.files import replacing, require_writable
+from ..support.renamed import one_of_two
 from .export_reasons import explain_export, suggested_batch
 from .sampler import Sampler
 from .steps import TableRows, first_input
@@ -47,7 +48,7 @@ class SamplerExportError(RuntimeError):
 
 
 class SamplerModule(nn.Module):
-    """A sampler as a function without state: ``forward(noise, cond)``, every row unrolled.
+    """A sampler as a function without state: ``forward(noise, conditions)``, every row unrolled.
 
     Args:
         sampler: a sampler of a table or of a policy whose rows are tensor operations (DLMS, AMED).
@@ -82,9 +83,9 @@ class SamplerModule(nn.Module):
             if isinstance(value, nn.Module):
                 self.add_module(f"policy_{name}", value)
 
-    def forward(self, noise: Tensor, cond: dict[str, Any] | None = None) -> Tensor:
+    def forward(self, noise: Tensor, conditions: dict[str, Any] | None = None) -> Tensor:
         """The sample ``[B, ...]`` in the state dtype, from ``noise`` ``[B, ...]``."""
-        sampler, given = self.sampler, {**self.fixed, **(cond or {})}
+        sampler, given = self.sampler, {**self.fixed, **(conditions or {})}
         x = noise.to(sampler.dtype)
         if sampler.denoiser.dynamic_thresholding is not None:
             correctors = sampler.correctors
@@ -115,12 +116,12 @@ def trace_sampler(
     sampler: Sampler,
     noise: Tensor,
     *,
-    cond: Mapping[str, Any] | None = None,
+    conditions: Mapping[str, Any] | None = None,
     dynamic_batch: bool = True,
     max_batch: int | None = None,
 ) -> ExportedProgram:
     """The sampler as an ``ExportedProgram`` of aten operations; see ``export_sampler``."""
-    tensors, fixed = split_cond(cond)
+    tensors, fixed = split_conditions(conditions)
     table = sampler.policy.static_table()
     batched = table is not None and bool(table.batch_shape)
     _check(noise, dynamic_batch, max_batch, batched)
@@ -134,14 +135,14 @@ def trace_sampler(
 
 
 def _export(
-    module: SamplerModule, noise: Tensor, cond: dict[str, Any], dynamic: bool, max_batch: int
+    module: SamplerModule, noise: Tensor, conditions: dict[str, Any], dynamic: bool, max_batch: int
 ) -> ExportedProgram:
     batch = Dim("batch", min=1, max=max_batch)
 
     def axes(t: Tensor) -> dict[int, Any]:
         return {0: batch} if t.ndim and t.shape[0] == noise.shape[0] else {}
 
-    given = (noise, cond) if cond else (noise,)
+    given = (noise, conditions) if conditions else (noise,)
     shapes = tree_map(axes, given) if dynamic else None
     try:
         with torch.no_grad():
@@ -153,14 +154,14 @@ def _export(
         module.sampler.denoiser._tap.__setstate__({})
 
 
-def split_cond(cond: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+def split_conditions(conditions: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """(what becomes an argument: tensors, and containers of nothing else; the rest)."""
 
     def is_argument(value: Any) -> bool:
         leaves = tree_leaves(value)
         return bool(leaves) and all(isinstance(leaf, Tensor) for leaf in leaves)
 
-    given = cond or {}
+    given = conditions or {}
     arguments = {k: v for k, v in given.items() if is_argument(v)}
     return arguments, {k: v for k, v in given.items() if k not in arguments}
 
@@ -191,7 +192,7 @@ def bounds(program: ExportedProgram, noise: Tensor) -> tuple[int, int]:
 
 
 def describe(
-    sampler: Sampler, noise: Tensor, cond: Mapping[str, Any] | None, batch: tuple[int, int]
+    sampler: Sampler, noise: Tensor, conditions: Mapping[str, Any] | None, batch: tuple[int, int]
 ) -> dict[str, Any]:
     """What is in a package, JSON-able; ``aoti_load_package(path).get_metadata()`` has it."""
     policy = sampler.policy
@@ -207,7 +208,7 @@ def describe(
             "dtype": str(noise.dtype).removeprefix("torch."),
             "device": noise.device.type,
         },
-        "cond": sorted(split_cond(cond)[0]),
+        "cond": sorted(split_conditions(conditions)[0]),
     }
 
 
@@ -216,30 +217,32 @@ def export_sampler(
     noise: Tensor,
     path: str | Path,
     *,
-    cond: Mapping[str, Any] | None = None,
+    conditions: Mapping[str, Any] | None = None,
     dynamic_batch: bool = True,
     max_batch: int | None = None,
     inductor_configs: Mapping[str, Any] | None = None,
     overwrite: bool = True,
+    cond: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes ``sampler`` to ``path`` as an AOTInductor package.
 
     ``torch._inductor.aoti_load_package(path)`` gives it back as a function: ``run(noise)``, or
-    ``run(noise, {name: tensor, ...})`` with ``cond``. Neither needs this library; from C++ it is an
-    ``AOTIModelPackageLoader``. Weights, rows and what a policy learned are inside.
+    ``run(noise, {name: tensor, ...})`` with ``conditions``. Neither needs this library; from C++ it is
+    an ``AOTIModelPackageLoader``. Weights, rows and what a policy learned are inside.
 
     Args:
         noise: ``[B, ...]`` an example of the state at the start, on the device and in the dtype
             that the package will be given; only its shape matters. B >= 2 with ``dynamic_batch``.
         path: a name that ends in ``.pt2``. The package is put together in memory and then takes the
             place of what was there in one go.
-        cond: what the network is also given. Tensors, and containers of tensors alone, become
+        conditions: what the network is also given. Tensors, and containers of tensors alone, become
             arguments, with a free batch where their first size is B; the rest becomes part of the
             package.
         dynamic_batch: any batch from 1 to ``max_batch``; False for the example's alone.
         max_batch: None is 4096, or less where the network takes another path for large batches.
         inductor_configs: handed to Inductor, such as ``{"max_autotune": True}``.
         overwrite: whether an existing file may be replaced.
+        cond: ``conditions`` by their earlier name.
 
     Returns:
         ``path``.
@@ -250,14 +253,14 @@ def export_sampler(
         OSError: it cannot be written (full disk, read-only folder); what was there is untouched.
         SamplerExportError: the network cannot be traced or compiled; the message says why.
     """
-    path = Path(path)
+    path, conditions = Path(path), one_of_two(conditions, cond)
     if path.suffix != ".pt2":
         raise ValueError(f"path is {path}, expected a name that ends in .pt2")
     refuse_existing(path, overwrite)
     require_writable(path)  # ahead of minutes of compiling
     with replacing(path) as partial:
         partial.write_bytes(
-            _package(sampler, noise, cond, dynamic_batch, max_batch, inductor_configs)
+            _package(sampler, noise, conditions, dynamic_batch, max_batch, inductor_configs)
         )
     return path
 
@@ -273,16 +276,16 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 def _package(
     sampler: Sampler,
     noise: Tensor,
-    cond: Mapping[str, Any] | None,
+    conditions: Mapping[str, Any] | None,
     dynamic_batch: bool,
     max_batch: int | None,
     inductor_configs: Mapping[str, Any] | None,
 ) -> memoryview:
     """The package's bytes. Not written by torch: on a full disk its writer aborts the process."""
     program = trace_sampler(
-        sampler, noise, cond=cond, dynamic_batch=dynamic_batch, max_batch=max_batch
+        sampler, noise, conditions=conditions, dynamic_batch=dynamic_batch, max_batch=max_batch
     )
-    metadata = {METADATA: json.dumps(describe(sampler, noise, cond, bounds(program, noise)))}
+    metadata = {METADATA: json.dumps(describe(sampler, noise, conditions, bounds(program, noise)))}
     configs = {"aot_inductor.metadata": metadata, **(inductor_configs or {})}
     package = io.BytesIO()
     try:

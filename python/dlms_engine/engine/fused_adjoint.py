@@ -38,11 +38,13 @@ def _input_dtype(denoiser: Denoiser, x: Tensor) -> torch.dtype:
     return x.dtype if dtype == torch.float64 else dtype
 
 
-def solve_rows(denoiser: Denoiser, table: SolverTable, x: Tensor, **cond: Any) -> list[Tensor]:
+def solve_rows(
+    denoiser: Denoiser, table: SolverTable, x: Tensor, **conditions: Any
+) -> list[Tensor]:
     """`adjoint.solve` for what `runs_in_rows`."""
     rows, c_noise, first, scale = _packed(denoiser, table, x)
     later: tuple[Tensor, ...] = _Rows.apply(  # type: ignore[no-untyped-call]
-        denoiser, cond, x, rows, c_noise, first
+        denoiser, conditions, x, rows, c_noise, first
     )
     return [scale * x, *later]
 
@@ -76,7 +78,7 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any,
         denoiser: Denoiser,
-        cond: dict[str, Any],
+        conditions: dict[str, Any],
         x: Tensor,
         rows: Tensor,
         c_noise: Tensor,
@@ -87,13 +89,13 @@ class _Rows(torch.autograd.Function):
         inputs = [(first * x).to(_input_dtype(denoiser, x))]
         states, outputs = [x], list[Tensor]()
         for n in range(count):
-            f, f_cond = _branches(evaluate(denoiser, inputs[n], c_noise[n], cond))
+            f, f_cond = _branches(evaluate(denoiser, inputs[n], c_noise[n], conditions))
             state, m, following = ops.fused_row(f, f_cond, states[n], ring, rows[n])
             ring[n] = m
             states.append(state)
             inputs.append(following)
             outputs += [f] if f_cond is None else [f, f_cond]
-        ctx.run = denoiser, cond, count
+        ctx.run = denoiser, conditions, count
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(rows, c_noise, first, ring, *states[:-1], *inputs[:-1], *outputs)
         return tuple(states[1:])
@@ -101,7 +103,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        denoiser, cond, count = ctx.run
+        denoiser, conditions, count = ctx.run
         rows, c_noise, first, ring, *kept = ctx.saved_tensors
         states, inputs, flat = kept[:count], kept[count : 2 * count], kept[2 * count :]
         branches = len(flat) // count
@@ -117,7 +119,7 @@ class _Rows(torch.autograd.Function):
             grad_ring += to_ring
             cotangents = [to_f] if f_cond is None else [to_f, to_cond]
             grad_input, grad_noise[n] = _network_vjp(
-                denoiser, cond, inputs[n], c_noise[n], cotangents, ctx.needs_input_grad[4]
+                denoiser, conditions, inputs[n], c_noise[n], cotangents, ctx.needs_input_grad[4]
             )
             if n:
                 extra = grads[n - 1]
@@ -137,7 +139,7 @@ def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
 
 def _network_vjp(
     denoiser: Denoiser,
-    cond: dict[str, Any],
+    conditions: dict[str, Any],
     network_input: Tensor,
     c_noise: Tensor,
     cotangents: list[Tensor],
@@ -147,7 +149,7 @@ def _network_vjp(
     with torch.enable_grad():
         x = network_input.detach().requires_grad_()
         level = c_noise.detach().clone().requires_grad_(for_noise)
-        output = evaluate(denoiser, x, level, cond)
+        output = evaluate(denoiser, x, level, conditions)
     outputs = [output] if isinstance(output, Tensor) else list(output)
     wanted = [x, level] if for_noise else [x]
     into = torch.autograd.grad(outputs, wanted, cotangents, allow_unused=True)

@@ -163,7 +163,7 @@ class Sampler(Versioned, nn.Module):
         callback: Callback | None = None,
         progress: bool = False,
         return_trajectory: bool = False,
-        **cond: Any,
+        **conditions: Any,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Runs all rows.
 
@@ -173,7 +173,7 @@ class Sampler(Versioned, nn.Module):
             callback: called with a ``Step`` after each row.
             progress: shows a progress bar.
             return_trajectory: also returns the states ``[nfe + 1, B, ...]``.
-            cond: handed to the network.
+            conditions: handed to the network.
 
         Returns:
             ``[B, ...]`` in the state dtype, or ``(sample, trajectory)``.
@@ -198,11 +198,11 @@ class Sampler(Versioned, nn.Module):
             if bar is not None:
                 bar.update()
 
-        x = self._run(x, after if watched else None, cond)
+        x = self._run(x, after if watched else None, conditions)
         if bar is not None:
             bar.close()
         if not self._warned_not_finite and not self._is_finite(x):
-            self._tell_where(noise.to(place, self.dtype, copy=True), cond)
+            self._tell_where(noise.to(place, self.dtype, copy=True), conditions)
         return (x, torch.stack(states)) if return_trajectory else x
 
     def _is_finite(self, x: Tensor) -> bool:
@@ -212,7 +212,7 @@ class Sampler(Versioned, nn.Module):
             return True
         return bool(torch.isfinite(x).all())
 
-    def _tell_where(self, x: Tensor, cond: dict[str, Any]) -> None:
+    def _tell_where(self, x: Tensor, conditions: dict[str, Any]) -> None:
         """Says once which evaluation gave the first number that is not finite: runs once more."""
         self._warned_not_finite = True
         first: list[int] = []
@@ -221,7 +221,7 @@ class Sampler(Versioned, nn.Module):
             if not first and not bool(torch.isfinite(state).all()):
                 first.append(n)
 
-        self._run(x, after, cond)
+        self._run(x, after, conditions)
         where = f"from evaluation {first[0] + 1} of {self.nfe} on" if first else "at the end"
         _log.warning(
             "the samples are not finite %s: the network's output overflows (float16 instead of "
@@ -229,24 +229,24 @@ class Sampler(Versioned, nn.Module):
             where,
         )
 
-    def _run(self, x: Tensor, after: AfterRow | None, cond: dict[str, Any]) -> Tensor:
+    def _run(self, x: Tensor, after: AfterRow | None, conditions: dict[str, Any]) -> Tensor:
         if self.denoiser.dynamic_thresholding is not None:
             correctors = self._placed_correctors(x.device)
-            return run_predictions(self.denoiser, self.policy, x, cond, after, correctors)
+            return run_predictions(self.denoiser, self.policy, x, conditions, after, correctors)
         backend = ops.select(self.backend, x.device)
         network_dtype = self._network_dtype(x)
         if torch.compiler.is_compiling():
-            return self._run_plain(self._steps(x, cond), x, network_dtype, backend, after)
+            return self._run_plain(self._steps(x, conditions), x, network_dtype, backend, after)
         if (
             backend.name == "cpu"
             and cpu_loop.loop_available()
             and x.numel()
             and self.correctors is None
         ):
-            return self._engines.run(self._steps(x, cond), x, network_dtype, after)
+            return self._engines.run(self._steps(x, conditions), x, network_dtype, after)
         if self._captures(x.device, after is not None) and x.numel():
-            return self._run_graph(x, network_dtype, backend, cond)
-        return self._run_plain(self._steps(x, cond), x, network_dtype, backend, after)
+            return self._run_graph(x, network_dtype, backend, conditions)
+        return self._run_plain(self._steps(x, conditions), x, network_dtype, backend, after)
 
     def _run_plain(
         self,
@@ -295,29 +295,35 @@ class Sampler(Versioned, nn.Module):
             self._plans[key] = plan
         return plan
 
-    def _steps(self, x: Tensor, cond: dict[str, Any], plan: TableRows | None = None) -> Steps:
+    def _steps(self, x: Tensor, conditions: dict[str, Any], plan: TableRows | None = None) -> Steps:
         if self._table is not None:
-            return TableSteps(self.denoiser, plan or self._plan(x.device), self._table.depth, cond)
+            return TableSteps(
+                self.denoiser, plan or self._plan(x.device), self._table.depth, conditions
+            )
         backend = ops.select(self.backend, x.device).name
-        return policy_steps(self.denoiser, self.policy, x, self.dtype, cond, backend)
+        return policy_steps(self.denoiser, self.policy, x, self.dtype, conditions, backend)
 
     def _run_graph(
-        self, x: Tensor, network_dtype: torch.dtype, backend: ops.Backend, cond: dict[str, Any]
+        self,
+        x: Tensor,
+        network_dtype: torch.dtype,
+        backend: ops.Backend,
+        conditions: dict[str, Any],
     ) -> Tensor:
         """The whole run as one CUDA graph where it can be captured, else the plain loop.
 
         Rows and noise levels are inputs of the graph: other tables of this depth and length replay
         the same capture.
         """
-        cond = {**self.denoiser.batch_conditions(len(x)), **cond}
-        given_cond, fixed, rebuild = split_tensors(cond)
-        inputs = {"x": x, **given_cond}
+        conditions = {**self.denoiser.batch_conditions(len(x)), **conditions}
+        given_conditions, fixed, rebuild = split_tensors(conditions)
+        inputs = {"x": x, **given_conditions}
         options: tuple[Any, ...] = (backend.name, self.dtype, guidance(self.denoiser), fixed)
         if self._table is not None:
             inputs |= {f"plan/{k}": v for k, v in self._plan(x.device)._asdict().items()}
             options = (*options, self.policy.depth)
         # Read where they lie, and copied there before the run if they lie elsewhere.
-        read = self.denoiser.unconditional_read(cond)
+        read = self.denoiser.unconditional_read(conditions)
         options = (*options, *((t.data_ptr(), t.shape, t.dtype) for t in read))
 
         def body(given: Mapping[str, Tensor]) -> Tensor:

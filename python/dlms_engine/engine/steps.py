@@ -68,13 +68,13 @@ def guidance(denoiser: Denoiser) -> float:
 
 
 def evaluate(
-    denoiser: Denoiser, network_input: Tensor, c_noise: Tensor, cond: dict[str, Any]
+    denoiser: Denoiser, network_input: Tensor, c_noise: Tensor, conditions: dict[str, Any]
 ) -> NetworkOutput:
     """The network's output, both branches with guidance, contiguous and in its input's dtype."""
     dtype = network_input.dtype
     if denoiser.network_dtype == torch.float64:
         network_input = network_input.double()
-    out = denoiser.network_output(network_input, c_noise, **cond)
+    out = denoiser.network_output(network_input, c_noise, **conditions)
     if isinstance(out, Tensor):
         return out.to(dtype).contiguous()
     return out[0].to(dtype).contiguous(), out[1].to(dtype).contiguous()
@@ -84,7 +84,7 @@ class TableSteps:
     """Steps of a static table."""
 
     def __init__(
-        self, denoiser: Denoiser, plan: TableRows, depth: int, cond: dict[str, Any]
+        self, denoiser: Denoiser, plan: TableRows, depth: int, conditions: dict[str, Any]
     ) -> None:
         self.rows: Tensor | None = plan.rows
         self.count = plan.rows.shape[0]
@@ -92,10 +92,10 @@ class TableSteps:
         self.c_in = plan.c_in
         self._c_noise = plan.c_noise
         self._denoiser = denoiser
-        self._cond = cond
+        self._conditions = conditions
 
     def evaluate(self, n: int, network_input: Tensor) -> NetworkOutput:
-        return evaluate(self._denoiser, network_input, self._c_noise[n], self._cond)
+        return evaluate(self._denoiser, network_input, self._c_noise[n], self._conditions)
 
     def row(self, n: int) -> Tensor:
         assert self.rows is not None
@@ -113,7 +113,7 @@ class PolicySteps:
         policy: Any,
         run: PolicyRun,
         dtype: torch.dtype,
-        cond: dict[str, Any],
+        conditions: dict[str, Any],
     ) -> None:
         self.count = int(policy.nfe)
         self.depth = int(policy.depth)
@@ -121,13 +121,13 @@ class PolicySteps:
         self._prediction = policy.prediction
         self._run = run
         self._dtype = dtype
-        self._cond = cond
+        self._conditions = conditions
         self._pre = denoiser.preconditioning(run.time, policy.prediction)
         self._scale = run.initial_scale
         self.c_in = self._pre.c_in * run.initial_scale
 
     def evaluate(self, n: int, network_input: Tensor) -> NetworkOutput:
-        return evaluate(self._denoiser, network_input, self._pre.c_noise, self._cond)
+        return evaluate(self._denoiser, network_input, self._pre.c_noise, self._conditions)
 
     def row(self, n: int) -> Tensor:
         features = self._denoiser.last_features if self._denoiser.features else None

@@ -172,14 +172,14 @@ def train_ground(ground: Ground, *, steps: int = 1500, batch: int = 128) -> nn.M
     averaged = {k: v.detach().clone() for k, v in model.state_dict().items()}
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 1e-3 * (1 + math.cos(math.pi * step / steps)) + 1e-5
-        cond: dict[str, Any] = {}
+        conditions: dict[str, Any] = {}
         if len(ground.shape) == 1:
             data = plane_data(batch, generator)
         else:
             data, label = pixel_data(batch, generator)
             if ground.classes:
                 hidden = torch.rand(batch, generator=generator) < 0.1
-                cond["label"] = torch.where(hidden, ground.classes, label)
+                conditions["label"] = torch.where(hidden, ground.classes, label)
         noise = torch.randn(data.shape, generator=generator)
         span = process.t_max - process.t_min
         t = process.t_min + span * torch.rand(batch, generator=generator, dtype=torch.float64)
@@ -194,7 +194,7 @@ def train_ground(ground: Ground, *, steps: int = 1500, batch: int = 128) -> nn.M
         }[ground.prediction]
         timestep = getattr(process, "timestep", None)
         time = t if timestep is None else timestep(t)
-        out = model(alpha * data + sigma * noise, time.float(), **cond)
+        out = model(alpha * data + sigma * noise, time.float(), **conditions)
         loss = (out - wanted).square().mean()
         optimiser.zero_grad()
         loss.backward()

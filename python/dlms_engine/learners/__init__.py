@@ -14,12 +14,13 @@ from ..models.denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
 from ..support.files import only_one, require_writable
 from ..support.parallel import World, restarted
+from ..support.renamed import one_of_two
 from ..support.values import seed_number, whole_number
 from .begin import begun
 from .entry import LearnerEntry
 from .options import RunOptions
 from .registry import LEARNERS, learner, register_learner, resolved
-from .start.problem import Conditions, SamplingProblem, one_of_two, read_conditions
+from .start.problem import Conditions, SamplingProblem, read_conditions
 from .start.repeatable import require_repeatable
 from .training.conditioned import conditioned
 from .training.identity import named_conditions, run_identity

@@ -21,10 +21,15 @@ class RunOptions:
     seed: int
     settings: dict[str, Any]
     feature_network: Any = None
-    cond: Any = dataclasses.field(default_factory=dict)
+    conditions: Any = dataclasses.field(default_factory=dict)
     monitor: Monitor = dataclasses.field(default_factory=Silent)
     identity: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The model and its conditions, for the fingerprint of a checkpoint (``training.identity``)."""
+
+    @property
+    def cond(self) -> Any:
+        """``conditions`` by their earlier name."""
+        return self.conditions
 
     @property
     def checkpoint(self) -> Path | None:

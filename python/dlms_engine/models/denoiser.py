@@ -48,7 +48,7 @@ __all__ = [
 
 
 class Denoiser(Versioned, nn.Module):
-    """Wraps ``network(x, c_noise, **cond)`` so that every solver sees the same thing.
+    """Wraps ``network(x, c_noise, **conditions)`` so that every solver sees the same thing.
 
     Args:
         network: any callable; ``x`` is ``[B, ...]``, ``c_noise`` is ``[B]``.
@@ -236,7 +236,7 @@ class Denoiser(Versioned, nn.Module):
         return {}
 
     def network_output(
-        self, network_input: Tensor, c_noise: Tensor, **cond: Any
+        self, network_input: Tensor, c_noise: Tensor, **conditions: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The raw network on ``network_input`` ``[B, ...]``, or ``(F_uncond, F_cond)``.
 
@@ -250,18 +250,18 @@ class Denoiser(Versioned, nn.Module):
             level = level.round().to(torch.int64)
         noise = level.expand(batch)
         if self.guidance_scale is None:
-            return unwrap(self.network(network_input, noise, **cond))
-        twofold = self._branches.joined(self.unconditional, cond, doubled(batch))
+            return unwrap(self.network(network_input, noise, **conditions))
+        twofold = self._branches.joined(self.unconditional, conditions, doubled(batch))
         both = torch.cat([network_input, network_input])
         twice = torch.cat([level, level]) if level.ndim else level.expand(2 * batch)
         out = unwrap(self.network(both, twice, **twofold))
         return out[:batch], out[batch:]  # chunk(2) would tie an exported graph to this batch
 
-    def unconditional_read(self, cond: Mapping[str, Any]) -> list[Tensor]:
-        """The unconditional branch's tensors that a call with ``cond`` reads, where it reads them."""
+    def unconditional_read(self, conditions: Mapping[str, Any]) -> list[Tensor]:
+        """The unconditional branch's tensors that a call with ``conditions`` reads, and where."""
         if self.guidance_scale is None:
             return []
-        return self._branches.read(self.unconditional, cond)
+        return self._branches.read(self.unconditional, conditions)
 
     def combine(self, output: Tensor | tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
         """Mixes the guidance branches: F_uncond + scale * (F_cond - F_uncond), in ``dtype``."""
@@ -276,13 +276,13 @@ class Denoiser(Versioned, nn.Module):
         x: Tensor,
         t: Tensor | float,
         prediction: Literal["data", "noise"] = "data",
-        **cond: Any,
+        **conditions: Any,
     ) -> Tensor:
         """Data or noise prediction ``[B, ...]`` at ``x`` ``[B, ...]`` and time ``t`` (scalar, [B])."""
         times = as_level(t).to(x.device)
         pre = self.preconditioning(times, prediction)
         scaled = (per_sample(pre.c_in, x) * x).to(self.network_dtype or x.dtype)
-        output = self.combine(self.network_output(scaled, pre.c_noise, **cond), x.dtype)
+        output = self.combine(self.network_output(scaled, pre.c_noise, **conditions), x.dtype)
         output = like_input(output, x)
         value = per_sample(pre.c_skip, x) * x + per_sample(pre.c_out, x) * output
         if self.dynamic_thresholding is None:
@@ -292,9 +292,9 @@ class Denoiser(Versioned, nn.Module):
         )
         return thresholded(x, value, prediction, alpha, sigma, self.dynamic_thresholding)
 
-    def forward(self, x: Tensor, t: Tensor | float, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
         """E[x0 | x_t = x], same shape and dtype as ``x``."""
-        return self.predict(x, t, "data", **cond)
+        return self.predict(x, t, "data", **conditions)
 
 
 def per_sample(value: Tensor, like: Tensor) -> Tensor:

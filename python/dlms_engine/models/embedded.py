@@ -57,13 +57,13 @@ class EmbeddedNetwork(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, c_noise: Tensor, **cond: Any) -> Tensor:
+    def forward(self, x: Tensor, c_noise: Tensor, **conditions: Any) -> Tensor:
         """Raw output F ``[B, 3, 16, 16]`` for ``x`` = c_in * noisy image and ``c_noise`` ``[B]``.
 
         c_noise is ln(sigma) / 4 and stays in the dtype it comes in (float32 or wider): the
         timestep must not be rounded to half precision.
         """
-        output = self.unet(x, C_NOISE_SCALE * c_noise, return_dict=False, **cond)
+        output = self.unet(x, C_NOISE_SCALE * c_noise, return_dict=False, **conditions)
         return cast(Tensor, output[0])
 
 

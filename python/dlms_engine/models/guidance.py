@@ -25,17 +25,17 @@ class Branches:
         self._moved: dict[Any, tuple[Tensor, int, Tensor]] = {}
 
     def joined(
-        self, unconditional: Mapping[str, Any], cond: Mapping[str, Any], join: Join
+        self, unconditional: Mapping[str, Any], conditions: Mapping[str, Any], join: Join
     ) -> dict[str, Any]:
-        """``cond`` with every tensor joined; one without a counterpart serves both branches.
+        """``conditions`` with every tensor joined; one without a counterpart serves both branches.
 
         Raises:
-            ValueError: an unconditional key that ``cond`` has not, or a value of another kind.
+            ValueError: an unconditional key that ``conditions`` has not, or a value of another kind.
         """
-        return self._mapping("", cond, unconditional, join)
+        return self._mapping("", conditions, unconditional, join)
 
-    def read(self, unconditional: Mapping[str, Any], cond: Mapping[str, Any]) -> list[Tensor]:
-        """The unconditional tensors that a call with ``cond`` reads, where it reads them."""
+    def read(self, unconditional: Mapping[str, Any], conditions: Mapping[str, Any]) -> list[Tensor]:
+        """The unconditional tensors that a call with ``conditions`` reads, where it reads them."""
         found: list[Tensor] = []
 
         def keep(other: Tensor, value: Tensor) -> Tensor:
@@ -43,21 +43,21 @@ class Branches:
                 found.append(other)
             return value
 
-        self.joined(unconditional, cond, keep)
+        self.joined(unconditional, conditions, keep)
         return found
 
     def _mapping(
-        self, path: str, cond: Mapping[str, Any], other: Mapping[str, Any], join: Join
+        self, path: str, conditions: Mapping[str, Any], other: Mapping[str, Any], join: Join
     ) -> dict[str, Any]:
-        absent = [key for key in other if key not in cond]
+        absent = [key for key in other if key not in conditions]
         if absent:
             raise ValueError(
                 f"unconditional{path} has {absent}, which this call does not give the network: it gives "
-                f"{sorted(map(str, cond))}"
+                f"{sorted(map(str, conditions))}"
             )
         return {
             key: self._join(f"{path}[{key!r}]", value, other.get(key, value), join)
-            for key, value in cond.items()
+            for key, value in conditions.items()
         }
 
     def _join(self, path: str, value: Any, other: Any, join: Join) -> Any:

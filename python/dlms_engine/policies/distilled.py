@@ -69,7 +69,7 @@ class DistilledSolver(Versioned):
         return str(self.policy.describe()["kind"])
 
     def table(
-        self, denoiser: Denoiser | None = None, noise: Tensor | None = None, **cond: Any
+        self, denoiser: Denoiser | None = None, noise: Tensor | None = None, **conditions: Any
     ) -> SolverTable:
         """The solver as a plain table; a per-sample solver's mean decisions over ``noise``.
 
@@ -89,7 +89,7 @@ class DistilledSolver(Versioned):
                 "a per-sample solver becomes a table by averaging: pass the denoiser and some start "
                 "noise, solver.table(denoiser, noise)"
             )
-        return average_table(self.policy, denoiser, noise, **cond)
+        return average_table(self.policy, denoiser, noise, **conditions)
 
     def save(self, path: str | Path) -> Path:
         """Writes a solver file: safetensors and checked JSON, at most 1 MiB, never code."""

@@ -16,7 +16,7 @@ def run_predictions(
     denoiser: Denoiser,
     policy: Policy,
     x: Tensor,
-    cond: dict[str, Any],
+    conditions: dict[str, Any],
     after: Callable[[int, Tensor], object] | None = None,
     correctors: Correctors | None = None,
 ) -> Tensor:
@@ -34,7 +34,7 @@ def run_predictions(
     time = run.time
     x = per_sample(run.initial_scale, x) * x
     for n in range(policy.nfe):
-        history.insert(0, denoiser.predict(x, time, policy.prediction, **cond))
+        history.insert(0, denoiser.predict(x, time, policy.prediction, **conditions))
         features = denoiser.last_features if denoiser.features else None
         a, b, next_time = run.row(n, features)
         x = per_sample(a, x) * x

@@ -46,7 +46,7 @@ class Deciding(Policy, Protocol[D]):
 
 @torch.no_grad()
 def mean_decisions(
-    policy: Deciding[D], denoiser: Denoiser, noise: Tensor, **cond: Any
+    policy: Deciding[D], denoiser: Denoiser, noise: Tensor, **conditions: Any
 ) -> dict[int, D]:
     """Step -> mean decision over ``noise`` ``[B, ...]`` (state at the start), in one run."""
     decisions: dict[int, D] = {}
@@ -58,20 +58,20 @@ def mean_decisions(
 
     place = denoiser.device if noise.device.type == "cpu" else noise.device
     x = noise.to(place, torch.float32)
-    run_predictions(denoiser, deciding(policy, recorded), x, cond)
+    run_predictions(denoiser, deciding(policy, recorded), x, conditions)
     return {n: policy.mean(decision) for n, decision in sorted(decisions.items())}
 
 
 @torch.no_grad()
 def average_table(
-    policy: Deciding[D], denoiser: Denoiser, noise: Tensor, **cond: Any
+    policy: Deciding[D], denoiser: Denoiser, noise: Tensor, **conditions: Any
 ) -> SolverTable:
     """The mean decisions over ``noise`` ``[B, ...]`` (state at the start) as a plain table.
 
     What is averaged are the decisions and not the rows, so that the table is consistent: it is the
     sampler that always decides so.
     """
-    means = mean_decisions(policy, denoiser, noise, **cond)
+    means = mean_decisions(policy, denoiser, noise, **conditions)
     device = denoiser.device if noise.device.type == "cpu" else noise.device
     run = deciding(policy, lambda _features, n, _at: means[n]).run(1, device)
     times, a, b = [run.time.reshape(1)], [], []

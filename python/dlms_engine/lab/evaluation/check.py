@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...learners.start.problem import Conditions, one_of_two, read_conditions, rows_of
+from ...learners.start.problem import Conditions, read_conditions, rows_of
 from ...models.denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NetworkPrediction
 from ...models.preconditioning import NamedTime
 from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
+from ...support.renamed import one_of_two
 
 _LEVELS = (0.15, 0.5, 1.0, 2.0, 5.0)
 """sigma / alpha, in units of the data's standard deviation, where data are denoised."""
@@ -120,15 +121,15 @@ def check(
 class _Trial:
     """Scores wrappings, some of which the network may refuse: a table of embeddings takes no floats."""
 
-    def __init__(self, size: tuple[int, ...] | None, cond: dict[str, Any]) -> None:
-        self._size, self._cond = size, cond
+    def __init__(self, size: tuple[int, ...] | None, conditions: dict[str, Any]) -> None:
+        self._size, self._conditions = size, conditions
         self._refusals: list[Exception] = []
 
     def samples(self, denoiser: Denoiser) -> Tensor | None:
         """Its own, None where the network refuses."""
         assert self._size is not None
         try:
-            return _own_samples(denoiser, self._size, self._cond).to(denoiser.device)
+            return _own_samples(denoiser, self._size, self._conditions).to(denoiser.device)
         except (RuntimeError, TypeError, IndexError) as refusal:
             self._refusals.append(refusal)
             return None
@@ -137,7 +138,7 @@ class _Trial:
         if data is None:
             return math.inf
         try:
-            return _score(denoiser, data, self._cond)
+            return _score(denoiser, data, self._conditions)
         except (RuntimeError, TypeError, IndexError) as refusal:
             self._refusals.append(refusal)
             return math.inf
@@ -193,7 +194,7 @@ def _with(denoiser: Denoiser, prediction: NetworkPrediction, level: Any) -> Deno
     return variant
 
 
-def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], cond: dict[str, Any]) -> Tensor:
+def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], conditions: dict[str, Any]) -> Tensor:
     """By DDIM, in the data form, on times that are uniform in the process's own time."""
     process = denoiser.process
     times = torch.linspace(process.t_max, process.t_min, _STEPS + 1, dtype=torch.float64)
@@ -204,13 +205,13 @@ def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], cond: dict[str, Any
     x = float(process.sigma(times[0])) * torch.randn(shape, generator=generator)
     x = x.to(denoiser.device)
     for t, t_next in itertools.pairwise(times):
-        data = denoiser.predict(x, t, "data", **cond)
+        data = denoiser.predict(x, t, "data", **conditions)
         ratio = float(process.sigma(t_next) / process.sigma(t))
         x = ratio * x + float(process.alpha(t_next) - process.alpha(t) * ratio) * data
     return x
 
 
-def _score(denoiser: Denoiser, data: Tensor, cond: dict[str, Any]) -> float:
+def _score(denoiser: Denoiser, data: Tensor, conditions: dict[str, Any]) -> float:
     if not bool(data.isfinite().all()) or float(data.std()) < 1e-4 or float(data.abs().max()) > 1e4:
         return float("inf")
     process, deviation = denoiser.process, float(data.std())
@@ -225,7 +226,7 @@ def _score(denoiser: Denoiser, data: Tensor, cond: dict[str, Any]) -> float:
         t = process.inverse_sigma(ratio)
         alpha = float(process.alpha(t))
         x = alpha * data + alpha * float(ratio) * noise
-        error = (denoiser.predict(x, t, "data", **cond) - data).square().mean()
+        error = (denoiser.predict(x, t, "data", **conditions) - data).square().mean()
         shrunk = x / alpha / (1 + level**2)  # the best multiple for data of this deviation
         blind = min(
             float((shrunk - data).square().mean()), float((x / alpha - data).square().mean())

@@ -33,14 +33,14 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     own, given = split_settings(options.settings, AmedSettings, TrainerSettings)
     settings = AmedSettings(nfe=options.nfe, **own)
     training = training_settings(options, given, **_DEFAULTS)
-    learner = Amed(denoiser, settings, shape, seed=options.seed, **options.cond)
+    learner = Amed(denoiser, settings, shape, seed=options.seed, **options.conditions)
     solver = train_learner(
         learner, "amed", learner.fingerprint(), training, shape, options, lambda: learner.policy
     )
     beside = Beside(
         settings.handcrafted(denoiser.process),
-        lambda noise, cond: learner.coordinates.carried(
-            lambda x: learner.teacher_states(x, **cond)[-1], noise
+        lambda noise, conditions: learner.coordinates.carried(
+            lambda x: learner.teacher_states(x, **conditions)[-1], noise
         ),
         "more times inside each step (interpolation)",
         settings.keep,

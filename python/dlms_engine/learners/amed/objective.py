@@ -46,14 +46,14 @@ class Amed:
         shape: tuple[int, ...],
         *,
         seed: int = 0,
-        **cond: Any,
+        **conditions: Any,
     ) -> None:
         reads = reads_bottleneck(denoiser, settings.bottleneck, "amed")
         settings = dataclasses.replace(settings, bottleneck=reads)
         self.coordinates = Coordinates.of(denoiser, settings.coordinates_on(denoiser.process))
         model, self.denoiser = denoiser, self.coordinates.denoiser
         self.settings = settings
-        self.cond = cond
+        self.conditions = conditions
         self.progress = 0.0  # share of the run that is done, set by the trainer
         process = self.denoiser.process
         self.grid, fine = map(self.coordinates.times, settings.grids(model.process))
@@ -61,7 +61,11 @@ class Amed:
         self._here = self.grid.to(denoiser.device)
         self._asked = level_range(process)
         self._teacher = settings.teacher_table(process, fine)
-        size = feature_size(self.denoiser, shape, self.grid[0], cond) if settings.bottleneck else 64
+        size = (
+            feature_size(self.denoiser, shape, self.grid[0], conditions)
+            if settings.bottleneck
+            else 64
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             predictor = AmedPredictor(
@@ -77,7 +81,7 @@ class Amed:
             settings.validation_steps,
             None,
             "rmse",
-            cond,
+            conditions,
         )
 
     # -- learner protocol -----------------------------------------------------------------------
@@ -108,12 +112,14 @@ class Amed:
             walk.rewrite(Tensor.detach)
 
     def validate(self) -> dict[str, float]:
-        return self._validation.measure(Sampler(self.coordinates.model, self.policy), self.cond)
+        return self._validation.measure(
+            Sampler(self.coordinates.model, self.policy), self.conditions
+        )
 
     def describe(self) -> dict[str, Any]:
         noise, _ = self._validation.pair()
         model = self.coordinates.model
-        choices = mean_decisions(self.policy, model, noise[:16], **self.cond).values()
+        choices = mean_decisions(self.policy, model, noise[:16], **self.conditions).values()
         return {name: host_numbers([getattr(c, name) for c in choices]) for name in Choice._fields}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -122,10 +128,10 @@ class Amed:
     # -- Algorithm 1 ------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def teacher_states(self, x: Tensor, **cond: Any) -> list[Tensor]:
+    def teacher_states(self, x: Tensor, **conditions: Any) -> list[Tensor]:
         """The teacher's states at the end of every student step, from ``x`` at the grid's start."""
-        cond = {**self.cond, **cond}
-        after = [state for _, _, state in walk(self.denoiser, self._teacher, x, **cond)]
+        conditions = {**self.conditions, **conditions}
+        after = [state for _, _, state in walk(self.denoiser, self._teacher, x, **conditions)]
         s = self.settings
         stride = SOLVERS[s.teacher_name].evaluations_per_step * (s.teacher_interpolation + 1)
         return [*(after[k * stride - 1] for k in range(1, s.steps)), after[-1]]
@@ -152,7 +158,7 @@ class Amed:
 
     def endpoint_loss(self, x: Tensor) -> Tensor:
         """Logarithm of the mean squared distance of the student's end to the exact one from ``x``."""
-        target = self.coordinates.exact_solution(x, self.settings.endpoint_steps, self.cond)
+        target = self.coordinates.exact_solution(x, self.settings.endpoint_steps, self.conditions)
         return log_distance(self.student_end(x), target, None, World.current())
 
     def student_end(self, x: Tensor) -> Tensor:
@@ -184,7 +190,7 @@ class Amed:
         return Walk(self.settings.base(), self.denoiser.process, self._here, _scaled, self._asked)
 
     def _predict(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.denoiser.predict(x, t, self.policy.prediction, **self.cond)
+        return self.denoiser.predict(x, t, self.policy.prediction, **self.conditions)
 
 
 def _scaled(weight: Tensor, value: Tensor) -> Tensor:

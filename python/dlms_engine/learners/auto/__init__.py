@@ -282,7 +282,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     if options.trajectories is not None:
         own["samples"] = options.trajectories
     settings = AutoSettings(nfe=options.nfe, **own)
-    problem = SamplingProblem(denoiser, shape, options.cond or None, seed=options.seed)
+    problem = SamplingProblem(denoiser, shape, options.conditions or None, seed=options.seed)
     return Auto(problem, settings, options).run()
 
 

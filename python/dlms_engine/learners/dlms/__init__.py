@@ -35,7 +35,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         shape,
         feature_network=options.feature_network,
         seed=options.seed,
-        **options.cond,
+        **options.conditions,
     )
     learner.world = World.current()
     solver = train_learner(
@@ -44,8 +44,8 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     beside = Beside(
         settings.handcrafted(denoiser.process),
         keep="learned",  # it begins at the best of its forms and keeps the best it has been
-        teacher=lambda noise, cond: learner.coordinates.carried(
-            lambda x: learner.teacher_end(x, **cond), noise
+        teacher=lambda noise, conditions: learner.coordinates.carried(
+            lambda x: learner.teacher_end(x, **conditions), noise
         ),
         finer="more points inside each interval (teacher_interpolation)",
     )

@@ -60,7 +60,7 @@ class Dlms:
         *,
         feature_network: torch.nn.Module | None = None,
         seed: int = 0,
-        **cond: Any,
+        **conditions: Any,
     ) -> None:
         reads = reads_bottleneck(denoiser, settings.bottleneck, "dlms")
         settings = replace(settings, bottleneck=reads)
@@ -74,12 +74,12 @@ class Dlms:
         network = None if times.network is None else self.coordinates.times(times.network)
         times = StartTimes(self.coordinates.times(times.grid), network)
         self.settings = settings
-        self.cond = cond
+        self.conditions = conditions
         self.world = World()  # ranks that share a batch
         self.progress = 0.0  # share of the run that is done, set by the trainer
         process = denoiser.process
         grid = times.grid
-        size = feature_size(denoiser, shape, float(grid[0]), cond) if reads else 0
+        size = feature_size(denoiser, shape, float(grid[0]), conditions) if reads else 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = Designer(
@@ -110,7 +110,7 @@ class Dlms:
             settings.validation_steps,
             self.distance,
             settings.score,
-            cond,
+            conditions,
         )
 
     def _designer_settings(self, grid: Tensor, features: int) -> DesignerSettings:
@@ -146,7 +146,7 @@ class Dlms:
             loss.backward()
             yield endpoint_numbers(loss)
             return
-        teacher = Teacher(self.denoiser, settings.teacher, x, settings.steps, self.cond)
+        teacher = Teacher(self.denoiser, settings.teacher, x, settings.steps, self.conditions)
         losses: Numbers = {}
         for n in range(2, settings.steps + 1):
             loss, carry = self._pair(n, carry, teacher)
@@ -158,11 +158,13 @@ class Dlms:
         yield {"loss": last, **losses}
 
     def validate(self) -> dict[str, float]:
-        return self._validation.measure(Sampler(self.coordinates.model, self.policy), self.cond)
+        return self._validation.measure(
+            Sampler(self.coordinates.model, self.policy), self.conditions
+        )
 
     def describe(self) -> dict[str, Any]:
         noise, _ = self._validation.pair()
-        table = average_table(self.policy, self.coordinates.model, noise[:16], **self.cond)
+        table = average_table(self.policy, self.coordinates.model, noise[:16], **self.conditions)
         return {"grid": table.grid.tolist(), "network_times": table.times.tolist()}
 
     def fingerprint(self) -> dict[str, Any]:
@@ -172,10 +174,10 @@ class Dlms:
         settings["grid"] = source if named else self.module.grid.tolist()
         return settings
 
-    def teacher_end(self, x: Tensor, **cond: Any) -> Tensor:
+    def teacher_end(self, x: Tensor, **conditions: Any) -> Tensor:
         """End of the teacher on the initial grid from ``x`` ``[B, ...]`` at its start."""
-        s, cond = self.settings, {**self.cond, **cond}
-        teacher = Teacher(self.denoiser, s.teacher, x, s.steps, cond)
+        s, conditions = self.settings, {**self.conditions, **conditions}
+        teacher = Teacher(self.denoiser, s.teacher, x, s.steps, conditions)
         for here, there in itertools.pairwise(self.module.grid.expand(x.shape[0], -1).unbind(1)):
             teacher.advance(here, there)
         return teacher.x
@@ -193,7 +195,7 @@ class Dlms:
         return _Carry(x, t, None, [x / per_sample(self.denoiser.process.sigma(t), x)])
 
     def predict(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.denoiser.predict(x, t, self.settings.prediction, **self.cond)
+        return self.denoiser.predict(x, t, self.settings.prediction, **self.conditions)
 
     def features(self) -> Tensor | None:
         if not self.settings.bottleneck:
@@ -247,7 +249,7 @@ def endpoint_loss(learner: Dlms, x: Tensor) -> Tensor:
     feature distances: their product, free of scales, is what validation scores by.
     """
     settings = learner.settings
-    target = learner.coordinates.exact_solution(x, settings.endpoint_steps, learner.cond)
+    target = learner.coordinates.exact_solution(x, settings.endpoint_steps, learner.conditions)
     return log_distance(student_end(learner, x), target, learner.distance, learner.world)
 
 

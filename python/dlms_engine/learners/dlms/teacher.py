@@ -42,12 +42,12 @@ class Teacher:
         settings: TeacherSettings,
         x: Tensor,
         segments: int,
-        cond: dict[str, Any],
+        conditions: dict[str, Any],
     ) -> None:
         self._denoiser = denoiser
         self._settings = settings
         self._order = min(settings.order, 2) if settings.interpolation <= 1 else settings.order
-        self._cond = cond
+        self._conditions = conditions
         self._left = segments * (settings.interpolation + 1)
         self._history: list[
             tuple[Tensor, Tensor]
@@ -81,7 +81,7 @@ class Teacher:
 
     def _step(self, t: Tensor, t_next: Tensor) -> None:
         process = self._denoiser.process
-        data = self._denoiser.predict(self.x, t, "data", **self._cond)
+        data = self._denoiser.predict(self.x, t, "data", **self._conditions)
         lambda_ = process.lambda_(t)
         self._history = [(lambda_, data), *self._history][: self._order]
         order = min(self._order, len(self._history), self._left)

@@ -33,7 +33,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     x = x * float(denoiser.process.sigma(grid[0]))
     fitted = fit(
         denoiser, settings, x, world=world, progress=options.progress and world.rank == 0,
-        **options.cond,
+        **options.conditions,
     )  # fmt: skip
     history = summary(fitted)
     for entry in history:
@@ -47,8 +47,8 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     solver = DistilledSolver(fitted.table, "dode", record, history, best)
     beside = Beside(
         standard_bases(denoiser.process, settings),
-        lambda noise, cond: teacher_states(
-            denoiser, settings, grid, noise, **{**options.cond, **cond}
+        lambda noise, conditions: teacher_states(
+            denoiser, settings, grid, noise, **{**options.conditions, **conditions}
         )[-1],
         "more sub-steps (scale)"
         + (", or alignment='interval'" if settings.alignment == "official" else ""),

@@ -100,7 +100,7 @@ class Fit(Replay):
         ridge: float = 0.0,
         chunk: int = 100,
         world: World | None = None,
-        cond: dict[str, Any] | None = None,
+        conditions: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(denoiser.process, store, [])
         self.residuals: list[tuple[float, float]] = []  # mean squares before and after
@@ -111,7 +111,7 @@ class Fit(Replay):
         self._ridge = ridge
         self._chunk = chunk
         self._world = world or World()
-        self._cond = cond or {}
+        self._conditions = conditions or {}
 
     def evaluate(self, x: Form, t: Tensor) -> TracedOutput:
         state = self.value(x)
@@ -120,7 +120,7 @@ class Fit(Replay):
         self._outputs.append(
             torch.cat(
                 [
-                    self._denoiser.predict(part, t, self.trace.store, **self._cond)
+                    self._denoiser.predict(part, t, self.trace.store, **self._conditions)
                     for part in torch.split(state, self._chunk)
                 ]
             )

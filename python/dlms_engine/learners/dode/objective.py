@@ -51,12 +51,12 @@ def fit(
     *,
     world: World | None = None,
     progress: bool = False,
-    **cond: Any,
+    **conditions: Any,
 ) -> Fitted:
     """Fits the lambdas on start states ``x`` ``[B, ...]`` (this rank's share of the batch)."""
     process = denoiser.process
     grid = student_grid(settings, process)
-    targets = teacher_states(denoiser, settings, grid, x, progress=progress, **cond)
+    targets = teacher_states(denoiser, settings, grid, x, progress=progress, **conditions)
     recorder = Fit(
         denoiser,
         settings.resolved_prediction(process),
@@ -65,7 +65,7 @@ def fit(
         ridge=settings.ridge,
         chunk=settings.chunk,
         world=world,
-        cond=cond,
+        conditions=conditions,
     )
     table = _run(recorder, process, grid, settings)
     return Fitted(table, recorder.corrections, recorder.residuals)
@@ -140,7 +140,7 @@ def teacher_states(
     x: Tensor,
     *,
     progress: bool = False,
-    **cond: Any,
+    **conditions: Any,
 ) -> list[Tensor]:
     """The target of every evaluation, each like ``x``."""
     process = denoiser.process
@@ -169,7 +169,7 @@ def teacher_states(
         total=table.nfe * len(parts), desc="teacher", unit="eval", leave=False, disable=not progress
     )
     for part in parts:
-        for n, (_, _, state) in enumerate(walk(denoiser, table, part, **cond)):
+        for n, (_, _, state) in enumerate(walk(denoiser, table, part, **conditions)):
             if n + 1 in kept:
                 kept[n + 1].append(state)
             bar.update()

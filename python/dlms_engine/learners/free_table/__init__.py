@@ -29,7 +29,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     settings = FreeTableSettings(nfe=options.nfe, **own)
     training = training_settings(options, shared, **_DEFAULTS)
     learner = FreeTable(
-        denoiser, settings, shape, feature_network=options.feature_network, **options.cond
+        denoiser, settings, shape, feature_network=options.feature_network, **options.conditions
     )
     solver = train_learner(
         learner,

@@ -39,11 +39,11 @@ class FreeTable:
         shape: tuple[int, ...],
         *,
         feature_network: nn.Module | None = None,
-        **cond: Any,
+        **conditions: Any,
     ) -> None:
         self.denoiser = denoiser
         self.settings = settings
-        self.cond = cond
+        self.conditions = conditions
         self.free = FreeTableModule(denoiser, settings)
         self.module: nn.Module = self.free
         self.progress = 0.0
@@ -58,7 +58,7 @@ class FreeTable:
             settings.validation_steps,
             self._distance,
             settings.score,
-            cond,
+            conditions,
         )
 
     # -- learner protocol --------------------------------------------------------------------------
@@ -79,9 +79,11 @@ class FreeTable:
         """One batch: the whole run, one reverse sweep."""
         x = self._start * noise
         table = self.free()
-        states = solve(self.denoiser, table, x, **self.cond)
+        states = solve(self.denoiser, table, x, **self.conditions)
         if self.settings.loss == "endpoint":
-            target = exact_solution(self.denoiser, x, self.settings.teacher_steps, **self.cond)
+            target = exact_solution(
+                self.denoiser, x, self.settings.teacher_steps, **self.conditions
+            )
             loss = log_distance(states[-1], target, self._distance, World.current())
         else:
             loss = self._trajectory(table, states, x)
@@ -125,7 +127,7 @@ class FreeTable:
         fine = refine(process, grid, count)
         table = solvers.dpm_solver_pp(process, fine, order=2 if count <= 2 else 3)
         found: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for n, (state, data, after) in enumerate(walk(self.denoiser, table, x, **self.cond)):
+        for n, (state, data, after) in enumerate(walk(self.denoiser, table, x, **self.conditions)):
             if n and n % count == 0:
                 found[n // count] = state, self._slope(state, data, fine[n])
             if n == table.nfe - 1:
@@ -150,7 +152,7 @@ class FreeTable:
     def validate(self) -> dict[str, float]:
         with torch.no_grad():
             table = self.free()
-        return self._validation.measure(Sampler(self.denoiser, table), self.cond)
+        return self._validation.measure(Sampler(self.denoiser, table), self.conditions)
 
     def describe(self) -> dict[str, Any]:
         with torch.no_grad():

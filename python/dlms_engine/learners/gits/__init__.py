@@ -28,7 +28,13 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     settings = GitsSettings(nfe=options.nfe, **own)
     samples = _SAMPLES if options.trajectories is None else options.trajectories
     search = Gits(
-        denoiser, settings, shape, samples, seed=options.seed, world=World.current(), **options.cond
+        denoiser,
+        settings,
+        shape,
+        samples,
+        seed=options.seed,
+        world=World.current(),
+        **options.conditions,
     )
     indices, report = search.search()
     for row, entry in enumerate(report["tried"]):
@@ -49,7 +55,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
             for entry in report["tried"]
         }
         name, table, rows = nearest_to_exact(
-            denoiser, shape, searched, settings, seed=options.seed, cond=options.cond
+            denoiser, shape, searched, settings, seed=options.seed, conditions=options.conditions
         )
         score = next(row["rmse"] for row in rows if row["grid"] == name)
         best = {"score": score, "set": name, "indices": indices, "grids": rows}

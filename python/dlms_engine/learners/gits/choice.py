@@ -41,10 +41,10 @@ def nearest_to_exact(
     settings: GitsSettings,
     *,
     seed: int,
-    cond: Any = None,
+    conditions: Any = None,
 ) -> tuple[str, SolverTable, list[dict[str, Any]]]:
     """(name, table, all with their errors) of the grid whose end is nearest to the exact one."""
-    problem = SamplingProblem(denoiser, shape, cond or None, seed=seed)
+    problem = SamplingProblem(denoiser, shape, conditions or None, seed=seed)
     tables = {**searched, **standard_students(problem.process, settings)}
     exact = ExactSolution(problem)
     exact.prove()

@@ -48,12 +48,12 @@ class Gits:
         *,
         seed: int = 0,
         world: World | None = None,
-        **cond: Any,
+        **conditions: Any,
     ) -> None:
         if samples < 1:
             raise ValueError(f"samples is {samples}, expected at least 1")
         self.denoiser, self.settings, self.shape = denoiser, settings, shape
-        self.samples, self.seed, self.cond = samples, seed, cond
+        self.samples, self.seed, self.conditions = samples, seed, conditions
         self.world = world or World()
         process = denoiser.process
         source = default_grid(process) if settings.grid is None else settings.grid
@@ -93,9 +93,9 @@ class Gits:
         return list(paths[best]), {**tried[best], "tried": tried}
 
     @torch.no_grad()
-    def teacher_end(self, noise: Tensor, cond: dict[str, Any]) -> Tensor:
+    def teacher_end(self, noise: Tensor, conditions: dict[str, Any]) -> Tensor:
         """End of the teacher from ``noise`` ``[B, ...]`` at its start."""
-        end = Sampler(self.denoiser, self.teacher)(noise, **{**self.cond, **cond})
+        end = Sampler(self.denoiser, self.teacher)(noise, **{**self.conditions, **conditions})
         assert isinstance(end, Tensor)
         return end
 
@@ -110,7 +110,7 @@ class Gits:
             yield sigma * unit_noise(self.seed, range(low, high), self.shape, self.denoiser.device)
 
     def _trajectories(self, noise: Tensor) -> Trajectories:
-        run = list(walk(self.denoiser, self.teacher, noise, **self.cond))
+        run = list(walk(self.denoiser, self.teacher, noise, **self.conditions))
         (states, outputs), end = list(zip(*run, strict=True))[:2], run[-1][2]
         stride = SOLVERS[self.settings.teacher].evaluations_per_step
         every = torch.stack([x.flatten(1) for x in [*states[::stride], end]])
@@ -162,7 +162,7 @@ class Gits:
         total = torch.zeros(len(tables), dtype=torch.float64, device=self.denoiser.device)
         for noise, end in zip(self._batches(), self._ends, strict=True):
             for k, table in enumerate(tables):
-                found = Sampler(self.denoiser, table)(noise, **self.cond)
+                found = Sampler(self.denoiser, table)(noise, **self.conditions)
                 assert isinstance(found, Tensor)
                 total[k] += (found - end).double().square().sum()
         count = self.samples * torch.Size(self.shape).numel()

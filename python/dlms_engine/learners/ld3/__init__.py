@@ -29,7 +29,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     if options.trajectories is not None:
         own["train"] = options.trajectories
     settings = Ld3Settings(nfe=options.nfe, **own)
-    learner = Ld3(denoiser, settings, feature_network=options.feature_network, **options.cond)
+    learner = Ld3(denoiser, settings, feature_network=options.feature_network, **options.conditions)
     fingerprint = {
         "method": "ld3",
         **plain(settings),
@@ -55,7 +55,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
     solver = DistilledSolver(table, "ld3", fingerprint, state.history, best)
     beside = Beside(
         settings.base.standard(denoiser.process, settings.nfe),
-        lambda noise, cond: learner.targets(noise / learner.sigma_start, **cond),
+        lambda noise, conditions: learner.targets(noise / learner.sigma_start, **conditions),
         "more evaluations (teacher_nfe)",
         settings.keep,
     )

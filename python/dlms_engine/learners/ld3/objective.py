@@ -43,11 +43,11 @@ class Ld3:
         settings: Ld3Settings,
         *,
         feature_network: nn.Module | None = None,
-        **cond: Any,
+        **conditions: Any,
     ) -> None:
         self.denoiser = denoiser
         self.settings = settings
-        self.cond = cond
+        self.conditions = conditions
         self.loss = sample_loss(
             settings.loss,
             denoiser,
@@ -82,7 +82,7 @@ class Ld3:
         return self.settings.base.table(self.denoiser.process, times.grid, times.network)
 
     @torch.no_grad()
-    def targets(self, noise: Tensor, **cond: Any) -> Tensor:
+    def targets(self, noise: Tensor, **conditions: Any) -> Tensor:
         """The teacher's end states for unit ``noise`` ``[B, ...]``."""
         s, process = self.settings, self.denoiser.process
         source = s.teacher_grid
@@ -91,11 +91,11 @@ class Ld3:
         options = {} if s.teacher_order is None else {"order": s.teacher_order}
         grid = start_times(process, source, s.teacher_nfe).grid
         table = make_solver(s.teacher, process, grid, **options)
-        return self._end(table, noise, **cond)
+        return self._end(table, noise, **conditions)
 
-    def _end(self, table: SolverTable, noise: Tensor, **cond: Any) -> Tensor:
-        end, cond = noise, {**self.cond, **cond}
-        for _, _, state in walk(self.denoiser, table, self.sigma_start * noise, **cond):
+    def _end(self, table: SolverTable, noise: Tensor, **conditions: Any) -> Tensor:
+        end, conditions = noise, {**self.conditions, **conditions}
+        for _, _, state in walk(self.denoiser, table, self.sigma_start * noise, **conditions):
             end = state
         return end
 
@@ -109,7 +109,7 @@ class Ld3:
     def grade(self, noise: Tensor, target: Tensor, weight: float) -> Graded:
         """Accumulates the parameters' gradients of ``weight * sum(losses)``."""
         noise = noise.detach().requires_grad_()
-        states = solve(self.denoiser, self.table(), self.sigma_start * noise, **self.cond)
+        states = solve(self.denoiser, self.table(), self.sigma_start * noise, **self.conditions)
         losses = self.loss(states[-1], target)
         torch.autograd.backward(weight * losses.sum())
         assert noise.grad is not None

@@ -78,23 +78,12 @@ class SamplingProblem:
         self.calls += len(x)
         copies = len(x) // len(numbers)
         if hasattr(self.denoiser, "first_sample"):  # its conditions follow the batch's first number
-            parts, cond = [], self.condition(numbers)
+            parts, conditions = [], self.condition(numbers)
             for part, times in zip(x.chunk(copies), t.expand(len(x)).chunk(copies), strict=True):
                 tell_first_sample(self.denoiser, numbers.start)
-                parts.append(self.denoiser.predict(part, times, prediction, **cond))
+                parts.append(self.denoiser.predict(part, times, prediction, **conditions))
             return torch.cat(parts)
         return self.denoiser.predict(x, t, prediction, **self.condition(numbers, copies))
-
-
-def one_of_two(conditions: Conditions, cond: Conditions) -> Conditions:
-    """``conditions``, or ``cond`` where they were given by that name.
-
-    Raises:
-        ValueError: both are given.
-    """
-    if conditions is not None and cond is not None:
-        raise ValueError("conditions and cond are two names of one argument: give one of them")
-    return cond if conditions is None else conditions
 
 
 def read_conditions(conditions: Conditions) -> Any:

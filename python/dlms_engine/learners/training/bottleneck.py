@@ -27,8 +27,10 @@ def reads_bottleneck(denoiser: Denoiser, wanted: bool, method: str) -> bool:
 
 @torch.no_grad()
 def feature_size(
-    denoiser: Denoiser, shape: tuple[int, ...], t: Tensor | float, cond: dict[str, Any]
+    denoiser: Denoiser, shape: tuple[int, ...], t: Tensor | float, conditions: dict[str, Any]
 ) -> int:
     """Length of the bottleneck feature vector for samples of ``shape``: one call on zeros."""
-    denoiser.predict(torch.zeros(1, *shape, device=denoiser.device, dtype=torch.float32), t, **cond)
+    denoiser.predict(
+        torch.zeros(1, *shape, device=denoiser.device, dtype=torch.float32), t, **conditions
+    )
     return int(denoiser.last_features.shape[1])

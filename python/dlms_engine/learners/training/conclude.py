@@ -94,13 +94,13 @@ class _Measure:
         parts = []
         for low in range(_FIRST, _FIRST + _SAMPLES, _BATCH):
             numbers = range(low, low + _BATCH)
-            cond = self._problem.condition(numbers)
+            conditions = self._problem.condition(numbers)
             noise = self._problem.noise(numbers)
             if low not in self._targets:
                 tell_first_sample(self._denoiser, low)
-                self._targets[low] = exact_solution(self._denoiser, noise, _STEPS, **cond)
+                self._targets[low] = exact_solution(self._denoiser, noise, _STEPS, **conditions)
             tell_first_sample(self._denoiser, low)
-            difference = run(noise, cond) - self._targets[low]
+            difference = run(noise, conditions) - self._targets[low]
             parts.append(difference.double().square().flatten(1).mean(1))
         return to_host(torch.cat(parts)).nan_to_num(nan=math.inf)
 
@@ -118,7 +118,7 @@ def concluded(
     ``compared`` has the RMSE to the exact solution of ``learned``, ``base`` (its label; None without any)
     and ``teacher``, the number of ``samples``, and what was ``kept``.
     """
-    problem = SamplingProblem(denoiser, shape, options.cond or None, seed=options.seed)
+    problem = SamplingProblem(denoiser, shape, options.conditions or None, seed=options.seed)
     measure = _Measure(denoiser, problem)
     with numbered_as_before(denoiser):
         learned = measure.squares(_running(denoiser, solver.policy))
@@ -172,8 +172,8 @@ def compared_lines(compared: Mapping[str, Any], finer: str = "") -> list[str]:
 def _running(denoiser: Denoiser, policy: Policy) -> EndOf:
     sampler = Sampler(denoiser, policy, check_finite=False)
 
-    def run(noise: Tensor, cond: dict[str, Any]) -> Tensor:
-        end = sampler(noise, **cond)
+    def run(noise: Tensor, conditions: dict[str, Any]) -> Tensor:
+        end = sampler(noise, **conditions)
         assert isinstance(end, Tensor)
         return end
 

@@ -56,12 +56,12 @@ class ConditionedDenoiser(Denoiser):
         return rows
 
     def network_output(
-        self, network_input: Tensor, c_noise: Tensor, **cond: Any
+        self, network_input: Tensor, c_noise: Tensor, **conditions: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         names = self._batch.names
-        given = names is not None and names <= cond.keys()  # by a captured run, as its inputs
+        given = names is not None and names <= conditions.keys()  # by a captured run, as its inputs
         rows = {} if given else self.batch_conditions(len(network_input))
-        return super().network_output(network_input, c_noise, **{**rows, **cond})
+        return super().network_output(network_input, c_noise, **{**rows, **conditions})
 
 
 def conditioned(denoiser: Denoiser, conditions: Conditions, method: str) -> Denoiser:

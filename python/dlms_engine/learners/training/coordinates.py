@@ -53,12 +53,12 @@ class Coordinates:
         same = self.denoiser is self.model
         return inner if same else EdmCoordinates(inner, self.model.process)
 
-    def exact_solution(self, x: Tensor, steps: int, cond: dict[str, Any]) -> Tensor:
+    def exact_solution(self, x: Tensor, steps: int, conditions: dict[str, Any]) -> Tensor:
         """``validation.exact_solution`` from ``x``, a state of ``denoiser`` at its start."""
         if self.denoiser is self.model:
-            return exact_solution(self.model, x, steps, **cond)
+            return exact_solution(self.model, x, steps, **conditions)
         start, end = self._alphas()
-        return exact_solution(self.model, start * x, steps, **cond) / end
+        return exact_solution(self.model, start * x, steps, **conditions) / end
 
     def carried(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """End of the ``model`` from its start ``x``, by ``run`` from start to end of ``denoiser``."""

@@ -19,13 +19,13 @@ SAMPLED = 4_096
 """Elements read of a larger one, evenly spread: a network of gigabytes is known in a second."""
 
 
-def run_identity(denoiser: Denoiser, cond: Mapping[str, Any]) -> dict[str, Any]:
+def run_identity(denoiser: Denoiser, conditions: Mapping[str, Any]) -> dict[str, Any]:
     """JSON values that differ where a run is not the same: for the fingerprint of a checkpoint.
 
     Args:
         denoiser: its network's weights (those of large tensors at ``SAMPLED`` places), process,
             prediction and guidance.
-        cond: what the network is given beside state and time.
+        conditions: what the network is given beside state and time.
     """
     process = json.dumps(denoiser.process.config(), sort_keys=True, default=str)
     return {
@@ -35,7 +35,7 @@ def run_identity(denoiser: Denoiser, cond: Mapping[str, Any]) -> dict[str, Any]:
         "sigma_data": denoiser.sigma_data,
         "guidance_scale": denoiser.guidance_scale,
         "unconditional": _values(denoiser.unconditional),
-        "conditions": _values(cond),
+        "conditions": _values(conditions),
         "version": __version__,
     }
 

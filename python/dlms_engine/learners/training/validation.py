@@ -28,7 +28,7 @@ FIRST_SEED = 900_000_000
 """Validation seeds, apart from those of training and of the published tables."""
 
 
-def exact_solution(denoiser: Denoiser, noise: Tensor, steps: int, **cond: Any) -> Tensor:
+def exact_solution(denoiser: Denoiser, noise: Tensor, steps: int, **conditions: Any) -> Tensor:
     """The end of the probability-flow ODE from ``noise``, by at least ``steps`` evaluations.
 
     On EDM's process DPM-Solver++(3M) on the polynomial grid. On others that pair can be further from
@@ -36,14 +36,14 @@ def exact_solution(denoiser: Denoiser, noise: Tensor, steps: int, **cond: Any) -
     grid are those on which two solvers agree best on this model (``learners.start``), and the
     evaluations at least those they were compared with.
     """
-    table = accurate_table(denoiser, noise.shape[1:], steps, cond)
-    out = Sampler(denoiser, table)(noise, progress=inner_progress_shown(), **cond)
+    table = accurate_table(denoiser, noise.shape[1:], steps, conditions)
+    out = Sampler(denoiser, table)(noise, progress=inner_progress_shown(), **conditions)
     assert isinstance(out, Tensor)
     return out
 
 
 def accurate_table(
-    denoiser: Denoiser, shape: torch.Size, steps: int, cond: Conditions
+    denoiser: Denoiser, shape: torch.Size, steps: int, conditions: Conditions
 ) -> SolverTable:
     """The table of ``exact_solution``; found once a denoiser."""
     process = denoiser.process
@@ -51,7 +51,7 @@ def accurate_table(
         return solvers.dpm_solver_pp(process, grids.polynomial(process, steps), order=3)
     proof = _PROOFS.get(denoiser)
     if proof is None:
-        problem = SamplingProblem(denoiser, tuple(shape), cond or None)
+        problem = SamplingProblem(denoiser, tuple(shape), conditions or None)
         with numbered_as_before(denoiser):
             proof = _PROOFS[denoiser] = ExactSolution(problem, samples=4).prove()
         _log.info("%s", proof.line())
@@ -69,7 +69,7 @@ class Validation:
         steps: int,
         distance: FeatureDistance | None,
         score: str,
-        cond: dict[str, Any],
+        conditions: dict[str, Any],
     ) -> None:
         if score != "rmse" and distance is None:
             raise ValueError(f"score={score!r} needs a feature distance: set last_step")
@@ -79,7 +79,7 @@ class Validation:
         self._steps = steps
         self._distance = distance
         self._score = score
-        self._cond = cond
+        self._conditions = conditions
         self._pair: tuple[Tensor, Tensor] | None = None
 
     def pair(self) -> tuple[Tensor, Tensor]:
@@ -91,18 +91,18 @@ class Validation:
             )
             seeds = range(FIRST_SEED, FIRST_SEED + self._samples)
             noise = seeded_noise(seeds, self._shape, sigma, device=self._denoiser.device)
-            solve = partial(exact_solution, self._denoiser, noise, self._steps, **self._cond)
+            solve = partial(exact_solution, self._denoiser, noise, self._steps, **self._conditions)
             kept = getattr(self._denoiser, "kept_solution", None)  # a denoiser with a folder
             tell_first_sample(self._denoiser, 0)
             self._pair = noise, (solve() if kept is None else kept(noise, self._steps, solve))
         return self._pair
 
     @torch.no_grad()
-    def measure(self, sampler: Sampler, cond: dict[str, Any]) -> dict[str, float]:
+    def measure(self, sampler: Sampler, conditions: dict[str, Any]) -> dict[str, float]:
         """``rmse``, ``features`` (mean squared feature distance) and the ``score``."""
         noise, exact = self.pair()
         tell_first_sample(self._denoiser, 0)
-        found = sampler(noise, **cond)
+        found = sampler(noise, **conditions)
         assert isinstance(found, Tensor)
         figures = {"rmse": (found - exact).square().mean().sqrt()}
         if self._distance is not None:
