@@ -157,3 +157,30 @@ def test_pages_say_nothing_of_what_has_not_been_done() -> None:
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         hit = words.search(path.read_text(encoding="utf-8"))
         assert hit is None, f"{path.name}: {hit}"
+
+
+def files_that_are_not_there(text: str, known: set[str]) -> list[str]:
+    """Source files that ``text`` names in code and that are no end of a path of ``known``."""
+    named = re.findall(r"`([\w./-]+\.(?:py|cpp|h|cu|cuh|sh))`", text)
+    return [
+        name
+        for name in named
+        if name != "mine.py" and not any(f"/{path}".endswith(f"/{name}") for path in known)
+    ]
+
+
+def test_source_files_named_on_pages_exist() -> None:
+    """`learners/adjoint.py` and `tests/test_export.py` had moved, the pages had not."""
+    folders = ("python", "tests", "kernels", "csrc", "scripts", "examples", "benchmarks", ".github")
+    known = {
+        path.relative_to(ROOT).as_posix()
+        for folder in folders
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    }
+    assert files_that_are_not_there("`learners/adjoint.py`, `engine/adjoint.py`", known) == [
+        "learners/adjoint.py"
+    ]
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")):
+        gone = files_that_are_not_there(page.read_text(encoding="utf-8"), known)
+        assert gone == [], f"{page.name} names {gone}"

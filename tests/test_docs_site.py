@@ -45,7 +45,9 @@ def test_site_builds_with_its_reference(tmp_path: Path) -> None:
     index = plain(tmp_path / "site" / "reference" / "index.html")
     # a signature, a sentence of a docstring, and what an argument means
     assert "dlms_engine.engine.sampler.Sampler" in index
-    assert "Wraps network(x, c_noise, **cond) so that every solver sees the same thing." in index
+    assert (
+        "Wraps network(x, c_noise, **conditions) so that every solver sees the same thing." in index
+    )
     assert "start noises to train on; None is the method's own default." in index
     assert "::: " not in index
     pictures = re.findall(r'<img[^>]+src="([^"]+)"', (tmp_path / "site/quality.html").read_text())
