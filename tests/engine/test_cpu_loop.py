@@ -123,11 +123,12 @@ def test_nothing_is_allocated_or_moved_after_construction():
         return f
 
     run.run(x0, rows, net, c_in=c_in, out=out)
-    with torch.profiler.profile(profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         run.loop.run(x0, c_in, rows, net)
     assert len(seen) == 1
     assert sum(abs(e.self_cpu_memory_usage) for e in profile.key_averages()) == 0
-    with torch.profiler.profile(profile_memory=True) as profile:  # the control: this does allocate
+    # the control: this does allocate
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         run.loop.run(x0, c_in, rows, lambda n, x: f.clone())
     assert sum(e.self_cpu_memory_usage != 0 for e in profile.key_averages()) > 0
 

@@ -169,7 +169,7 @@ def test_a_caption_ends_within_the_picture(tmp_path: Path, monkeypatch: pytest.M
         return box.x0, box.x1, figure.bbox.x1
 
     low, high, whole = widths(sentence)
-    assert 0 <= low and high <= whole
+    assert low >= 0 and high <= whole
     monkeypatch.setattr(demo_pictures, "within", lambda caption, _: caption)  # planted
     low, high, whole = widths(sentence)
     assert low < 0 and high > whole

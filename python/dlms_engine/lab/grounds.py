@@ -25,6 +25,7 @@ from torch.nn import functional
 from ..models.denoiser import Denoiser, NetworkPrediction
 from ..processes import Process, RectifiedFlow, VPDiscrete
 from ..support.files import replacing
+from ..support.optimiser import optimiser_step
 
 CLASSES = 4
 _LEVELS = 1000
@@ -198,7 +199,7 @@ def train_ground(ground: Ground, *, steps: int = 1500, batch: int = 128) -> nn.M
         loss = (out - wanted).square().mean()
         optimiser.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimiser_step(optimiser)
         with torch.no_grad():
             for key, value in model.state_dict().items():
                 averaged[key].lerp_(value, 0.01 if step > 200 else 1.0)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...policies.corrector import Corrector, CorrectorSettings, layout_of
 from ...solvers.table import SolverTable
+from ...support.optimiser import optimiser_step
 from ...support.transfer import host_numbers
 from ..start import SamplingProblem
 from .budget import Budget
@@ -109,7 +110,7 @@ def train_corrector(
             error = corrector.residual(inputs[rows]) / gain - wanted[rows]
             optimiser.zero_grad(set_to_none=True)
             error.square().mean().backward()
-            optimiser.step()
+            optimiser_step(optimiser)
             done += 1
             weight = min(0.98, done / (10 + done))
             with torch.no_grad():

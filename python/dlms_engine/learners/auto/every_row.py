@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...policies.corrector import CorrectedPolicy, Corrector, CorrectorSettings
 from ...solvers.table import SolverTable
+from ...support.optimiser import optimiser_step
 from ...support.transfer import host_numbers, to_host
 from ..start import SamplingProblem
 from .budget import Budget
@@ -239,7 +240,7 @@ class EveryRow:
             parameter.grad = gradient
         norm = nn.utils.clip_grad_norm_(self.trained, 1.0)
         if math.isfinite(*host_numbers([norm])):
-            optimiser.step()
+            optimiser_step(optimiser)
         self.done += 1
         weight = min(0.98, self.done / (10 + self.done))
         with torch.no_grad():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...policies.corrector import Corrector
+from ...support.optimiser import optimiser_step
 from ...support.transfer import host_numbers
 from ..start import SamplingProblem
 from .budget import Budget
@@ -75,7 +76,7 @@ def train_on_features(
             optimiser.param_groups[0]["lr"] = lr * (1 - update / updates)
             optimiser.zero_grad(set_to_none=True)
             product(slice(low, low + BATCH), range(low, low + BATCH)).backward()
-            optimiser.step()
+            optimiser_step(optimiser)
             if (update + 1) % 20 == 0:
                 with torch.no_grad():
                     (score,) = host_numbers([product(check, range(fit, fit + chosen))])

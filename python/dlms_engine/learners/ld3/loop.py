@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ...support.optimiser import optimiser_step
 from ...support.parallel import World
 from ...support.transfer import host_numbers
 from ...support.values import require_finite
@@ -255,7 +256,7 @@ class Ld3Loop:
             return False
         torch.nn.utils.clip_grad_norm_([module.logits], self.settings.clip)
         self._optimiser.param_groups[0]["lr"] = self.state.lr
-        self._optimiser.step()
+        optimiser_step(self._optimiser)
         if self._with_times and module.offsets.numel():
             torch.nn.utils.clip_grad_norm_([module.offsets], self.settings.clip)
             assert module.offsets.grad is not None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...models.denoiser import Denoiser
+from ...support.optimiser import optimiser_step
 from ...support.parallel import World
 from ...support.progress import inner_progress
 from ...support.transfer import host_numbers
@@ -215,7 +216,7 @@ class Trainer:
                     f"(now {self.settings.lr}) or the time range"
                 )
             return logged
-        self.optimiser.step()
+        optimiser_step(self.optimiser)
         return logged
 
     def _rate(self, update: int) -> float:
