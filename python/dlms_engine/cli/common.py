@@ -38,7 +38,7 @@ AfsOption = Annotated[
 ]
 BackendOption = Annotated[str, typer.Option(help="auto, eager, cpu, cuda or triton.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="key=value, may be given many times.")
+    list[str] | None, typer.Option("--set", help="A setting, key=value; repeatable.")
 ]
 
 

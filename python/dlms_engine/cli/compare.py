@@ -48,7 +48,7 @@ def compare_command(
         ),
     ] = "0",
     folder: Annotated[
-        Path, typer.Option(help="Where everything is kept; a second call goes on there.")
+        Path, typer.Option(help="Where everything is kept; a second call continues there.")
     ] = Path("compare-out"),
     model: ModelOption = "embedded",
     conditions: ConditionsOption = None,

@@ -31,7 +31,7 @@ def convert_command(
     overwrite: Annotated[bool, typer.Option(help="Replace an existing OUTPUT.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Convert a checkpoint or a learned solver of others once, without running pickled code.
+    """Convert a checkpoint or a published learned solver, without running pickled code.
 
     What a file does not say comes from --set. guided-diffusion: num_head_channels=64,
     use_new_attention_order=true, noise_schedule=cosine. LD3: solver=uni_pc, order=3. GAS: t_eps=0.001.

@@ -37,7 +37,7 @@ def demo(
         typer.Option(min=2, help="Samples the comparison is measured on, the picture's included."),
     ] = 48,
     seeds: Annotated[str, typer.Option(help="Seeds of the images in the picture.")] = "0-15",
-    fresh: Annotated[bool, typer.Option(help="Start anew instead of going on.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Start anew instead of continuing.")] = False,
     model: Annotated[
         str, typer.Option(help="'embedded', 'emoji' (slower), or a model of your own.")
     ] = "embedded",

@@ -50,7 +50,9 @@ def distill_command(
         ),
     ] = None,
     conditions: ConditionsOption = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint beside OUTPUT.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Continue from the checkpoint beside OUTPUT.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace an existing OUTPUT.")] = False,
     pipeline: pipelines.PipelineOption = None,
     prompts: pipelines.PromptsOption = None,

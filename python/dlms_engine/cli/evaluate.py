@@ -42,7 +42,7 @@ CACHE = Path("~/.cache/dlms_engine/evaluate")
 def evaluate_command(
     context: typer.Context,
     solver: Annotated[
-        list[Path] | None, typer.Option(help="Solver file; with --record, may be given many times.")
+        list[Path] | None, typer.Option(help="Solver file; with --record, repeatable.")
     ] = None,
     method: MethodOption = None,
     nfe: Annotated[
@@ -82,7 +82,7 @@ def evaluate_command(
         bool, typer.Option("--record", help="Compare every handcrafted solver, and the files.")
     ] = False,
     folder: Annotated[
-        Path | None, typer.Option(help="Where results and cache go; a second run goes on there.")
+        Path | None, typer.Option(help="Where results and cache go; a second run continues there.")
     ] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="torch.compile the network.")] = False,
     model: ModelOption = "embedded",
@@ -92,8 +92,8 @@ def evaluate_command(
 ) -> None:
     """Endpoint RMSE and Frechet distance of a sampler.
 
-    The distance is taken on the model's feature network; a model without one is measured on its own
-    bottleneck or values, and the output says on which. The RMSE needs no features.
+    The distance is taken on the model's feature network; for a model without one it is taken on the model's
+    own bottleneck or on the samples' values, and the output says which. The RMSE needs no features.
     """
     options = parse_settings(set_)
     from ..lab.comparison.record import RecordSettings

@@ -26,7 +26,7 @@ from .model import ConditionsOption, ModelOption, condition_rows, load_model
 
 def export(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(help="Package to write; ends in .pt2.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Package to write; ends in .pt2.")],
     solver: Annotated[
         Path | None, typer.Argument(help="Solver file written by dlms distill.")
     ] = None,

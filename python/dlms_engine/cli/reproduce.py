@@ -77,7 +77,7 @@ def reproduce_command(
     first_seed: Annotated[int, typer.Option(min=0, help="Seed of the first sample.")] = 0,
     set_: SetOption = None,
     folder: Annotated[
-        Path, typer.Option(help="Where everything is kept; a second call goes on there.")
+        Path, typer.Option(help="Where everything is kept; a second call continues there.")
     ] = Path("reproduce-out"),
     only_estimate: Annotated[
         bool, typer.Option("--estimate", help="Say how long it takes, and stop.")
@@ -88,7 +88,7 @@ def reproduce_command(
     ] = "float32",
     as_json: JsonOption = False,
 ) -> None:
-    """Make a table of the DLMS, AMED, LD3 or D-ODE paper again, beside the published figures.
+    """Reproduce a table of the DLMS, AMED, LD3 or D-ODE paper beside the published figures.
 
     FID needs --fid-weights and --fid-reference. Without them it reports the endpoint RMSE and a Frechet
     distance on the network's own features, which are not FID. --set changes the papers' settings.
