@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,8 @@ CHANGE = {"network": NETWORK, "batch": 4, "warmup": 4}
 
 
 @pytest.fixture
-def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    import timed_training
-
-    yield timed_training
-    for number, handler in before.items():  # train() installs its own
-        signal.signal(number, handler)
+def trainer(example: Callable[[str], Any]) -> Any:
+    return example("timed_training")
 
 
 @pytest.fixture

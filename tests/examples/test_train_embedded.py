@@ -6,7 +6,7 @@ import argparse
 import os
 import signal
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,8 @@ BATCH, STEPS = 4, 6
 
 
 @pytest.fixture
-def trainer(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    import train_embedded
-
-    yield train_embedded
-    for number, handler in before.items():  # train() installs its own
-        signal.signal(number, handler)
+def trainer(example: Callable[[str], Any]) -> Any:
+    return example("train_embedded")
 
 
 @pytest.fixture

@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from analytic import GaussianMixture
-from torch import Tensor
+from dode_cases import SOLVERS, end, problem, unit, worst
 
 from dlms_engine import grids, solvers
 from dlms_engine.engine.adjoint import walk
 from dlms_engine.learners.dode.objective import base_table, fit, replay, teacher_states
 from dlms_engine.learners.dode.settings import DodeSettings, student_grid
-from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VP, Process, VPDiscrete
-from dlms_engine.solvers.table import SolverTable
 
 DATA = Path(__file__).parents[1] / "data"
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -29,34 +26,6 @@ CASES: dict[str, dict[str, Any]] = {
     "noise-d_dpmsolver2-N5-C10": {"solver": "dpm_solver", "order": 2, "nfe": 5},
     "noise-d_dpmsolver3-N5-C10": {"solver": "dpm_solver", "order": 3, "nfe": 5},
 }
-SOLVERS: list[dict[str, Any]] = [
-    {"solver": "ddim", "prediction": "noise"},
-    {"solver": "ddim", "prediction": "data"},
-    {"solver": "ipndm"},
-    {"solver": "deis", "order": 3},
-    {"solver": "dpm_solver_pp", "order": 3},
-    {"solver": "dpm_solver", "order": 2},
-    {"solver": "dpm_solver", "order": 3},
-    {"solver": "dpm_solver", "order": 3, "prediction": "data"},
-    {"solver": "edm"},
-]
-
-
-def problem(process: Process) -> tuple[GaussianMixture, Denoiser]:
-    network = GaussianMixture(process)
-    return network, Denoiser(network, process, "data")
-
-
-def end(denoiser: Denoiser, table: SolverTable, x: Tensor) -> Tensor:
-    return list(walk(denoiser, table, x))[-1][2]
-
-
-def unit(seed: int, count: int = 8) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=(count, 16)))
-
-
-def worst(left: Tensor, right: Tensor) -> float:
-    return float((left - right).abs().max())
 
 
 # -- reference ---------------------------------------------------------------------------------

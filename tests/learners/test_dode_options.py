@@ -6,50 +6,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from analytic import GaussianMixture
+from dode_cases import SOLVERS, end, problem, unit, worst
 from torch import Tensor
 
-from dlms_engine.engine.adjoint import walk
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
 from dlms_engine.learners.dode.objective import fit, replay
 from dlms_engine.learners.dode.settings import DodeSettings
-from dlms_engine.models.denoiser import Denoiser
-from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
-from dlms_engine.solvers.table import SolverTable
+from dlms_engine.processes import EDM, VP, RectifiedFlow
 from dlms_engine.support.parallel import World
-
-SOLVERS: list[dict[str, Any]] = [
-    {"solver": "ddim", "prediction": "noise"},
-    {"solver": "ddim", "prediction": "data"},
-    {"solver": "ipndm"},
-    {"solver": "deis", "order": 3},
-    {"solver": "dpm_solver_pp", "order": 3},
-    {"solver": "dpm_solver", "order": 2},
-    {"solver": "dpm_solver", "order": 3},
-    {"solver": "dpm_solver", "order": 3, "prediction": "data"},
-    {"solver": "edm"},
-]
-
-
-def problem(process: Process) -> tuple[GaussianMixture, Denoiser]:
-    network = GaussianMixture(process)
-    return network, Denoiser(network, process, "data")
-
-
-def end(denoiser: Denoiser, table: SolverTable, x: Tensor) -> Tensor:
-    return list(walk(denoiser, table, x))[-1][2]
-
-
-def unit(seed: int, count: int = 8) -> Tensor:
-    return torch.from_numpy(np.random.default_rng(seed).normal(size=(count, 16)))
-
-
-def worst(left: Tensor, right: Tensor) -> float:
-    return float((left - right).abs().max())
 
 
 def make(solver: dict[str, Any], **changes: Any) -> DodeSettings:

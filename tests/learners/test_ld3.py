@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from analytic import GaussianMixture
+from ld3_cases import float_problem, make_loop, tiny
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,13 +24,6 @@ from dlms_engine.processes import EDM
 from dlms_engine.support.parallel import World
 
 
-def mixture(process: Any = None) -> tuple[GaussianMixture, Denoiser]:
-    """The analytic problem behind the interface of a network."""
-    process = process or EDM()
-    network = GaussianMixture(process)
-    return network, Denoiser(network, process, "data")
-
-
 def test_projection() -> None:
     centre = torch.zeros(2, 3, dtype=torch.float64)
     noise = torch.tensor([[3.0, 0.0, 4.0], [0.1, 0.0, 0.0]], dtype=torch.float64)
@@ -39,23 +31,6 @@ def test_projection() -> None:
     assert torch.allclose(inside[0], torch.tensor([0.6, 0.0, 0.8], dtype=torch.float64), atol=1e-15)
     assert torch.equal(inside[1], noise[1])
     assert torch.equal(project(noise, centre, 0.0), centre)
-
-
-def tiny(**changes: Any) -> dict[str, Any]:
-    """Settings of a run of a second."""
-    return {
-        "train": 6, "validation": 4, "batch": 2, "rounds": 1, "rounds_times": 2, "loss": "l2",
-        "teacher_nfe": 12, "radius": 0.05, **changes,
-    }  # fmt: skip
-
-
-def float_problem() -> Denoiser:
-    return mixture()[1]
-
-
-def make_loop(**changes: Any) -> Ld3Loop:
-    settings = Ld3Settings(nfe=4, **tiny(**changes))
-    return Ld3Loop(Ld3(float_problem(), settings), (16,), seed=1)
 
 
 def test_radius_rule() -> None:

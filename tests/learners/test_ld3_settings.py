@@ -3,48 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from analytic import GaussianMixture
+from ld3_cases import float_problem, make_loop, mixture, tiny
 from torch import Tensor
 
 from dlms_engine import grids
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
 from dlms_engine.learners.ld3.grid import LearnedGrid
-from dlms_engine.learners.ld3.loop import Ld3Loop
-from dlms_engine.learners.ld3.objective import Ld3
-from dlms_engine.learners.ld3.settings import Ld3Settings
 from dlms_engine.learners.training.start_times import refine, start_times
-from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, RectifiedFlow
-
-
-def mixture(process: Any = None) -> tuple[GaussianMixture, Denoiser]:
-    """The analytic problem behind the interface of a network."""
-    process = process or EDM()
-    network = GaussianMixture(process)
-    return network, Denoiser(network, process, "data")
-
-
-def tiny(**changes: Any) -> dict[str, Any]:
-    """Settings of a run of a second."""
-    return {
-        "train": 6, "validation": 4, "batch": 2, "rounds": 1, "rounds_times": 2, "loss": "l2",
-        "teacher_nfe": 12, "radius": 0.05, **changes,
-    }  # fmt: skip
-
-
-def float_problem() -> Denoiser:
-    return mixture()[1]
-
-
-def make_loop(**changes: Any) -> Ld3Loop:
-    settings = Ld3Settings(nfe=4, **tiny(**changes))
-    return Ld3Loop(Ld3(float_problem(), settings), (16,))
 
 
 def test_bad_settings_are_refused() -> None:

@@ -46,8 +46,8 @@ def demo(
 ) -> None:
     """Distil a sampler of few network calls and compare it with the best that needs no training.
 
-    Some minutes on two cores. Interrupt the distillation and the best so far is taken; what
-    is finished is kept in the folder.
+    Takes some minutes on two cores. An interrupt ends the distillation with the best result so far;
+    what is finished is kept in the folder.
     """
     from ..learners.start import SamplingProblem, seconds_of_one
 

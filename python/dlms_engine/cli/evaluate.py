@@ -92,8 +92,8 @@ def evaluate_command(
 ) -> None:
     """Endpoint RMSE and Frechet distance of a sampler.
 
-    The distance is taken on the model's feature network; for a model without one it is taken on the model's
-    own bottleneck or on the samples' values, and the output says which. The RMSE needs no features.
+    The distance is taken on the model's feature network; without one, on the model's own bottleneck or on
+    the samples' values, and the output says which. The RMSE needs no features.
     """
     options = parse_settings(set_)
     from ..lab.comparison.record import RecordSettings
