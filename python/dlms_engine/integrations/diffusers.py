@@ -32,8 +32,9 @@ from .scheduler.base import EngineScheduler
 from .scheduler.foreign_calls import StepTuple, refuse_other
 from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
 from .scheduler.origin import OriginCheck
-from .scheduler.runner import Runner, load_source
+from .scheduler.runner import Runner
 from .scheduler.runs import SchedulerRun, SchedulerRuns
+from .scheduler.source import load_source
 
 __all__ = ["DLMSScheduler", "SchedulerMixin", "accelerate"]
 

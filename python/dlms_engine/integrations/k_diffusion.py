@@ -26,7 +26,7 @@ from ..solvers.policy import Policy, policy_of
 from .scheduler import tables
 from .scheduler.noise import NoiseModel
 from .scheduler.plan import Rows, late_start, make_plan, policy_rows, table_rows
-from .scheduler.runner import load_source
+from .scheduler.source import load_source
 from .scheduler.spread import spread
 from .scheduler.state import State
 

@@ -20,8 +20,8 @@ import variants  # noqa: E402
 
 from dlms_engine.integrations.diffusers import DLMSScheduler, accelerate  # noqa: E402
 from dlms_engine.integrations.pipelines import acceleration as module  # noqa: E402
-from dlms_engine.integrations.pipelines.acceleration import set_scheduler  # noqa: E402
 from dlms_engine.integrations.pipelines.interception import Interception  # noqa: E402
+from dlms_engine.integrations.pipelines.parts import set_scheduler  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 STEPS = 4

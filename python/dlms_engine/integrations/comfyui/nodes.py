@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlms_engine.integrations.k_diffusion import get_sigmas_dlms, sample_dlms, samples_a_flow
-from dlms_engine.integrations.scheduler.runner import load_source
+from dlms_engine.integrations.scheduler.source import load_source
 from dlms_engine.solvers import SOLVERS
 
 CATEGORY = "sampling/custom_sampling"

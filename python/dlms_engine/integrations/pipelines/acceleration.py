@@ -18,7 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ...engine.cuda_graph_cache import GraphCache
@@ -26,9 +25,11 @@ from ..scheduler.runner import Runner
 from .calls import NotReplayed, caches
 from .dry_run import DryRun, StandIns
 from .interception import Interception, subclass
-from .kinds import bound, follows_the_steps, generators_of, kind_of_call, scales_of
+from .kinds import bound, follows_the_steps, generators_of, kind_of_call, scales_of, short
+from .parts import module_components, rewinder, set_scheduler
 from .recording import Program, Recorder
 from .report import AccelerationReport, KindReport
+from .session_runner import SessionRunner
 from .whole_loop import WholeLoop
 
 _log = logging.getLogger("dlms_engine")
@@ -45,46 +46,6 @@ class _Kind:
     refuted: int = 0
     stepwise: bool = False
     own_scheduler: bool = False
-
-
-class SessionRunner(Runner):
-    """A run whose steps a session hears of, or takes over."""
-
-    session: Any = None
-    finish: Callable[[DryRun], Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "session": None, "finish": None}  # no session listens to a copy
-
-    def begin(self, index: int) -> None:
-        """As always; a session scales the first input where the pipeline does not."""
-        scaled = self._was_scaled
-        self._was_scaled = scaled or self.session is not None
-        super().begin(index)
-        self._was_scaled = scaled
-
-    def unscaled_factor(self) -> float:
-        """The first input's scale, where the pipeline does not apply it; else 1."""
-        return 1.0 if self._was_scaled else self.plan_of(self._prepared).c_in[self._prepared]
-
-    def advance(self, n: int, output: Tensor, sample: Tensor) -> Tensor:
-        """Row ``n``: recorded, answered by a stand-in, or at a dry run's end the engine's result."""
-        if isinstance(self.session, DryRun):
-            assert self.finish is not None
-            return self.session.step(n, self.shaped_output(output, sample), sample, self.finish)
-        latents = super().advance(n, output, sample)
-        if isinstance(self.session, Recorder):
-            self.session.step(self, n, self.shaped_output(output, sample), sample, latents)
-        return latents
-
-    def predicted(self, n: int, output: Tensor, sample: Tensor) -> Tensor:
-        """As always, and not in the engine's loop, whose steps have no predictions of their own."""
-        reads = "the pipeline reads the scheduler's data prediction"
-        if isinstance(self.session, DryRun):
-            self.session.fail(reads)
-        if isinstance(self.session, Recorder):
-            self.session.reason = reads
-        return super().predicted(n, output, sample)
 
 
 class Acceleration:
@@ -374,43 +335,3 @@ def _why(exc: Exception) -> str:
 
 def _nothing() -> None:
     return None
-
-
-def module_components(pipe: Any) -> dict[str, nn.Module]:
-    """The pipeline's components that are modules, by name; each module once."""
-    parts = dict(getattr(pipe, "components", {}))
-    found: dict[str, nn.Module] = {}
-    for name, part in parts.items():
-        if isinstance(part, nn.Module) and not any(part is other for other in found.values()):
-            found[name] = part
-    return found
-
-
-def set_scheduler(pipe: Any, scheduler: Any) -> None:
-    """Makes ``scheduler`` the pipeline's, also for modular pipelines."""
-    if hasattr(pipe, "update_components") and not hasattr(type(pipe), "scheduler"):
-        pipe.update_components(scheduler=scheduler)
-    else:
-        pipe.scheduler = scheduler
-
-
-def short(arguments: dict[str, Any]) -> str:
-    """Numbers and names among the arguments, for a report."""
-    shown = {k: v for k, v in arguments.items() if isinstance(v, (bool, int, float))}
-    return ", ".join(f"{k}={v}" for k, v in shown.items())
-
-
-def rewinder(generators: list[torch.Generator]) -> Callable[[], None]:
-    """A function that puts every random generator back to where it is now."""
-    states = [g.get_state() for g in generators]
-    shared = torch.get_rng_state()
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-
-    def rewind() -> None:
-        torch.set_rng_state(shared)
-        if devices:
-            torch.cuda.set_rng_state_all(devices)
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-
-    return rewind

@@ -16,9 +16,11 @@ from .calls import NotReplayed
 from .dry_run import DryRun, StandIns
 from .interception import Interception
 from .kinds import generators_of
+from .parts import module_components, rewinder
 from .program_calls import RecordedRun, boundary_of, start_of, step_calls_of
 from .proof import INSTEAD, run_steps
 from .recording import Recorder
+from .session_runner import SessionRunner
 from .step_calls import StepCalls
 
 FEWEST, MOST_RECORDED = 3, 64  # steps: two points lie on any straight line
@@ -31,8 +33,6 @@ class Recording:
     """
 
     def __init__(self, pipe: Any) -> None:
-        from .acceleration import module_components
-
         parts = module_components(pipe)
         self.pipe = pipe
         self.boundary = boundary_of(pipe)
@@ -49,8 +49,6 @@ class Recording:
 
     def runner(self, *arguments: Any) -> Any:
         """For the scheduler's ``set_timesteps``."""
-        from .acceleration import SessionRunner
-
         timesteps, sigmas = arguments[4:6]
         self.own_times = timesteps is not None or (
             sigmas is not None and not is_default(vector(sigmas, "sigmas"))
@@ -145,6 +143,4 @@ def _prompts(arguments: dict[str, Any]) -> int:
 
 def _rewinder(arguments: dict[str, Any]) -> Callable[[], None]:
     """Images are encoded with the same random numbers in each of the runs."""
-    from .acceleration import rewinder
-
     return rewinder(generators_of(arguments))

@@ -16,7 +16,7 @@ from ...models.denoiser import Denoiser
 from ...support.files import replacing
 from ..diffusers import DLMSScheduler
 from ..scheduler.noise import NoiseModel
-from .acceleration import set_scheduler
+from .parts import set_scheduler
 from .prompt_calls import prompt_calls
 from .prompt_network import PipelineNetwork
 from .proof import proved

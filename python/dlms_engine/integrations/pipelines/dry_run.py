@@ -28,7 +28,7 @@ from .calls import (
     tolerance,
 )
 from .forms import read_columns
-from .recording import Program, SlotRecord, mixed_products
+from .program import Program, SlotRecord, mixed_products
 
 
 class StandIns:

@@ -74,3 +74,9 @@ def generators_of(arguments: dict[str, Any]) -> list[torch.Generator]:
     """Every random generator among the arguments."""
     leaves = pytree.tree_leaves(arguments)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Generator)]
+
+
+def short(arguments: dict[str, Any]) -> str:
+    """Numbers and names among the arguments, for a report."""
+    shown = {k: v for k, v in arguments.items() if isinstance(v, (bool, int, float))}
+    return ", ".join(f"{k}={v}" for k, v in shown.items())

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .calls import NotReplayed, Slot
 from .dry_run import DryRun
 from .kinds import scales_of
-from .recording import Program, SlotRecord
+from .program import Program, SlotRecord
 from .step_calls import NetworkCall, StepCalls, TimeForm, time_form
 from .whole_loop import rounded_weights
 

@@ -9,8 +9,6 @@ for the engine, or the reason why there is none.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,72 +20,24 @@ from .calls import (
     NotReplayed,
     Slot,
     caches,
-    gram,
     is_value,
-    misfit,
     same,
-    sliced_gram,
     small,
     snapshot,
-    solve_weights,
     take_apart,
     tolerance,
 )
-from .forms import Packing, match, output_columns, read_columns
+from .forms import Packing, match, output_columns
+from .program import Columns, Program, SlotRecord
+from .reading import nearest
 from .situation import situation
 
 MOST_SLICES = 64
 FEWEST_NUMBERS = 8  # of a slice for every weight
-Columns = tuple[Packing, bool]  # how branches are read from outputs; one tensor a sample
-Reading = tuple[Columns, ...]
 UNSCALED = (
     "this solver has an analytical first step, which rescales the network's first input, but the "
     "pipeline joins other things to it without calling scale_model_input: use a solver without it"
 )
-
-
-@dataclass
-class SlotRecord:
-    """What is known about a slot's calls after some steps.
-
-    Attributes:
-        first: the leaves of its first call.
-        forms: leaf number -> how it is made of the latents.
-        steps: leaf number -> row -> value, for small arguments that follow the steps.
-        columns: how the latents' branches are read from the outputs.
-        output_leaves, output_spec: of its first call, so that stand-ins look alike.
-    """
-
-    spec: Any
-    paths: list[str]
-    first: list[Any]
-    forms: dict[int, Packing]
-    columns: Columns | None
-    output_leaves: list[Any]
-    output_spec: Any
-    steps: dict[int, dict[int, Any]] = field(default_factory=dict)
-
-
-@dataclass
-class Program:
-    """What the engine's loop has to do in every step; made by ``Recorder.program``.
-
-    Attributes:
-        rows: the first row and the one after the last.
-        slots: what each kind of call looks like.
-        order: row -> its calls, in the pipeline's order.
-        products: row -> ``gram`` of the recorded outputs, latents and model output.
-        dtypes: of the calls' outputs and of the model output.
-        slices: the latents' length along dimension 1 where each of its slices is mixed with weights of
-            its own: channels that are not guided, frames of a video; else 0.
-    """
-
-    rows: tuple[int, int]
-    slots: dict[Slot, SlotRecord]
-    order: dict[int, list[Slot]]
-    products: dict[int, Tensor]
-    dtypes: tuple[torch.dtype, ...]
-    slices: int = 0
 
 
 class Recorder:
@@ -266,10 +216,11 @@ class Recorder:
 
     def _outputs(self, n: int, calls: list[Call], output: Tensor, sample: Tensor) -> None:
         limit = tolerance(output.dtype, *(c.outputs[0].dtype for c in calls))
-        best, chosen, products = self._nearest(calls, output, sample, limit)
+        options = [self._options(call, tuple(sample.shape)) for call in calls]
+        best, chosen, products = nearest(calls, options, output, sample, limit, self._slices)
         if best > limit and self._may_be_sliced(calls, sample):
             kept, self._slices = best, sample.shape[1]
-            best, chosen, products = self._nearest(calls, output, sample, limit)
+            best, chosen, products = nearest(calls, options, output, sample, limit, self._slices)
             best = min(best, kept)
         if not best <= limit:
             raise NotReplayed(
@@ -288,36 +239,6 @@ class Recorder:
         return sample.shape[1] <= MOST_SLICES and sample[0, 0].numel() >= FEWEST_NUMBERS * len(
             calls
         )
-
-    def _nearest(
-        self, calls: list[Call], output: Tensor, sample: Tensor, limit: float
-    ) -> tuple[float, Reading, Tensor]:
-        """The reading of the outputs whose mix comes nearest: its misfit, itself, its products."""
-        best, products = float("inf"), output
-        chosen: Reading = ()
-        for reading in self._readings(calls, tuple(sample.shape)):
-            columns = [
-                column
-                for call, (form, per_sample) in zip(calls, reading, strict=True)
-                for column in read_columns(call.outputs, tuple(sample.shape), form, per_sample)
-            ]
-            found = mixed_products(columns, sample, output, self._slices).cpu()
-            if not bool(found.isfinite().all()):
-                raise NotReplayed("the network's outputs are not finite")
-            wrong = misfit(found, solve_weights(found))
-            if wrong < best:
-                best, chosen, products = wrong, reading, found
-            if best <= limit:
-                break
-        return best, chosen, products
-
-    def _readings(self, calls: list[Call], like: tuple[int, ...]) -> Iterator[Reading]:
-        """Ways to read the calls' outputs as branches; calls of one step are read alike if they can."""
-        options = [self._options(call, like) for call in calls]
-        if all(option == options[0] for option in options):
-            yield from ((way,) * len(calls) for way in options[0])
-        else:
-            yield from itertools.islice(itertools.product(*options), 64)
 
     def _options(self, call: Call, like: tuple[int, ...]) -> list[Columns]:
         record = self._slots[call.slot]
@@ -364,13 +285,6 @@ class Recorder:
             current = record.first[i]
             for n in used:
                 current = values.setdefault(n, current)
-
-
-def mixed_products(columns: list[Tensor], sample: Tensor, output: Tensor, slices: int) -> Tensor:
-    """``gram`` of the branches and the latents, or ``sliced_gram``."""
-    if slices:
-        return sliced_gram(columns, sample, output)
-    return gram([*columns, sample], output)
 
 
 def scaled_first(

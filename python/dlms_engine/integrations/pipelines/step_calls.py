@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .calls import same
 from .forms import Packing, read_columns
-from .recording import Columns
+from .program import Columns
 
 TimeForm = tuple[Tensor, Tensor]
 """``offset + factor * time``, two float64 tensors of the argument's shape."""

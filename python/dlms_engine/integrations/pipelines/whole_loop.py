@@ -16,7 +16,7 @@ from ...ops import layout
 from .calls import Slot, rebuild, take_apart
 from .dry_run import DryRun
 from .forms import read_columns
-from .recording import SlotRecord
+from .program import SlotRecord
 
 NICE = (0.0, 1.0, -1.0)
 

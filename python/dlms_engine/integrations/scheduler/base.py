@@ -22,8 +22,9 @@ from .adopt import adopt, is_foreign
 from .flow_times import static_shift
 from .foreign_calls import without_missing
 from .noise import NoiseModel
-from .runner import SOLVER_FILE, Runner, Source, load_source
+from .runner import Runner
 from .runs import SchedulerRun, SchedulerRuns
+from .source import SOLVER_FILE, Source, load_source
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "token")
 PIPELINE_KEYS = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from ...ops import layout
 from ...policies.corrector import CorrectedPolicy, Correctors
-from ...solvers import SOLVERS
 from ...solvers.policy import Policy, PolicyRun, policy_of
 from ...solvers.table import SolverTable
 from .flow_times import is_default
@@ -28,45 +26,13 @@ from .plan import (
     strided_rows,
     table_rows,
 )
+from .source import SolverLike, Source
 from .state import State
-from .tables import named_table, solver_options
+from .tables import named_table, process_key, solver_options
 from .times import Times, run_times, vector
 from .watch import Watch
 
 _log = logging.getLogger("dlms_engine")
-SolverLike = Any  # Policy | DistilledSolver
-Source = str | SolverLike
-SOLVER_FILE = "dlms_solver.safetensors"
-
-
-def load_source(solver: Any) -> Source:
-    """A solver's name as it is, a path as the solver in that file, an object as it is.
-
-    Raises:
-        ValueError: neither a known name nor an existing file.
-        TypeError: not a solver.
-    """
-    if isinstance(solver, (str, os.PathLike)):
-        name = os.fspath(solver)
-        if name in SOLVERS:
-            return name
-        inside = os.path.join(name, SOLVER_FILE)
-        name = inside if os.path.isfile(inside) else name
-        if not os.path.isfile(name):
-            raise ValueError(
-                f"solver is {name!r}, expected one of {sorted(SOLVERS)}, a solver file's path, or a "
-                f"directory with {SOLVER_FILE}"
-            )
-        from ...policies.distilled import load_solver
-
-        return load_solver(name)
-    try:
-        policy_of(solver)
-    except TypeError as exc:
-        raise TypeError(
-            f"solver is {type(solver).__name__}, expected a name, path, table or policy"
-        ) from exc
-    return solver
 
 
 class Runner:
@@ -138,8 +104,9 @@ class Runner:
         options = solver_options(
             self._name, c["solver_order"], c["lower_order_final"], c["solver_options"], steps
         )
-        key = (self._model.kind, *(_hashable(c.get(k)) for k in PROCESS_KEYS))
-        return named_table(self._name, self._model.process, grid, options, key)
+        return named_table(
+            self._name, self._model.process, grid, options, process_key(self._model.kind, c)
+        )
 
     def _named(self, steps: int | None, timesteps: Any, sigmas: Any, mu: float | None) -> Rows:
         assert self._name is not None
@@ -346,15 +313,3 @@ class Runner:
             self._asked = row.next_time.expand(batch)
             self._watch.ratio = model.timestep(self._asked) / self.host_timesteps[n + 1]
         return packed
-
-
-PROCESS_KEYS = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-    "rescale_betas_zero_snr", "sigma_min", "sigma_max", "snr_shift_scale",
-)  # fmt: skip
-
-
-def _hashable(value: Any) -> Any:
-    return (
-        value if value is None or isinstance(value, (int, float, str, bool)) else str(list(value))
-    )

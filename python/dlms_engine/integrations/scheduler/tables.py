@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -105,3 +106,20 @@ def deis_log(
         return found + [torch.zeros_like(found[0])] * (len(history) - use)
 
     return run.table(multistep(run, order, weights), "deis", order=order, variant="logrho")
+
+
+PROCESS_KEYS = (
+    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
+    "rescale_betas_zero_snr", "sigma_min", "sigma_max", "snr_shift_scale",
+)  # fmt: skip
+
+
+def process_key(kind: str, config: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Tells the processes of two configs apart."""
+    return (kind, *(_hashable(config.get(name)) for name in PROCESS_KEYS))
+
+
+def _hashable(value: Any) -> Any:
+    return (
+        value if value is None or isinstance(value, (int, float, str, bool)) else str(list(value))
+    )

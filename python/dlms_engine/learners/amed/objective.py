@@ -28,8 +28,8 @@ from ...support.transfer import host_numbers
 from ..settings import plain
 from ..training.bottleneck import feature_size, reads_bottleneck
 from ..training.coordinates import Coordinates
+from ..training.learner import Numbers
 from ..training.losses import log_distance
-from ..training.trainer import Numbers
 from ..training.validation import Validation
 from .settings import AmedSettings
 

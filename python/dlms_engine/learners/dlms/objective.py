@@ -30,9 +30,9 @@ from ...processes.grids import GRIDS
 from ...support.parallel import World
 from ..training.bottleneck import feature_size, reads_bottleneck
 from ..training.coordinates import Coordinates
+from ..training.learner import Numbers
 from ..training.losses import FeatureDistance, last_step_distance, log_distance
 from ..training.start_times import StartTimes, start_times
-from ..training.trainer import Numbers
 from ..training.validation import Validation
 from .initial import initial_scales, initial_weights
 from .settings import DlmsSettings

@@ -21,9 +21,9 @@ from ...models.denoiser import Denoiser
 from ...solvers.table import SolverTable
 from ...support.parallel import World
 from ...support.transfer import rows_up
+from ..training.learner import Numbers
 from ..training.losses import FeatureDistance, last_step_distance, log_distance
 from ..training.start_times import refine
-from ..training.trainer import Numbers
 from ..training.validation import Validation, exact_solution
 from .module import FreeTableModule
 from .settings import FreeTableSettings

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...models.denoiser import Denoiser
 from ...support.optimiser import optimiser_step
 from ...support.parallel import World
 from ...support.progress import inner_progress
@@ -22,6 +20,7 @@ from ...support.transfer import host_numbers
 from ...support.values import require_finite
 from .checkpoint import read_checkpoint, save_checkpoint, try_to_save
 from .ema import EmaSets
+from .learner import Learner, Numbers
 from .monitor import Monitor, Silent
 from .noise import tell_first_sample, unit_noise
 from .settings import TrainerSettings
@@ -29,38 +28,6 @@ from .settings import TrainerSettings
 __all__ = ["Learner", "Progress", "Trainer", "TrainerSettings"]
 
 _log = logging.getLogger("dlms_engine")
-
-Numbers = dict[str, Tensor]
-"""Name -> a scalar on any device, without graph."""
-
-
-class Learner(Protocol):
-    """An objective over solver parameters."""
-
-    progress: float  # share of the updates that are done, set before each iteration
-    denoiser: Denoiser  # start noise is drawn for its device
-
-    @property
-    def module(self) -> nn.Module:
-        """What is trained."""
-        ...
-
-    def parameter_groups(self, lr: float) -> list[dict[str, Any]]: ...
-
-    def iteration(self, noise: Tensor) -> Iterator[Numbers]:
-        """Accumulates gradients for one batch of start noise ``[B, ...]`` (unit variance).
-
-        Yields numbers to log, left on the device, each time the optimiser is to step.
-        """
-        ...
-
-    def validate(self) -> dict[str, float]:
-        """Fixed validation; ``"score"`` (lower is better) chooses among the parameter sets."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """JSON-able snapshot worth logging, e.g. the learned grid."""
-        ...
 
 
 @dataclass
@@ -117,8 +84,8 @@ class Trainer:
 
         Raises:
             KeyboardInterrupt: after a checkpoint was written, when one is configured.
-        FloatingPointError: the start or too many gradients are not finite; a checkpoint holds the
-            best so far.
+            FloatingPointError: the start or too many gradients are not finite; a checkpoint holds the
+                best so far.
         """
         if resume:
             self._resume()
