@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from marks import slow
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from dlms_engine import Denoiser, Sampler, distill, grids, ops, solvers
 from dlms_engine.engine import sampler
 from dlms_engine.engine.cuda_graph_cache import GraphCache
+from dlms_engine.learners.start import SamplingProblem
 from dlms_engine.learners.training.conditioned import conditioned
 from dlms_engine.learners.training.noise import tell_first_sample
 from dlms_engine.learners.training.validation import exact_solution
@@ -41,6 +44,43 @@ def test_rows_follow_the_samples() -> None:
     denoiser.first_sample(0)  # planted: another first sample, other rows
     denoiser.predict(x, 1.0)
     assert torch.equal(network.seen[-1], labels[[0, 1, 0]])
+
+
+class Parts(NamedTuple):
+    label: Tensor
+
+
+@pytest.mark.parametrize(
+    ("pack", "unpack"),
+    [
+        (lambda label: {"added": {"label": label, "crop": 3}}, lambda c: c["added"]["label"]),
+        (lambda label: [label, None], lambda c: c[0]),
+        (lambda label: (label,), lambda c: c[0]),
+        (Parts, lambda c: c.label),
+    ],
+)
+@pytest.mark.parametrize("method", ["auto", "free_table"])
+def test_rows_inside_containers_follow_the_samples(pack: Any, unpack: Any, method: str) -> None:
+    """All rows went to every batch: an error about sizes inside the network, or wrong ones."""
+    network = Labelled()
+
+    def packed(x: Tensor, t: Tensor, c: Any) -> Tensor:
+        return network(x, t, unpack(c))
+
+    labels = torch.eye(2)[[0, 1, 1]]
+    flat = SamplingProblem(Denoiser(network, EDM(), "data"), (2,), {"label": labels})
+    wrapped = Denoiser(packed, EDM(), "data")
+    nested = SamplingProblem(wrapped, (2,), {"c": pack(labels)})
+    numbers, time = range(4, 8), torch.tensor(1.0, dtype=torch.float64)
+    x = torch.cat([flat.noise(numbers)] * 2)
+    assert torch.equal(nested.predict(x, time, numbers), flat.predict(x, time, numbers))
+    solver = distill(
+        wrapped, method, nfe=2, shape=(2,), conditions={"c": pack(labels)}, progress=False,
+        trajectories=16, **({"budget": "1k"} if method == "auto" else {"validation_samples": 8}),
+    )  # fmt: skip
+    assert solver.nfe == 2
+    with pytest.raises(ValueError, match="one condition for all samples"):
+        conditioned(wrapped, {"c": pack(labels)}, "gits")
 
 
 def test_guided_rows_are_doubled() -> None:

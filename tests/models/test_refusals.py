@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import torch
 from mixture_network import mixture_denoiser
 from torch import Tensor
 
-from dlms_engine import Denoiser, distill, recommend
-from dlms_engine.processes import EDM
+from dlms_engine import Denoiser, Sampler, distill, grids, recommend, solvers
+from dlms_engine.processes import EDM, RectifiedFlow
 
 
 def first_channel(x: Tensor, t: Tensor) -> Tensor:
@@ -52,3 +53,96 @@ def test_recommend_refuses_by_value(wrong: dict[str, Any], said: str) -> None:
 def test_distill_refuses_by_value(wrong: dict[str, Any]) -> None:
     with pytest.raises(TypeError, match="expected"):
         distill(mixture_denoiser(), **({"nfe": 3, "shape": (16,), "progress": False} | wrong))
+
+
+@dataclass
+class Output:
+    sample: Tensor
+
+
+def half(x: Tensor, t: Tensor) -> Tensor:
+    return 0.5 * x
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda y: [y],
+        lambda y: (y, None),
+        lambda y: ((y,), 1),
+        lambda y: (Output(y), None),
+        lambda y: {"sample": y},
+    ],
+)
+def test_the_tensor_is_found_in_what_networks_return(wrapped: Any) -> None:
+    x = torch.ones(2, 3)
+    found = Denoiser(lambda x, t: wrapped(half(x, t)), EDM(), "data")(x, 1.0)
+    assert torch.equal(found, 0.5 * x)
+
+
+@pytest.mark.parametrize("returned", [None, (), [], (None, 1), ((), 1), {"x": 1}, {}, 3.0, "text"])
+def test_what_holds_no_tensor_is_refused_by_name(returned: Any) -> None:
+    """It was an IndexError, or 'NoneType object is not subscriptable'."""
+    network, name = lambda x, t: returned, type(returned).__name__
+    flow = RectifiedFlow()
+    table = solvers.ddim(flow, grids.time_uniform(flow, 2))
+    for call in (Denoiser(network, flow), Sampler(Denoiser(network, flow), table)):
+        with pytest.raises(TypeError, match=f"the network returned {name}.*wrap it"):
+            call(torch.ones(2, 3), *((1.0,) if isinstance(call, Denoiser) else ()))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda y: y + 0j, "returned torch.complex64, expected floating point"),  # half was dropped
+        (lambda y: y.long(), "returned torch.int64, expected floating point"),
+        (lambda y: y[:1], r"returned \[1, 3\] for x \[2, 3\]"),  # one sample served all
+        (lambda y: y.flatten(), r"returned \[6\] for x \[2, 3\]"),
+    ],
+)
+def test_an_output_that_is_no_prediction_is_refused_everywhere(change: Any, said: str) -> None:
+    flow = RectifiedFlow()
+    denoiser = Denoiser(lambda x, t: change(half(x, t)), flow)
+    table = solvers.ddim(flow, grids.time_uniform(flow, 2))
+    with pytest.raises(ValueError, match=said):
+        denoiser(torch.ones(2, 3), 1.0)
+    with pytest.raises(ValueError, match=said):
+        Sampler(denoiser, table)(torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_network_may_write_into_its_times(batch: int) -> None:
+    """``t *= 1000`` changed the sampler's own times for the runs to come, or raised."""
+    flow = RectifiedFlow()
+
+    def polite(x: Tensor, t: Tensor) -> Tensor:
+        return x * (1000 * t)[:, None].sin()
+
+    def hasty(x: Tensor, t: Tensor) -> Tensor:
+        t *= 1000
+        return x * t[:, None].sin()
+
+    table, x = solvers.ddim(flow, grids.time_uniform(flow, 3)), torch.randn(batch, 4)
+    samplers = [Sampler(Denoiser(network, flow), table) for network in (polite, hasty)]
+    for _ in range(3):
+        wanted, found = (sampler(x) for sampler in samplers)
+        assert torch.equal(found, wanted)
+
+
+def test_branches_of_other_sizes_are_refused_by_key() -> None:
+    """Seven words and five: torch's error about expanded sizes named neither."""
+
+    def network(x: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+        return x + text["words"].mean((1, 2))[:, None]
+
+    denoiser = Denoiser(
+        network, EDM(), "data", guidance_scale=2.0,
+        unconditional={"text": {"words": torch.zeros(1, 5, 2)}},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"unconditional\['text'\]\['words'\] is \[1, 5, 2\]"):
+        denoiser(torch.ones(3, 4), 1.0, text={"words": torch.ones(3, 7, 2)})
+    with pytest.raises(
+        ValueError, match=r"condition\['text'\]\['words'\] is \[2, 5, 2\], expected \[3"
+    ):
+        denoiser(torch.ones(3, 4), 1.0, text={"words": torch.ones(2, 5, 2)})
+    assert denoiser(torch.ones(3, 4), 1.0, text={"words": torch.ones(1, 5, 2)}).shape == (3, 4)

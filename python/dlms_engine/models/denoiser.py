@@ -242,20 +242,39 @@ class Denoiser(Versioned, nn.Module):
 
         ``c_noise`` is a scalar or ``[B]``; it is handed over in float32 (float64 for float64
         inputs), never in half precision, where times such as 750 are rounded.
+
+        Raises:
+            TypeError, ValueError: the network returned no tensor like its input.
         """
         wide = torch.float64 if network_input.dtype == torch.float64 else torch.float32
         batch = network_input.shape[0]
         level = c_noise.to(device=network_input.device, dtype=wide)
         if isinstance(self._time_input, NamedTime) and self._time_input.whole:
             level = level.round().to(torch.int64)
-        noise = level.expand(batch)
         if self.guidance_scale is None:
-            return unwrap(self.network(network_input, noise, **conditions))
+            return self._called(network_input, level.expand(batch), conditions)
         twofold = self._branches.joined(self.unconditional, conditions, doubled(batch))
         both = torch.cat([network_input, network_input])
         twice = torch.cat([level, level]) if level.ndim else level.expand(2 * batch)
-        out = unwrap(self.network(both, twice, **twofold))
+        out = self._called(both, twice, twofold)
         return out[:batch], out[batch:]  # chunk(2) would tie an exported graph to this batch
+
+    def _called(self, x: Tensor, noise: Tensor, conditions: Mapping[str, Any]) -> Tensor:
+        """The network's tensor, whose times ``noise`` are its own to write into.
+
+        They are numbers of every later run, too: ``t *= 1000`` in a network would change those. A
+        copy is next to nothing on the CPU; elsewhere it is a kernel an evaluation, so looked at.
+        """
+        if noise.device.type == "cpu" or torch.compiler.is_compiling() or noise.is_inference():
+            return like_input(unwrap(self.network(x, noise.clone(), **conditions)), x)
+        version = noise._version
+        output = unwrap(self.network(x, noise, **conditions))
+        if noise._version != version:
+            raise RuntimeError(
+                "the network writes into its time argument, which later evaluations use: let it work "
+                "on a copy (t = t * 1000 in place of t *= 1000)"
+            )
+        return like_input(output, x)
 
     def unconditional_read(self, conditions: Mapping[str, Any]) -> list[Tensor]:
         """The unconditional branch's tensors that a call with ``conditions`` reads, and where."""
@@ -283,7 +302,6 @@ class Denoiser(Versioned, nn.Module):
         pre = self.preconditioning(times, prediction)
         scaled = (per_sample(pre.c_in, x) * x).to(self.network_dtype or x.dtype)
         output = self.combine(self.network_output(scaled, pre.c_noise, **conditions), x.dtype)
-        output = like_input(output, x)
         value = per_sample(pre.c_skip, x) * x + per_sample(pre.c_out, x) * output
         if self.dynamic_thresholding is None:
             return value

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..support.values import is_finite_number
 
-Join = Callable[[Tensor, Tensor], Tensor]
-"""(unconditional value, conditional value) -> what stands for both."""
+Join = Callable[[str, Tensor, Tensor], Tensor]
+"""(path of the key, unconditional value, conditional value) -> what stands for both."""
 
 
 class Branches:
@@ -38,7 +38,7 @@ class Branches:
         """The unconditional tensors that a call with ``conditions`` reads, where it reads them."""
         found: list[Tensor] = []
 
-        def keep(other: Tensor, value: Tensor) -> Tensor:
+        def keep(_path: str, other: Tensor, value: Tensor) -> Tensor:
             if other is not value:
                 found.append(other)
             return value
@@ -68,7 +68,7 @@ class Branches:
                 f"{type(value).__name__}"
             )
         if isinstance(value, Tensor):
-            return join(other if other is value else self._like(path, other, value), value)
+            return join(path, other if other is value else self._like(path, other, value), value)
         if isinstance(value, Mapping):
             return self._mapping(path, value, other, join)
         if isinstance(value, list | tuple):
@@ -105,11 +105,24 @@ class Branches:
 def doubled(batch: int) -> Join:
     """``[uncond; cond]``, each ``[batch, ...]``."""
 
-    def join(other: Tensor, value: Tensor) -> Tensor:
+    def join(path: str, other: Tensor, value: Tensor) -> Tensor:
         size = (batch, *value.shape[1:])
+        for name, given in (("unconditional", other), ("condition", value)):
+            if not _expands(given, size):
+                raise ValueError(
+                    f"{name}{path} is {list(given.shape)}, expected {list(size)} or with one row: both "
+                    f"branches of a batch of {batch} are one call, the condition gives their size (pad "
+                    "the shorter one, and mask it)"
+                )
         return torch.cat([other.expand(size), value.expand(size)])
 
     return join
+
+
+def _expands(tensor: Tensor, size: tuple[int, ...]) -> bool:
+    """Whether ``tensor.expand(size)`` is there."""
+    sizes = zip(reversed(tensor.shape), reversed(size), strict=False)
+    return tensor.ndim <= len(size) and all(mine in (whole, 1) for mine, whole in sizes)
 
 
 def check_guidance(scale: Any, unconditional: bool) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -54,28 +55,42 @@ def find_module(network: Any, path: str) -> nn.Module:
 
 
 def unwrap(output: Any) -> Tensor:
-    """The tensor in what a network returned: itself, ``.sample`` or the first of a tuple."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, tuple):
-        return cast(Tensor, output[0])
-    sample = getattr(output, "sample", None)
-    if isinstance(sample, Tensor):
-        return sample
-    raise TypeError(f"network returned {type(output).__name__}, expected a tensor or .sample")
+    """The tensor in what a network returned: itself, ``.sample``, ``["sample"]`` or the first of a tuple
+    or list.
+
+    Raises:
+        TypeError: there is none.
+    """
+    found = output
+    while isinstance(found, tuple | list) and found:
+        found = found[0]
+    if isinstance(found, Mapping):
+        found = found.get("sample", found)
+    found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
+    if isinstance(found, Tensor):
+        return found
+    held = f" that starts with {type(found).__name__}" if found is not output else ""
+    raise TypeError(
+        f"the network returned {type(output).__name__}{held}, expected a tensor, an object with .sample "
+        "or a tuple that starts with one: wrap it in a function that takes the prediction out"
+    )
 
 
 def like_input(output: Tensor, x: Tensor) -> Tensor:
     """``output`` of a network on ``x`` ``[B, ...]``.
 
     Raises:
-        ValueError: one sample of it has another shape, which broadcasting would hide.
+        ValueError: it has another shape, which broadcasting would hide, or is no real floating point.
     """
-    if output.shape[1:] != x.shape[1:]:
+    if output.shape != x.shape:
         raise ValueError(
             f"the network returned {list(output.shape)} for x {list(x.shape)}, expected a tensor like x: "
             "wrap it in a function that takes the prediction out (of one that also learned a variance "
             "the first half of the channels)"
+        )
+    if not output.is_floating_point():
+        raise ValueError(
+            f"the network returned {output.dtype}, expected floating point: a prediction is a real number"
         )
     return output
 

@@ -86,6 +86,34 @@ def test_a_network_that_knows_nothing_is_said_to() -> None:
     assert not found.ok and "no wrapping" in str(found)
 
 
+@pytest.mark.parametrize("process", [EDM(), VP(), LEVELS, RectifiedFlow()], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    ("means", "std"),
+    [
+        (torch.zeros(1, 8, dtype=torch.float64), 0.5),  # a blind guess is all there is to know
+        (200 * MEANS, 10.0),  # above the levels of VP, and flows are nearly done at once
+        (1e-3 * MEANS, 5e-5),  # below the least level
+        (4e4 * MEANS, 2e3),
+    ],
+    ids=["gaussian", "large", "small", "huge"],
+)
+def test_a_right_wrapping_is_right_whatever_the_data(
+    process: Process, means: Tensor, std: float
+) -> None:
+    """Data like a Gaussian, or far from the size of the noise, made it say that nothing fits."""
+    mixture = GaussianMixture(process, means, std)
+    denoiser = Denoiser(lambda x, t: mixture(x.double(), t.double()).to(x), process, "data")
+    generator = torch.Generator().manual_seed(3)
+    noise = torch.randn(64, means.shape[1], generator=generator)
+    rows = torch.randint(len(means), (64,), generator=generator)
+    given = check(denoiser, (means[rows] + std * noise).float())
+    assert given.ok, given
+    assert ("as well as a blind guess" in str(given)) == (given.score >= 0.9)
+    if float(means.abs().max()) < 1e4:  # float32 of a flow's first state knows too little there
+        own = check(denoiser, shape=(means.shape[1],))
+        assert own.ok, own
+
+
 def test_the_best_of_wrappings_that_all_fail_may_be_the_given_one() -> None:
     """It named the best of the others, whose error was larger than that of the given one."""
     network = network_of(VP(), "noise")

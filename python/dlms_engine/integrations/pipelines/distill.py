@@ -108,7 +108,8 @@ def budget_line(denoiser: Denoiser, shape: tuple[int, ...], settings: AutoSettin
     """What the budget holds in evaluations of this network, and what measuring the start takes."""
     with torch.no_grad():
         seconds = seconds_of_one(SamplingProblem(denoiser, shape))
-    start = cost(denoiser.process, settings.nfe, effort_of(settings) or start_effort(seconds))
+    effort = effort_of(settings, denoiser.process) or start_effort(seconds)
+    start = cost(denoiser.process, settings.nfe, effort)
     limit = parse_budget(settings.budget)
     holds = min(limit.calls, limit.seconds / max(seconds, 1e-9))
     line = (

@@ -20,7 +20,7 @@ from ...support.files import written
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
-from ..start import Effort, ExactSolution, SamplingProblem, Start, find_start
+from ..start import ExactSolution, SamplingProblem, Start, find_start
 from ..start.search import candidate_of
 from .budget import Budget, parse_budget
 from .choose import AutoStage, choose_stage, measure_stages
@@ -30,16 +30,20 @@ from .gauss_newton import SEARCHED, GaussNewton, Targets
 from .progress import RunCheckpoint
 from .report import report_lines, report_of, write_report
 from .settings import AutoSettings
+from .shares import (
+    CORRECTOR_SHARE,
+    STAGES,
+    TABLE_SHARE,
+    choice_cost,
+    effort_of,
+    training_share,
+)
 from .table import GeneralTable, bases
 
 __all__ = ["AUTO", "Auto", "AutoSettings", "effort_of"]
 
-TABLE_SHARE, CORRECTOR_SHARE, ROWS_SHARE = 0.35, 0.55, 0.9
-"""Of the budget, by the end of the table's fit, of the corrector's and of all rows' correctors'."""
 TRIAL = 3
 """Iterations of each base before the better one goes on."""
-LEAN_BELOW = 60_000
-"""Budget in evaluations below which the search for the start is lean."""
 
 
 class Auto:
@@ -81,7 +85,7 @@ class Auto:
         self.say("interrupted: choosing among the results so far (interrupt again to give up)")
 
     def start(self) -> tuple[Start, ExactSolution]:
-        effort = effort_of(self.settings)
+        effort = effort_of(self.settings, self.problem.process)
         output = self.options.output
         store = None if output is None else output.with_suffix(".start.json")
         before = self.problem.calls
@@ -97,11 +101,13 @@ class Auto:
                     self.problem.process, start.nfe, self.settings.base, afs=self.settings.afs
                 )
             )
+        self.exact = exact
         # learned errors are smaller than those of the start, and measured by the same solution
         exact.prove(start.ranking[0].rmse / 3)
         self.progress.align("start")
         self._stage("base", start.best.table)
         if self.progress.found is None:
+            self.progress.standing.began = self.budget.share()
             self.progress.keep("start", {})
         return start, exact
 
@@ -140,14 +146,23 @@ class Auto:
     @property
     def table_share(self) -> float:
         """Of the budget, by the end of the table's fit: the correctors' too where there are none."""
-        return TABLE_SHARE if self.settings.corrector else ROWS_SHARE
+        return self._until(TABLE_SHARE) if self.settings.corrector else self.rows_share
+
+    def _until(self, share: float) -> float:
+        """``share`` of what the search for the start left, in shares of the whole budget."""
+        began = min(1.0, self.progress.standing.began)
+        return min(began + (1 - began) * share, self.rows_share)
+
+    @property
+    def rows_share(self) -> float:
+        """Of the budget, by the end of all training."""
+        each = choice_cost(self.exact.table().nfe, len(STAGES), self.settings.nfe)
+        return training_share(self.budget, each * self.settings.held_out)
 
     def _fit(self, fits: list[GaussNewton], targets: Targets) -> GaussNewton:
         """A few iterations of each, the rest of the better one."""
         progress, better = self.progress, 0
         progress.align("trial 1")
-        if not progress.reached("trial 1"):
-            progress.standing.began = self.budget.share()
         began = progress.standing.began
         for number, fit in enumerate(fits, 1):
             self.say(
@@ -197,7 +212,7 @@ class Auto:
         target = targets(int(numbers["samples"]))
         self.progress.align("corrector")
         every = fit_every_row(
-            self.problem, table, corrector, target, self.budget, ROWS_SHARE,
+            self.problem, table, corrector, target, self.budget, self.rows_share,
             say=self.say, interrupted=self.interrupted,
         )  # fmt: skip
         if every is not None:
@@ -220,7 +235,7 @@ class Auto:
             corrector = read_corrector(tensors, state["settings"]).to(self.problem.device)
             return corrector, state["numbers"]
         found = fit_corrector(
-            self.problem, table, targets, self.budget, CORRECTOR_SHARE,
+            self.problem, table, targets, self.budget, self._until(CORRECTOR_SHARE),
             features=self.settings.feature_phase, most=self.settings.samples, say=self.say,
         )  # fmt: skip
         if found is not None and not self.budget.interrupted:
@@ -242,10 +257,10 @@ class Auto:
         self.stages.append(AutoStage(name, policy, int(spent[name][0]), spent[name][1]))
 
     def chosen(self, start: Start, exact: ExactSolution) -> DistilledSolver:
-        each = exact.table().nfe + len(self.stages) * (self.settings.nfe + 1)
+        each = choice_cost(exact.table().nfe, len(self.stages), self.settings.nfe)
         samples = self.settings.held_out
         while samples > 16 and samples * each > max(self.budget.left(), 0.1 * self.budget.calls):
-            samples //= 2
+            samples -= max(1, samples // 8)
         measure_stages(self.problem, exact, self.stages, samples)
         assert exact.proof is not None
         smallest = min(float(stage.squares.mean()) ** 0.5 for stage in self.stages)
@@ -267,13 +282,6 @@ class Auto:
         }
         score = {"score": report["rmse"], "set": best.name, "report": report}
         return DistilledSolver(best.policy, "auto", described, self.history, score)
-
-
-def effort_of(settings: AutoSettings) -> Effort | None:
-    """Of the search for the start; None leaves it to the network's speed."""
-    if settings.effort != "auto":
-        return settings.effort
-    return "lean" if parse_budget(settings.budget).calls < LEAN_BELOW else None
 
 
 def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> DistilledSolver:

@@ -29,7 +29,7 @@ class Standing:
         calls, seconds: used so far.
         targets: exact ends there were.
         better: number of the fit that went on.
-        began: share of the budget that was used when the first fit began.
+        began: share of the budget that was used when the start was found.
         fits: of every fit, its counters.
         corrector: settings and numbers of the trained corrector.
         stages: name -> evaluations and seconds of every stage measured so far.

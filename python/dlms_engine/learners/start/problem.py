@@ -19,8 +19,10 @@ from ..training.noise import tell_first_sample, unit_noise
 
 Conditions = Mapping[str, Any] | Callable[[Tensor], Mapping[str, Any]] | str | Path | None
 """Keyword arguments of the network. A tensor ``[1, ...]`` serves all samples, a tensor ``[M, ...]``
-gives sample i its row i mod M, anything else is handed over as it is; a callable maps the numbers of
-a batch (int64 ``[B]``) to such keywords with B rows; a path names a safetensors file of tensors."""
+gives sample i its row i mod M, inside dicts, lists and tuples, too; anything else is handed over as it
+is; a callable maps the numbers of a batch (int64 ``[B]``) to such keywords with B rows; a path names a
+safetensors file of tensors. What is no row of a sample, such as a table of positions, belongs into the
+network (``functools.partial``)."""
 
 
 class SamplingProblem:
@@ -118,11 +120,35 @@ def conditions_on(conditions: Any, device: torch.device) -> Any:
     """``conditions`` (no file) with tensors on ``device``: given ones once, a callable's each time."""
 
     def moved(values: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()}
+        return dict(each_tensor(values, lambda tensor: tensor.to(device)))
 
     if not callable(conditions):
         return moved(conditions) if conditions else conditions
     return lambda numbers: moved(conditions(numbers))
+
+
+def each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with its tensors changed, inside dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: each_tensor(held, change) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        parts = [each_tensor(held, change) for held in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return value
+
+
+def vary(conditions: Mapping[str, Any]) -> bool:
+    """Whether some tensor has more than one row."""
+    rows: list[int] = []
+
+    def counted(tensor: Tensor) -> Tensor:
+        rows.append(len(tensor) if tensor.ndim else 1)
+        return tensor
+
+    each_tensor(conditions, counted)
+    return max(rows, default=1) > 1
 
 
 def rows_of(conditions: Any, numbers: Sequence[int], copies: int = 1) -> dict[str, Any]:
@@ -139,20 +165,22 @@ def rows_of(conditions: Any, numbers: Sequence[int], copies: int = 1) -> dict[st
                 f"sample {max(numbers)} is beyond int64, which conditions from a callable need"
             )
         values = dict(conditions(torch.tensor(list(numbers), device="cpu")))
-        return {k: _repeated(v, copies) for k, v in values.items()}
-    return {k: _rows(v, numbers, copies) for k, v in conditions.items()}
+        return dict(each_tensor(values, lambda tensor: _repeated(tensor, copies)))
+    return dict(each_tensor(conditions, lambda tensor: _rows(tensor, numbers, copies)))
 
 
-def _rows(value: Any, numbers: Sequence[int], copies: int) -> Any:
-    if not isinstance(value, Tensor) or value.ndim == 0:
+def _rows(value: Tensor, numbers: Sequence[int], copies: int) -> Tensor:
+    if value.ndim == 0:
         return value
+    if len(value) == 0:
+        raise ValueError(f"a condition has shape {list(value.shape)}, expected a row or more")
     if len(value) == 1:
         return value.expand(len(numbers) * copies, *value.shape[1:])
     rows = torch.tensor([number % len(value) for number in numbers], device=value.device)
     return _repeated(value[rows], copies)
 
 
-def _repeated(value: Any, copies: int) -> Any:
-    if copies == 1 or not isinstance(value, Tensor) or value.ndim == 0:
+def _repeated(value: Tensor, copies: int) -> Tensor:
+    if copies == 1 or value.ndim == 0:
         return value
     return value.repeat(copies, *([1] * (value.ndim - 1)))

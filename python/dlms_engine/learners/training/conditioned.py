@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...models.denoiser import Denoiser
-from ..start.problem import Conditions, conditions_on, read_conditions, rows_of
+from ..start.problem import Conditions, conditions_on, read_conditions, rows_of, vary
 
 PER_SAMPLE = ("dlms", "amed", "free_table")
 """Methods that tell the denoiser which samples a batch holds, besides "auto"."""
@@ -73,9 +73,7 @@ def conditioned(denoiser: Denoiser, conditions: Conditions, method: str) -> Deno
     values = read_conditions(conditions)
     if not values:
         return denoiser
-    varied = not isinstance(values, Mapping) or any(
-        isinstance(v, Tensor) and v.ndim and len(v) > 1 for v in values.values()
-    )
+    varied = not isinstance(values, Mapping) or vary(values)
     if varied and method not in PER_SAMPLE:
         raise ValueError(
             f"method {method!r} takes one condition for all samples, tensors [1, ...]: use one of "
