@@ -114,13 +114,11 @@ def test_quality_sorts_by_evaluations(tmp_path: Path, monkeypatch: pytest.Monkey
         {"dlms": {5: 0.1}},
         tmp_path / "q.png",
         ylabel="RMSE",
-        floor=0.01,
     )
     (axes,) = figures[0].axes  # type: ignore[attr-defined]
     curves = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert curves["ddim"] == [[3, 0.4], [5, 0.2]]
     assert curves["dlms"] == [[5, 0.1]]
-    assert "floor" in curves
 
 
 def test_side_by_side_labels_its_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

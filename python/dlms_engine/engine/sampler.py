@@ -62,10 +62,10 @@ class Sampler(Versioned, nn.Module):
         denoiser: the network, made to answer E[x0 | x, t].
         policy: a table from ``dlms_engine.solvers`` or a distilled solver.
         backend: ``"auto"``, ``"eager"``, ``"cpu"``, ``"cuda"`` or ``"triton"``. An explicit choice
-            that cannot be had raises ``BackendUnavailable``; ``"auto"`` falls back.
+            that is not available raises ``BackendUnavailable``; ``"auto"`` falls back.
         dtype: dtype of state and history, float32 (float64 for verification).
         check_finite: whether samples that are not finite are reported (once, with the evaluation). None
-            looks on the CPU only: on a GPU a look makes the host wait for the run.
+            checks on the CPU only: on a GPU the check makes the host wait for the run.
 
     Raises:
         ValueError: the policy belongs to another process than the denoiser's, needs features that it
@@ -173,7 +173,7 @@ class Sampler(Versioned, nn.Module):
             callback: called with a ``Step`` after each row.
             progress: shows a progress bar.
             return_trajectory: also returns the states ``[nfe + 1, B, ...]``.
-            conditions: handed to the network.
+            conditions: the network's keyword arguments.
 
         Returns:
             ``[B, ...]`` in the state dtype, or ``(sample, trajectory)``.
@@ -206,7 +206,7 @@ class Sampler(Versioned, nn.Module):
         return (x, torch.stack(states)) if return_trajectory else x
 
     def _is_finite(self, x: Tensor) -> bool:
-        """Whether the samples are; unless asked for, not looked at where a look makes the host wait."""
+        """Whether the samples are finite; True unlooked where looking would make the host wait."""
         look = x.device.type == "cpu" if self.check_finite is None else self.check_finite
         if not look or torch.compiler.is_compiling() or type(x) is not Tensor:
             return True

@@ -151,14 +151,12 @@ def quality(
     *,
     ylabel: str,
     title: str = "",
-    floor: float | None = None,
 ) -> Path:
     """Quality (lower is better) against network evaluations, log axis.
 
     Args:
         handcrafted: label -> {nfe: value}, drawn dotted.
         learned: label -> {nfe: value}, drawn solid.
-        floor: value of a perfect sampler, drawn as a horizontal line.
     """
     figure = new_figure(6.4, 4.2)
     axes = figure.subplots()
@@ -168,8 +166,6 @@ def quality(
     for index, (label, values) in enumerate(learned.items()):
         colour = LEARNED_COLOURS[index % len(LEARNED_COLOURS)]
         _curve(axes, label, values, color=colour, linestyle="-", marker="o", linewidth=2.0)
-    if floor is not None:
-        axes.axhline(floor, color="#555555", linewidth=0.8, label="floor")
     axes.set(xlabel="network evaluations (NFE)", ylabel=ylabel, yscale="log", title=title)
     axes.xaxis.get_major_locator().set_params(integer=True)
     many = len(handcrafted) + len(learned) > 6  # beside the curves, not on them

@@ -63,16 +63,18 @@ def distill(
         nfe: network evaluations of the result.
         shape: shape of one sample, e.g. ``(3, 32, 32)``.
         trajectories: start noises to train on; None is the method's own default.
-        output: path of the solver file; the checkpoint is written next to it and ``resume`` continues it.
-            A run that torchrun has started again resumes by itself.
+        output: path of the solver file; the checkpoint is written next to it.
+        resume: continue from that checkpoint; a run that torchrun restarted does so by itself.
+        progress: show progress bars.
+        seed: of the training noise.
         feature_network: module from finished samples to ``[B, F]`` for feature distances.
         conditions: keyword arguments of the network. A tensor ``[1, ...]`` serves all samples, a tensor
-            ``[M, ...]`` gives sample i its row i mod M; a callable or a safetensors file will do, too
+            ``[M, ...]`` gives sample i its row i mod M; also a callable or a safetensors file
             (``learners.start.Conditions``). LD3, D-ODE and GITS take one row.
         cond: their earlier name.
         tensorboard: folder for TensorBoard events, one scalar a number and update.
-        settings: the method's own settings; unknown names are refused. Where none says which solver
-            or grid to begin at, the best for this model is found by measuring.
+        settings: the method's own settings; unknown names are refused. Where none fixes the solver or
+            grid to begin at, the best for this model is found by measuring.
 
     Returns:
         a ``DistilledSolver``, also written to ``output``.

@@ -83,7 +83,6 @@ class DryRun:
         self.first: dict[Slot, list[Any]] = {}
         self.steps: dict[Slot, dict[int, dict[int, Any]]] = {}
         self.dtype: torch.dtype | None = None
-        self.answered = False
 
     # -- calls -----------------------------------------------------------------------------------
 
@@ -121,7 +120,6 @@ class DryRun:
         call = self._calls[-1]
         call.outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         call.outputs = [leaf for leaf in call.outputs if leaf.is_floating_point()]
-        self.answered = True
         return stand
 
     # -- steps -----------------------------------------------------------------------------------

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+PROBES = (1, 3)
+"""Batches at which the cost of a training is measured."""
+
 
 @dataclass
 class Calls:
@@ -60,21 +63,19 @@ def counted(network: Any, advance: Callable[[int], None] | None = None) -> Itera
         handle.remove()
 
 
-def affordable(
-    cost: Callable[[int], int], budget: int, batch: int, *, probes: tuple[int, int] = (1, 3)
-) -> int:
+def affordable(cost: Callable[[int], int], budget: int, batch: int) -> int:
     """Trajectories, a multiple of ``batch``, whose training costs about ``budget`` calls.
 
     Args:
-        cost: trajectories -> network calls; called twice, at ``probes`` batches, and taken for a
+        cost: trajectories -> network calls; called twice, at ``PROBES`` batches, and taken for a
             straight line (validation and set-up are its intercept).
 
     Raises:
         ValueError: the budget does not pay for one batch.
     """
-    few, more = (cost(batch * count) for count in probes)
-    slope = max(1.0, (more - few) / (probes[1] - probes[0]))
-    fixed = max(0.0, few - probes[0] * slope)
+    few, more = (cost(batch * count) for count in PROBES)
+    slope = max(1.0, (more - few) / (PROBES[1] - PROBES[0]))
+    fixed = max(0.0, few - PROBES[0] * slope)
     batches = int((budget - fixed) // slope)
     if batches < 1:
         raise ValueError(
