@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dlms_engine.engine.sampler import Sampler
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.amed_formulas import AmedBase
 from dlms_engine.policies.amed_predictor import AmedPredictor, Choice
@@ -112,3 +113,10 @@ def random_choices(steps: int, batch: int, *, neutral: bool) -> Given:
     if neutral:
         return Given(0.2 + 0.6 * u[0], one, one)
     return Given(0.2 + 0.6 * u[0], 0.9 + 0.2 * u[1], 0.8 + 0.4 * u[2])
+
+
+def run(denoiser: Denoiser, policy: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(samples, states) in float64."""
+    out = Sampler(denoiser, policy, dtype=torch.float64)(x, return_trajectory=True)
+    assert isinstance(out, tuple)
+    return out

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,12 +11,21 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-import contextlib
 
 import published_rules as rules
 from amed_problem import CASES, SUFFIX, problem, reference, reference_predictor, start_noise
-from analytic import GaussianMixture, run_table
-from commands import answer, complaint, run
+from analytic import GaussianMixture
+from published_cases import (
+    EPD_HEUN,
+    IPNDM,
+    agree,
+    dyweight_weights,
+    epd_parameters,
+    ld3_times,
+    noise,
+    sample,
+    values,
+)
 from published_files import (
     amed_file,
     dyweight_file,
@@ -26,23 +33,20 @@ from published_files import (
     epd_file,
     gas_file,
     ld3_file,
-    loss,
     persistent,
     sampler_modules,
     write,
 )
 from test_edm import Call, writers  # noqa: F401
 
-from dlms_engine.checkpoints.published import FORMATS, load_published, published_format
-from dlms_engine.checkpoints.restricted import UnsafeCheckpointError
+from dlms_engine.checkpoints.published import load_published, published_format
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.amed import AmedPolicy
 from dlms_engine.policies.coordinates import EdmCoordinates
-from dlms_engine.policies.distilled import DistilledSolver, load_solver
+from dlms_engine.policies.distilled import load_solver
 from dlms_engine.processes import EDM, Process, RectifiedFlow, VPDiscrete
 
-AGREES = 1e-6
 LDM = VPDiscrete(betas=torch.linspace(0.0015**0.5, 0.0195**0.5, 1000, dtype=torch.float64) ** 2)
 
 
@@ -51,38 +55,11 @@ def modules(writers: None, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F8
     sampler_modules(monkeypatch)
 
 
-def values(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(*shape, generator=generator)
-
-
-def noise() -> Tensor:
-    return values(4, 16, seed=9).double()
-
-
-def sample(solver: DistilledSolver, process: Process | None = None) -> Tensor:
-    """Of the mixture, from the noise at the solver's start, over alpha at its end."""
-    table = solver.table()
-    assert table.process == (process or table.process)
-    x = table.process.sigma(table.t_start) * noise()
-    return run_table(table, GaussianMixture(table.process), x) / table.process.alpha(table.t_end)
-
-
-def agree(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= AGREES * wanted.abs().max())
-
-
 def at_level(process: Process) -> rules.Denoise:
     return GaussianMixture(process)
 
 
 # -- DyWeight ------------------------------------------------------------------------------------
-
-
-def dyweight_weights(rows: int) -> Tensor:
-    weights = torch.tril(values(rows, rows, scale=0.2)) + torch.eye(rows)
-    weights[rows - 1, 0] = 0.0  # outside of a window
-    return weights
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
@@ -176,11 +153,6 @@ def test_a_wrong_dyweight_file_is_refused(
 # -- EPD -----------------------------------------------------------------------------------------
 
 
-def epd_parameters(steps: int, points: int) -> dict[str, Tensor]:
-    names = ("r_params", "scale_dir_params", "scale_time_params", "weight_s")
-    return {name: values(steps, points, seed=i) for i, name in enumerate(names)}
-
-
 @pytest.mark.parametrize("student", ["epd", "ipndm"])
 @pytest.mark.parametrize("points", [1, 2, 3])
 @pytest.mark.parametrize("afs", [False, True])
@@ -246,12 +218,6 @@ def test_a_wrong_epd_file_is_refused(change: dict[str, Any], message: str, tmp_p
             held = {"model": persistent("EPD_predictor", parameters, EPD_HEUN)}
             load_published(write(tmp_path / "s.pkl", held))
         load_published(epd_file(tmp_path / "s.pkl", parameters, **change))
-
-
-EPD_HEUN = {
-    "dataset_name": "cifar10", "num_steps": 5, "num_points": 2, "sampler_stu": "heun", "afs": False,
-    "schedule_type": "polynomial", "schedule_rho": 7.0,
-}  # fmt: skip
 
 
 # -- AMED ----------------------------------------------------------------------------------------
@@ -324,13 +290,6 @@ def test_amed_that_scales_times_of_another_process_works_in_edms_coordinates(
 # -- LD3 -----------------------------------------------------------------------------------------
 
 
-def ld3_times(points: int) -> tuple[Tensor, Tensor]:
-    grid = rules.powers(points)
-    moved = grid * (1 + 0.05 * values(points, seed=3).double())
-    moved[0], moved[-1] = grid[0], grid[-1]
-    return grid, moved
-
-
 @pytest.mark.parametrize(
     ("name", "order", "variant"),
     [
@@ -360,9 +319,6 @@ def test_ends_in_single_precision_are_the_processs_own(tmp_path: Path) -> None:
         ld3_file(tmp_path / "b.pt", off, network.float()), solver="ipndm", order=2
     )
     assert solver.policy.grid[[0, -1]].tolist() == [80.0, 0.002]
-
-
-IPNDM = {"solver": "ipndm", "order": 2}
 
 
 @pytest.mark.parametrize(
@@ -447,176 +403,3 @@ def test_a_wrong_gas_file_or_setting_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         load_published(gas_file(tmp_path / "1.pt", parameters), process, **options)
-
-
-# -- hostile and other files ---------------------------------------------------------------------
-
-
-def test_each_check_can_fail(tmp_path: Path) -> None:
-    """The fault: one number of the file is moved by a ten-thousandth."""
-    weights = dyweight_weights(3)
-    before = sample(load_published(dyweight_file(tmp_path / "a.pkl", weights, torch.ones(3))))
-    weights[1, 0] += 1e-4
-    after = sample(load_published(dyweight_file(tmp_path / "b.pkl", weights, torch.ones(3))))
-    assert not agree(after, before)
-
-
-def hostile(place: str) -> Any:
-    """A snapshot in which something is called."""
-    call = Call(os.mkdir, "touched")
-    held: dict[str, Any] = {
-        "model": persistent("EPD_predictor", epd_parameters(2, 2), EPD_HEUN),
-        "loss_fn": loss("EPD_loss", "epd"),
-    }
-    if place == "beside":
-        held["more"] = call
-    elif place == "attribute":
-        held["model"].state["alpha"] = call
-    else:
-        held["loss_fn"].state["solver_stu"] = NamedCall()
-    return held
-
-
-class NamedCall:
-    """Calls a sampler that may only be named."""
-
-    def __reduce__(self) -> Any:
-        return sys.modules["solvers"].epd_sampler, ()
-
-
-@pytest.mark.parametrize("place", ["beside", "attribute", "sampler"])
-def test_a_snapshot_that_calls_something_is_refused(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    path = write(tmp_path / "s.pkl", hostile(place))
-    with pytest.raises(UnsafeCheckpointError):
-        load_published(path)
-    assert not (tmp_path / "touched").exists()
-
-
-def test_a_torch_file_that_calls_something_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "best_v2.pt"
-    torch.save({"params1": NamedCall(), "params2": 0, "best_t_steps": 0}, path)
-    with pytest.raises(UnsafeCheckpointError):
-        load_published(path, solver="uni_pc")
-
-
-@pytest.mark.parametrize(
-    ("group", "value"),
-    [
-        ("_parameters", [1, 2]),
-        ("_parameters", {1: torch.ones(2)}),
-        ("_parameters", {}),
-        ("_buffers", 3),
-        ("_modules", "text"),
-        ("_non_persistent_buffers_set", [["mask"]]),
-        ("num_steps", None),
-        ("schedule_rho", float("nan")),
-        ("schedule_rho", 0.0),
-        ("schedule_rho", 1e300),
-        ("num_points", -1),
-    ],
-)
-def test_a_crafted_module_is_refused(group: str, value: Any, tmp_path: Path) -> None:
-    model = persistent("EPD_predictor", epd_parameters(4, 2), EPD_HEUN | {"sampler_stu": "epd"})
-    assert load_published(write(tmp_path / "a.pkl", {"model": model})).nfe == 12
-    model.state[group] = value
-    path = write(tmp_path / "b.pkl", {"model": model})
-    if group == "_non_persistent_buffers_set":  # says nothing of parameters
-        assert load_published(path).nfe == 12
-        return
-    with pytest.raises(ValueError, match=str(path)):
-        load_published(path)
-
-
-def test_sparse_numbers_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "b.pt"
-    times = torch.ones(6).to_sparse()
-    torch.save({"params1": times, "params2": times, "best_t_steps": times}, path)
-    with pytest.raises(ValueError, match="b.pt"):
-        load_published(path, **IPNDM)
-
-
-@pytest.mark.parametrize("held", [{}, [], {"model": 1}, {"predictor": {}}, {"ema": {}}, 3, None])
-def test_other_files_are_no_solvers(held: Any, tmp_path: Path) -> None:
-    path = write(tmp_path / "s.pkl", held)
-    assert published_format(path) is None
-    with pytest.raises(ValueError, match="no learned solver of AMED, DyWeight, EPD, GAS, LD3"):
-        load_published(path)
-
-
-def test_every_change_of_a_byte_is_read_or_refused(tmp_path: Path) -> None:
-    path = dyweight_file(tmp_path / "s.pkl", torch.tril(torch.ones(2, 2)), torch.ones(2))
-    raw = path.read_bytes()
-    for place in range(0, len(raw), 7):
-        path.write_bytes(raw[:place] + bytes([raw[place] ^ 0x55]) + raw[place + 1 :])
-        with contextlib.suppress(ValueError):
-            load_published(path)
-
-
-# -- command line --------------------------------------------------------------------------------
-
-
-def test_the_command_converts_and_says_what_the_file_says(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = dyweight_file(tmp_path / "s.pkl", dyweight_weights(3), torch.ones(3))
-    out = tmp_path / "three.safetensors"
-    assert run("convert", source, out) == 0
-    text = capsys.readouterr().out
-    assert "a solver of DyWeight, 3 evaluations" in text and "dataset_name: cifar10" in text
-    assert load_solver(out).method == "dyweight"
-    assert "give --overwrite" in complaint(capsys, "convert", source, out)
-    other = tmp_path / "three.pt"
-    assert "must end in .safetensors" in complaint(capsys, "convert", source, other)
-
-
-MODEL = """
-from torch import nn
-from dlms_engine import Denoiser, processes
-
-class Zero(nn.Module):
-    def forward(self, x, t):
-        return 0 * x
-
-def model():
-    return Denoiser(Zero(), processes.EDM(), "data"), (2,)
-"""
-
-
-def test_the_command_takes_settings_and_a_model(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "zero_model.py").write_text(MODEL)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    source, out = ld3_file(tmp_path / "b.pt", *ld3_times(5)), tmp_path / "s.safetensors"
-    assert "--set solver=" in complaint(capsys, "convert", source, out)
-    options = ("--set", "solver=ipndm", "--set", "order=2", "--model", "zero_model:model")
-    told = answer(capsys, "convert", source, out, *options)
-    assert (told["format"], told["nfe"]) == ("LD3", 4)
-    samples = ("--seeds", "0-1", "--output", tmp_path / "x.safetensors")
-    assert run("sample", "--solver", out, "--model", "zero_model:model", *samples) == 0
-    network = write(tmp_path / "n.pkl", {"ema": 1})
-    other = ("convert", network, tmp_path / "n.safetensors", "--model", "zero_model:model")
-    assert "--model is for learned solvers" in complaint(capsys, *other)
-
-
-def test_the_example_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    dyweight_file(tmp_path / "network-snapshot-000010.pkl", dyweight_weights(5), None, afs=False)
-    page = Path(__file__).parents[2] / "docs" / "integrations" / "published.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.S)
-    names: dict[str, Any] = {
-        "denoiser": Denoiser(lambda x, sigma: 0.1 * x, EDM(), "data"),
-        "shape": (3, 4, 4),
-    }
-    exec(compile(block, page.name, "exec"), names)
-    assert names["images"].shape == (4, 3, 4, 4)
-    assert load_solver(tmp_path / "five.safetensors").method == "dyweight"
-
-
-def test_formats_are_in_the_docs() -> None:
-    text = (Path(__file__).parents[2] / "docs/integrations/published.md").read_text("utf-8")
-    assert all(f"| {name}" in text for name in FORMATS)
