@@ -351,12 +351,13 @@ def test_export_names_the_solver_and_hands_over_what_was_asked(tmp_path, capsys,
         (("evaluate", "--record", "--full-nfes", "two"), "full_nfe is 'two'"),
         (("evaluate", "--record", "--compared-samples", "9", "--samples=8"), "exact_samples is 9"),
         (("reproduce", "amed-table2", "--rmse-samples", "x"), "--exact-samples"),
+        (("recommend", "--keep"), "--store"),
     ],
 )
 def test_old_names_of_options_are_understood(
     arguments: tuple[str, ...], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = () if arguments[0] == "reproduce" else TINY
+    model = () if arguments[0] in ("reproduce", "recommend") else TINY
     assert words in complaint(capsys, *arguments, *model)
 
 

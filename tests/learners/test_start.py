@@ -243,7 +243,7 @@ def test_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         2,
         "--effort",
         "lean",
-        "--keep",
+        "--store",
         kept,
         "-o",
         best,

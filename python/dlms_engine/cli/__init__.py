@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 OLD_NAMES = {
     "compare": {"--nfes": "--nfe"},
+    "recommend": {"--keep": "--store"},
     "evaluate": {
         "--nfes": "--nfe", "--full-nfes": "--full-nfe", "--compared-samples": "--exact-samples",
     },

@@ -19,7 +19,7 @@ def recommend_command(
         str,
         typer.Option(help="full, lean (at most 1,500 evaluations of one sample) or auto."),
     ] = "auto",
-    keep: Annotated[
+    store: Annotated[
         Path | None, typer.Option(help="File that keeps the result; used again if it is there.")
     ] = None,
     conditions: ConditionsOption = None,
@@ -40,8 +40,8 @@ def recommend_command(
         nfe,
         loaded.shape,
         conditions=loaded.conditions,
-        effort=None if effort == "auto" else effort,  # type: ignore[arg-type]
-        store=keep,
+        effort=effort,  # type: ignore[arg-type]
+        store=store,
         progress=not as_json,
     )
     if save is not None:

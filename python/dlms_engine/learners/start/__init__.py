@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Literal
 
 from ...models.denoiser import Denoiser
 from ...support.transfer import host_numbers
@@ -100,7 +101,7 @@ def recommend(
     shape: tuple[int, ...] = (3, 32, 32),
     *,
     conditions: Conditions = None,
-    effort: Effort | None = None,
+    effort: Effort | Literal["auto"] | None = "auto",
     store: str | Path | None = None,
     progress: bool = True,
 ) -> Start:
@@ -114,7 +115,7 @@ def recommend(
         nfe: network evaluations of the solver.
         shape: of one sample.
         conditions: keyword arguments of the network, see ``Conditions``.
-        effort: ``"full"``, ``"lean"`` or None to choose by the network's speed.
+        effort: ``"full"``, ``"lean"``, or ``"auto"`` (also None): by the network's speed.
         store: file that keeps the result for later calls.
         progress: print what happens and the table.
 
@@ -131,12 +132,13 @@ def recommend(
         if progress:
             print(line, flush=True)
 
-    if effort not in (None, "full", "lean"):
-        raise ValueError(f"effort is {effort!r}, expected 'full', 'lean' or None")
+    if effort not in (None, "auto", "full", "lean"):
+        raise ValueError(f"effort is {effort!r}, expected 'full', 'lean' or 'auto'")
     problem = SamplingProblem(denoiser, shape, conditions)
     require_repeatable(problem)
     path = None if store is None else Path(store)
-    start, _ = find_start(problem, nfe, effort=effort, store=path, say=say)
+    wanted = None if effort == "auto" else effort
+    start, _ = find_start(problem, nfe, effort=wanted, store=path, say=say)
     for line in start.lines():
         say(line)
     say(f"{start.calls:,} evaluations of one sample, {start.seconds:.0f} s")
