@@ -1,6 +1,6 @@
 """The measured parts of docs/performance.md, from what ``scripts/gpu_check.sh`` wrote on a GPU.
 
-    python -m dlms_engine.lab.gpu_page [--check] [PAGE [RESULT ...]]
+    python scripts/gpu_page.py [--check] [PAGE [RESULT ...]]
 
 Reads ``benchmarks/results/gpu-*.json``. Of each stage the newest measurement is shown, with the GPU,
 the versions and the commit it was made with. A part without a measurement stays empty: the page
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..support.files import write_text
-from .gpu_figures import Aim, aims
+from gpu_figures import Aim, aims
 
-ROOT = Path(__file__).resolve().parents[3]
+from dlms_engine.support.files import write_text
+
+ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
 RESULTS = "gpu-*.json"
 BLOCK = re.compile(r"(<!-- measured: (\w+) -->\n)(.*?)(<!-- end measured -->)", re.DOTALL)
@@ -246,7 +247,7 @@ def filled(page: str, files: Sequence[Mapping[str, Any]]) -> str:
 
 def make_page(arguments: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m dlms_engine.lab.gpu_page", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python scripts/gpu_page.py", description=__doc__)
     parser.add_argument("page", type=Path, nargs="?", default=PAGE)
     parser.add_argument("results", type=Path, nargs="*", help="benchmarks/results/gpu-*.json")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if stale")

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dlms_engine.lab import gpu_figures, gpu_page
 from dlms_engine.lab.bench import loop
 from dlms_engine.lab.bench.device import Timing
 from dlms_engine.lab.bench.step_report import ratios
 
+sys.path.append(str(Path(__file__).resolve().parents[2] / "scripts"))
+gpu_figures, gpu_page = map(importlib.import_module, ("gpu_figures", "gpu_page"))
 MACHINE = {
     "gpu": "NVIDIA H100 80GB HBM3",
     "driver": "580.1",
