@@ -244,6 +244,9 @@ def test_demo_runs_resumes_and_draws(
     assert [row["nfe"] for row in rows] == [3, 3, 6]
     assert first["times_closer"] == pytest.approx(rows[1]["rmse"] / rows[0]["rmse"])
     assert (tmp_path / "out" / "samples.png").is_file()
+    # --fresh removes these and nothing else: the folder may be one that holds other work
+    made = {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
+    assert made <= {path.name for path in demo._written(tmp_path, model, 3)}
     again = answer(capsys, *arguments)
     assert again["rows"] == rows
     assert run(*arguments) == 0

@@ -10,8 +10,16 @@ import torch
 from mixture_network import mixture_denoiser
 from torch import Tensor
 
+<<<<<<< HEAD
 from dlms_engine import Denoiser, Sampler, distill, grids, recommend, solvers
 from dlms_engine.processes import EDM, RectifiedFlow
+=======
+from dlms_engine import Denoiser, distill, grids, recommend
+from dlms_engine.engine.sampler import Sampler
+from dlms_engine.models.wrapping import check_keywords
+from dlms_engine.processes import EDM
+from dlms_engine.solvers import ddim
+>>>>>>> 7daf711 (Every mistake of a first hour is one line: own models, conditions, outputs, seeds, evaluations; demo --fresh leaves other files alone)
 
 
 def first_channel(x: Tensor, t: Tensor) -> Tensor:
@@ -28,6 +36,58 @@ def test_an_output_that_is_not_like_its_input_is_no_prediction() -> None:
     assert denoiser(torch.zeros(4, 1, 2, 2), 1.0).shape == (4, 1, 2, 2)
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda x: x[:1], r"returned \[1, 3, 2, 2\] for x \[4, 3, 2, 2\]"),  # it served all four
+        (lambda x: x[0], r"returned \[3, 2, 2\] for x \[4, 3, 2, 2\]"),
+        (lambda x: x.int(), r"returned values of torch\.int32 for x of torch\.float32"),
+        (lambda x: {"sample": x}, "returned dict, expected a tensor, a tuple that starts with one"),
+        (lambda x: (), "returned tuple, expected a tensor, a tuple that starts with one"),
+        (lambda x: None, "returned NoneType, expected a tensor"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_an_answer_of_another_kind_is_refused(answer: Any, said: str, backend: str) -> None:
+    denoiser = Denoiser(lambda x, c_noise: answer(x), EDM(), prediction="data")
+    with pytest.raises((TypeError, ValueError), match=said):
+        denoiser(torch.zeros(4, 3, 2, 2), 1.0)
+    sampler = Sampler(denoiser, ddim(EDM(), grids.polynomial(EDM(), 2)), backend=backend)
+    with pytest.raises((TypeError, ValueError), match=said):
+        sampler.sample(range(4), (3, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("network", "process", "said"),
+    [
+        (first_channel, "EDM", "process is 'EDM', expected one of dlms_engine.processes"),
+        (first_channel, None, "process is None, expected one of dlms_engine.processes"),
+        (EDM(), EDM(), "network is EDM, expected a callable"),
+    ],
+)
+def test_what_is_no_network_or_process(network: Any, process: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        Denoiser(network, process, prediction="data")
+
+
+def test_names_of_conditions_are_checked_before_the_work() -> None:
+    def labelled(x: Tensor, c_noise: Tensor, label: Tensor, *, scale: float = 1.0) -> Tensor:
+        return x * scale
+
+    def anything(x: Tensor, c_noise: Tensor, **conditions: Any) -> Tensor:
+        return x
+
+    check_keywords(labelled, ["label"])
+    check_keywords(labelled, ["label", "scale"])
+    check_keywords(anything, ["whatever"])
+    with pytest.raises(ValueError, match=r"takes \(input\), expected network\(x, c_noise\)"):
+        check_keywords(torch.nn.Identity(), [])
+    with pytest.raises(ValueError, match="the network needs label beside x and c_noise"):
+        check_keywords(labelled, [])
+    with pytest.raises(ValueError, match="conditions have size, which the network does not take"):
+        check_keywords(labelled, ["label", "size"])
+
+
 def test_a_class_is_no_process() -> None:
     with pytest.raises(TypeError, match=r"process is the class EDM, expected one: EDM\(\)"):
         Denoiser(first_channel, EDM, prediction="data")  # type: ignore[arg-type]
@@ -41,6 +101,7 @@ def test_a_class_is_no_process() -> None:
         ({"shape": "16"}, "shape is '16', expected that of one sample"),
         ({"shape": (-1, 4)}, "a size in shape is -1"),
         ({"nfe": 2.5}, "nfe is 2.5"),
+        ({"nfe": 1000}, "nfe is 1000, expected 1 to 96: .* exact solution of at most 384"),
         ({"conditions": [1, 2]}, "conditions are list, expected keywords"),
     ],
 )

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dlms_engine.processes import EDM, Process, RectifiedFlow
-from dlms_engine.solvers import SOLVERS, handcrafted
+from dlms_engine.solvers import SOLVERS, handcrafted, registry
 from dlms_engine.solvers.registry import handcrafted_table, label_of, parse_label, standard_grids
+from dlms_engine.solvers.table import SolverTable
 
 
 @pytest.mark.parametrize("process", [EDM(), RectifiedFlow()], ids=lambda p: p.name)
@@ -48,6 +50,26 @@ def test_equal_tables_are_listed_once() -> None:
 def test_bad_budget() -> None:
     with pytest.raises(ValueError, match="nfe is 0"):
         handcrafted(EDM(), 0)
+
+
+def test_a_table_is_made_where_its_cost_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every number of steps below was tried first: a thousand steps took minutes."""
+    made: list[int] = []
+    inner = registry.make_solver
+
+    def counted(name: str, process: Process, grid: Tensor, **options: Any) -> SolverTable:
+        made.append(len(grid) - 1)
+        return inner(name, process, grid, **options)
+
+    monkeypatch.setattr(registry, "make_solver", counted)
+    for method, nfe in (("ddim", 60), ("heun", 60), ("heun", 61), ("dpm_solver_pp_2s", 60)):
+        for process in (EDM(), RectifiedFlow()):
+            made.clear()
+            try:
+                assert handcrafted_table(process, method, nfe).nfe == nfe
+            except ValueError as error:
+                assert f"{method} cannot make exactly {nfe} evaluations; near it" in str(error)
+            assert len(made) <= 4
 
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

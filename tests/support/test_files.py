@@ -81,6 +81,19 @@ def test_what_cannot_be_written_is_found_ahead_of_the_work(
     assert path.read_text() == "old"
 
 
+def test_what_to_do_fits_what_the_system_said(tmp_path: Path) -> None:
+    """A folder that was not there was answered with "free some space"."""
+    (tmp_path / "file").touch()
+    for path, advice in (
+        (tmp_path / "absent" / "run.png", r"\(No such file or directory\): create the folder or"),
+        (tmp_path / "file" / "run.png", r"\(Not a directory\): what stands where its folder"),
+        (tmp_path, r"\(Is a directory\): it is a folder: name a file in it"),
+        (tmp_path / ("x" * 300), r"\(File name too long\): choose a shorter name"),
+    ):
+        with pytest.raises(OSError, match=advice):
+            files.require_writable(path)
+
+
 def test_a_lock_that_cannot_be_made_names_the_output(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .errors import one_line
+
 OLD_NAMES = {
     "compare": {"--nfes": "--nfe"},
     "recommend": {"--keep": "--store"},
@@ -17,6 +19,7 @@ OLD_NAMES = {
     },
 }  # fmt: skip
 """command -> options that had another name before -> what they are called now."""
+
 NEEDS = "the command line needs typer and rich: pip install typer rich"
 
 
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"dlms: {_rank()}{_one_line(error)}", file=sys.stderr)
+        print(f"dlms: {_rank()}{one_line(error, arguments)}", file=sys.stderr)
         sys.exit(int(getattr(error, "exit_code", 1)))
     if isinstance(status, int) and status:
         sys.exit(status)
@@ -59,12 +62,3 @@ def _rank() -> str:
     """``"rank 1: "`` where torchrun runs several processes."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
     return f"rank {os.environ['RANK']}: " if several else ""
-
-
-def _one_line(error: Exception) -> str:
-    usage = getattr(error, "format_message", None)  # a mistake in the arguments, by typer
-    text = " ".join(str(usage() if usage else error).split()) or "no message"
-    if usage:
-        return f"{text} (dlms --help, dlms COMMAND --help)"
-    expected = isinstance(error, ValueError | OSError | ImportError | RuntimeError)
-    return text if expected else f"{type(error).__name__}: {text} (--debug shows where)"

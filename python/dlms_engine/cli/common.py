@@ -42,11 +42,15 @@ SetOption = Annotated[
 ]
 
 
+MOST_NUMBERS = 10_000_000
+
+
 def parse_numbers(text: str, name: str = "seeds") -> list[int]:
     """``"0-3,7"``, given as ``name``, -> [0, 1, 2, 3, 7].
 
     Raises:
-        ValueError: not of that form, a range that runs backwards, or a number beyond 64 bits.
+        ValueError: not of that form, a range that runs backwards, a number beyond 64 bits, or
+            more than ``MOST_NUMBERS``.
     """
     numbers: list[int] = []
     for part in text.split(","):
@@ -58,6 +62,8 @@ def parse_numbers(text: str, name: str = "seeds") -> list[int]:
             raise ValueError(f"{name}: {part.strip()!r} runs backwards")
         if stop >= 1 << 64:
             raise ValueError(f"{name}: {stop} is beyond 64 bits, expected 0 to 2^64 - 1")
+        if len(numbers) + stop - int(first) >= MOST_NUMBERS:
+            raise ValueError(f"{name} is {text!r}, expected at most {MOST_NUMBERS:,} numbers")
         numbers.extend(range(int(first), stop + 1))
     return numbers
 

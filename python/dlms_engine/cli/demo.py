@@ -24,6 +24,10 @@ FIRST_MEASURED = 200_000
 SLOW_SECONDS = 0.002
 """Seconds an evaluation of one sample above which the search for the best solver is lean."""
 BATCH = 32
+NOT_LEARNED = (
+    "{} were not enough to learn anything on this machine: the distilled sampler is the best\n"
+    "untrained one, times 1.0. Try dlms demo --fresh with a longer --budget, such as 10m."
+)
 
 
 def demo(
@@ -57,9 +61,8 @@ def demo(
     name, loaded = demo_model(model, device)
     say: Callable[[str], None] = (lambda _text: None) if as_json else typer.echo
     if fresh:
-        for path in folder.glob("*.*"):
-            if path.suffix in (".json", ".safetensors", ".png"):
-                path.unlink()
+        for path in _written(folder, name, nfe):
+            path.unlink(missing_ok=True)
     problem = SamplingProblem(loaded.denoiser, loaded.shape, loaded.conditions)
     effort = "lean" if seconds_of_one(problem) > SLOW_SECONDS else "full"
     twice = 2 * nfe
@@ -78,7 +81,8 @@ def demo(
     images = {title: sampled(loaded, policy, measured) for title, policy in entries.items()}
     labels = [solver.method, start.best.label, doubled.best.label]
     rows = _rows(entries, labels, images, accurate)
-    sentence = _sentence(rows, nfe)
+    kept = solver.best.get("report", {}).get("chosen")
+    sentence = NOT_LEARNED.format(budget) if kept == "base" else _sentence(rows, nfe)
     title = f"accurate\n{doubled.proof.steps} network calls"
     pictures = _draw(images, (title, accurate), len(shown), rows, solver, folder, sentence)
     seconds = time.perf_counter() - started
@@ -128,6 +132,16 @@ def sampled(model: Model, policy: Any, seeds: list[int]) -> Tensor:
 
 def _path(folder: Path, name: str, nfe: int) -> Path:
     return folder / f"{name.replace(':', '-')}-{nfe}.safetensors"
+
+
+def _written(folder: Path, name: str, nfe: int) -> list[Path]:
+    """What this demo keeps in its folder, and nothing else that may be there."""
+    made = [folder / "samples.png", folder / "loss.png"]
+    for count in (nfe, 2 * nfe):
+        solver = _path(folder, name, count)
+        beside = (".start.json", ".report.json", ".report.png", ".checkpoint.safetensors")
+        made += [solver, *(solver.with_suffix(suffix) for suffix in beside)]
+    return made
 
 
 def _distilled(

@@ -179,8 +179,9 @@ def _lines(facts: dict[str, Any]) -> list[str]:
         "compiled parts:",
     ]
     for name, part in facts["compiled"].items():
-        state = "yes" if part["found"] else ("MISSING" if part["expected"] else "no")
-        lines.append(f"  {name:10} {state:8} {part['does']}")
+        state = "yes" if part["found"] else ("MISSING" if part["expected"] else "unused")
+        why = "" if part["found"] or part["expected"] else f": {part['problem']}"
+        lines.append(f"  {name:10} {state:8} {part['does']}{why}")
     lines += [
         f"backends for {kind}: {', '.join(names)} (auto takes {names[0]})"
         for kind, names in facts["backends"].items()

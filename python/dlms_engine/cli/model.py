@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from .own_model import file_hint, own_model
 
 if TYPE_CHECKING:
     import torch
@@ -62,8 +62,7 @@ def load_model(spec: str, device: str | None = None, conditions: Path | None = N
     they load: the CPU, but for a benchmark model (DLMS_MODEL_DEVICE).
 
     Raises:
-        ValueError: no such function, it returns something else, there is no such device, or the
-            conditions are not tensors.
+        ValueError: see ``own_model``, there is no such device, or the conditions are not tensors.
         FileNotFoundError: the benchmark model has not been made, or there are no such conditions.
     """
     if conditions is not None:
@@ -78,8 +77,7 @@ def load_model(spec: str, device: str | None = None, conditions: Path | None = N
         return _embedded(place)
     if spec in models.NAMES:
         return Model(*models.load(spec, place or "cpu")[:4])
-    module_name, _, function_name = spec.partition(":")
-    if not function_name:
+    if not spec.partition(":")[2]:
         from ..lab import benchmark_model
 
         if spec in benchmark_model.RECIPES:
@@ -87,22 +85,10 @@ def load_model(spec: str, device: str | None = None, conditions: Path | None = N
         names = ("embedded", *models.NAMES, *benchmark_model.RECIPES)
         raise ValueError(
             f"model is {spec!r}, expected {', '.join(map(repr, names))} or module:function"
+            f"{file_hint(spec)}"
         )
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"model {spec!r} cannot be imported: {error}") from error
-    found = function()
-    if not isinstance(found, Model):
-        if not isinstance(found, tuple) or len(found) not in (2, 3):
-            raise ValueError(
-                f"model {spec!r} returned {type(found).__name__}, expected (denoiser, shape) or "
-                "(denoiser, shape, conditions)"
-            )
-        conditions = found[2] if len(found) == 3 else None
-        found = Model(found[0], tuple(found[1]), conditions=conditions)
+    own = own_model(spec)
+    found = own if isinstance(own, Model) else Model(own[0], own[1], conditions=own[2])
     if place is not None:
         found.denoiser.to(place)
         if found.features is not None:
@@ -146,10 +132,11 @@ def condition_rows(
     """The network's keywords for these samples, on its device or another; see
     ``learners.start.Conditions``.
     """
-    from ..learners.start.problem import conditions_on, read_conditions, rows_of
+    from ..learners.start.problem import check_conditions, conditions_on, read_conditions, rows_of
 
-    conditions = read_conditions(model.conditions)
-    return rows_of(conditions_on(conditions, device or model.denoiser.device), seeds)
+    conditions = conditions_on(read_conditions(model.conditions), device or model.denoiser.device)
+    check_conditions(model.denoiser, conditions)
+    return rows_of(conditions, seeds)
 
 
 def distance_features(model: Model) -> nn.Module:

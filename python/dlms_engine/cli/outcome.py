@@ -42,6 +42,17 @@ def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
 
 
+def _doubt(report: Mapping[str, Any]) -> list[str]:
+    """What the exact solution's own error makes of the ratio, where it is more than a fifth."""
+    exact = report["exact"]
+    if exact["holds"]:
+        return []
+    return [
+        f"  the exact solution is known to {exact['disagreement']:.2g} only: the true error may be as "
+        "much higher or lower, and the ratio with it"
+    ]
+
+
 def outcome_lines(
     method: str,
     settings: Mapping[str, Any],
@@ -62,6 +73,7 @@ def outcome_lines(
             f"{reached}, {report['ratio']:.2f} times below the best handcrafted solver, "
             f"{report['base']} ({low:.2f} to {high:.2f})",
             f"  kept: {report['chosen']}",
+            *_doubt(report),
         ]
     compared = best.get("compared")
     if isinstance(compared, Mapping) and compared.get("kept") == "base":

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ..support.files import require_writable
+from .checks import check_solver_output
 from .common import JsonOption, NfeOption, emit
 from .model import ConditionsOption, DeviceOption, ModelOption, load_model
 
@@ -31,6 +33,11 @@ def recommend_command(
     """Measure every handcrafted solver on the model: which is best for NFE evaluations?"""
     if effort not in ("auto", "full", "lean"):
         raise ValueError(f"effort is {effort!r}, expected auto, full or lean")
+    if save is not None:
+        check_solver_output(save)
+        require_writable(save)
+    if keep is not None and not keep.exists():
+        require_writable(keep)
     from ..learners.start import recommend
     from ..policies.distilled import save_solver
 

@@ -105,4 +105,4 @@ def number(value: float) -> str:
     """Four significant digits, no exponent for ordinary sizes."""
     if not math.isfinite(value):
         return "-"
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.4g}"
+    return f"{value:.4f}" if 0.01 <= abs(value) < 1 or value == 0 else f"{value:.4g}"

@@ -30,6 +30,7 @@ from .preconditioning import (
 )
 from .tap import FeatureTap, Owner, find_module, first_parameter, like_input, unwrap
 from .thresholding import quantile, thresholded
+from .wrapping import check_wrapping
 
 __all__ = [
     "BLIND_AT_NOISE",
@@ -75,6 +76,7 @@ class Denoiser(Versioned, nn.Module):
             (Saharia et al. 2022); None (default) is off. It changes the ODE: pixel models only.
 
     Raises:
+        TypeError: the network is no callable, the process no process.
         ValueError: unknown prediction or time input, a feature path not found, guidance without
             ``unconditional``. A noise or edm prediction where alpha = 0 determines nothing: it is
             refused when such a time comes.
@@ -98,6 +100,7 @@ class Denoiser(Versioned, nn.Module):
         dynamic_thresholding: float | None = None,
     ) -> None:
         super().__init__()
+        check_wrapping(network, process)
         prediction = usual_prediction(process) if prediction is None else prediction
         if prediction not in PREDICTIONS:
             raise ValueError(f"prediction is {prediction!r}, expected one of {PREDICTIONS}")

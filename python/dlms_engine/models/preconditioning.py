@@ -100,10 +100,6 @@ class NamedTime:
 def time_function(
     process: Process, given: TimeInput | None, scale: float | None
 ) -> Callable[[Tensor], Tensor] | None:
-    if isinstance(process, type):
-        raise TypeError(
-            f"process is the class {process.__name__}, expected one: {process.__name__}()"
-        )
     if scale is not None:
         check_positive("time_scale", scale)
     if isinstance(given, str):

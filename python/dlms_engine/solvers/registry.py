@@ -191,7 +191,10 @@ def handcrafted_table(
     options["afs"] = False if afs == "off" else afs
     grid = grid or default_grid(process)
     possible: set[int] = set()
-    for steps in range(2 if afs != "off" else 1, nfe + 3):
+    # Infinite ends and AFS each save at most one evaluation; a step fewer is there for the error.
+    each = SOLVERS[method].evaluations_per_step if method in SOLVERS else 1
+    base = math.ceil(nfe / each)
+    for steps in range(max(base - 1, 2 if afs != "off" else 1), base + 3):
         table = make_solver(method, process, named_grid(process, grid, steps), **options)
         if table.nfe == nfe:
             return table

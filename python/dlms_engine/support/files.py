@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import logging
 import os
@@ -59,6 +60,8 @@ def require_writable(path: Path) -> None:
     Raises:
         OSError: as ``replacing``.
     """
+    if os.path.isdir(path):  # which only the rename at the end would find
+        raise _refused(path, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
     with contextlib.suppress(_Tried), replacing(path) as partial:
         partial.write_bytes(bytes(_ROOM))
         _sync(partial)
@@ -151,11 +154,20 @@ class _Tried(Exception):
 def _refused(path: Path, error: BaseException) -> OSError:
     """The system's refusal in one line."""
     number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
-    text = (
-        f"could not write {path} ({reason}): free some space or choose another output; what was "
-        "there before is untouched"
-    )
+    advice = _ADVICE.get(number, "free some space or choose another output")
+    text = f"could not write {path} ({reason}): {advice}; what was there before is untouched"
     return OSError(text) if number is None else OSError(number, text)
+
+
+_ADVICE = {
+    errno.ENOENT: "create the folder or choose another output",
+    errno.ENOTDIR: "what stands where its folder should be is a file; choose another output",
+    errno.EISDIR: "it is a folder: name a file in it or choose another output",
+    errno.EACCES: "you may not write there: choose another output",
+    errno.EPERM: "you may not write there: choose another output",
+    errno.EROFS: "nothing can be written there: choose another output",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
 
 
 def _is_refusal(error: BaseException) -> bool:

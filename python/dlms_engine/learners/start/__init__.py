@@ -9,7 +9,7 @@ from typing import Literal
 from ...models.denoiser import Denoiser
 from ...support.transfer import host_numbers
 from ...support.values import require_finite
-from .exact import ExactSolution, Proof, rmse, run_tables
+from .exact import MOST_STEPS, ExactSolution, Proof, rmse, run_tables
 from .problem import Conditions, SamplingProblem
 from .repeatable import require_repeatable
 from .search import (
@@ -50,6 +50,8 @@ __all__ = [
 
 LEAN_ABOVE = 0.05
 """Seconds of one evaluation of one sample above which the search is lean."""
+MOST_NFE = MOST_STEPS // 4
+"""Evaluations above which no exact solution is much more exact than the solvers."""
 
 
 def find_start(
@@ -69,7 +71,16 @@ def find_start(
         store: file that keeps the result; one that is there and fits the model is used.
         say: is called with a line of text as the search goes on.
         afs: whether solvers with an analytical first step are among the candidates.
+
+    Raises:
+        ValueError: more evaluations than ``MOST_NFE``, or none that a solver makes exactly.
+        FloatingPointError: the network's outputs are not finite.
     """
+    if nfe > MOST_NFE:
+        raise ValueError(
+            f"nfe is {nfe}, expected 1 to {MOST_NFE}: solvers are measured against an exact solution of "
+            f"at most {MOST_STEPS} evaluations"
+        )
     if effort is None:
         effort = start_effort(seconds_of_one(problem))
     contest = Contest(problem.process, nfe, effort, afs=afs)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...models.denoiser import Denoiser
+from ...models.wrapping import check_keywords
 from ...support.values import whole_number
 from ..training.noise import tell_first_sample, unit_noise
 
@@ -36,7 +37,7 @@ class SamplingProblem:
 
     Raises:
         TypeError: ``shape`` is no tuple of sizes.
-        ValueError: a size is no integer of at least 1.
+        ValueError: a size is no integer of at least 1, or see ``check_conditions``.
 
     Attributes:
         calls: network evaluations of one sample so far (a guided one counts once).
@@ -58,6 +59,7 @@ class SamplingProblem:
         self.seed = seed
         self.device = denoiser.device
         self.conditions = conditions_on(read_conditions(conditions), self.device)
+        check_conditions(denoiser, self.conditions)
         self.calls = 0
         self._scale = float(self.process.sigma(self.process.t_max))
 
@@ -86,6 +88,25 @@ class SamplingProblem:
                 parts.append(self.denoiser.predict(part, times, prediction, **conditions))
             return torch.cat(parts)
         return self.denoiser.predict(x, t, prediction, **self.condition(numbers, copies))
+
+
+def check_conditions(denoiser: Denoiser, conditions: Any) -> None:
+    """Raises for conditions (on their device) that the denoiser's network cannot be called with.
+
+    A callable's are seen only in a run, and a denoiser of another class may give its network more.
+
+    Raises:
+        ValueError: a tensor without rows, or see ``models.wrapping.check_keywords``.
+    """
+    if callable(conditions):
+        return
+    for name, value in (conditions or {}).items():
+        if isinstance(value, Tensor) and value.ndim and len(value) == 0:
+            raise ValueError(
+                f"conditions have {name} {list(value.shape)}, expected a row a sample, or one for all"
+            )
+    if type(denoiser) is Denoiser:
+        check_keywords(denoiser.network, conditions or {})
 
 
 def read_conditions(conditions: Conditions) -> Any:
