@@ -25,8 +25,8 @@ SLOW_SECONDS = 0.002
 """Seconds an evaluation of one sample above which the search for the best solver is lean."""
 BATCH = 32
 NOT_LEARNED = (
-    "{} were not enough to learn anything on this machine: the distilled sampler is the best\n"
-    "untrained one, times 1.0. Try dlms demo --fresh with a longer --budget, such as 10m."
+    "Within {} nothing was learned on this machine: the sampler called distilled is the best\n"
+    "untrained one. dlms demo --fresh --budget 10m gives it longer."
 )
 
 
