@@ -154,7 +154,7 @@ class _Tried(Exception):
 def _refused(path: Path, error: BaseException) -> OSError:
     """The system's refusal in one line."""
     number, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or error
-    advice = _ADVICE.get(number, "free some space or choose another output")
+    advice = _ADVICE.get(number or 0, "free some space or choose another output")
     text = f"could not write {path} ({reason}): {advice}; what was there before is untouched"
     return OSError(text) if number is None else OSError(number, text)
 
