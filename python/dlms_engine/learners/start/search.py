@@ -119,7 +119,8 @@ class Start:
         width = max(len(m.candidate.label) for m in self.ranking[:most])
         head = f"{'solver/grid':{width}}  {'RMSE':>9}  {'+-':>8}  samples"
         rows = [
-            f"{m.candidate.label:{width}}  {m.rmse:9.5f}  {m.error:8.5f}  {m.samples:7d}"
+            f"{m.candidate.label:{width}}  {m.rmse:9.5f}  "
+            f"{f'{m.error:8.5f}' if math.isfinite(m.error) else '-':>8}  {m.samples:7d}"
             for m in self.ranking[:most]
         ]
         return [head, *rows]
