@@ -20,7 +20,7 @@ ORDER = (
 
 BY_STRING = {
     "dlms_engine": "public names on first use, all of them imported for type checkers too",
-    "dlms_engine.cli.model": "the user's own module:function",
+    "dlms_engine.cli.own_model": "the user's own module:function",
     "dlms_engine.lab.any_model": "the same",
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .errors import own_line
 
-EXPECTED = "(denoiser, shape) or (denoiser, shape, conditions)"
+RETURNS = "(denoiser, shape) or (denoiser, shape, conditions)"
 
 
 def own_model(spec: str) -> Any:
@@ -82,11 +82,11 @@ def _checked(spec: str, found: Any) -> tuple[Any, tuple[int, ...], Any]:
 
     if not isinstance(found, tuple) or len(found) not in (2, 3):
         what = f"a tuple of {len(found)}" if isinstance(found, tuple) else type(found).__name__
-        raise ValueError(f"model {spec!r} returned {what}, expected {EXPECTED}")
+        raise ValueError(f"model {spec!r} returned {what}, expected {RETURNS}")
     denoiser, shape = found[:2]
     if not isinstance(denoiser, Denoiser):
         raise ValueError(
-            f"model {spec!r} returned {type(denoiser).__name__} first, expected {EXPECTED}: wrap the "
+            f"model {spec!r} returned {type(denoiser).__name__} first, expected {RETURNS}: wrap the "
             "network, dlms_engine.Denoiser(network, process, prediction)"
         )
     if not isinstance(shape, tuple | list):
