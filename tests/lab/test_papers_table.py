@@ -44,10 +44,12 @@ def test_the_page_names_what_is_behind_its_base() -> None:
     names = [entry.name for entry in papers_table._ENTRIES]
     cells = {f"{names[0]}|EDM": cell, f"{names[1]}|VP": {"refused": "no"}}
     page = papers_page(cells, "command", 5)
-    assert "0.2000 -> - -> **0.1000**" in page and "Behind its base beyond chance: none." in page
+    assert (
+        "0.2000 -> - -> **0.1000**" in page and "Behind its base by more than chance: none." in page
+    )
     assert f"{names[1]} on VP is refused: no." in page
     worse = papers_page({f"{names[0]}|EDM": {**cell, "behind": True}}, "command", 5)
-    assert f"Behind its base beyond chance: {names[0]} on EDM." in worse
+    assert f"Behind its base by more than chance: {names[0]} on EDM." in worse
 
 
 def test_every_learner_but_auto_is_in_the_kept_results() -> None:

@@ -107,10 +107,10 @@ def models_page(cells: list[dict[str, Any]], command: str) -> str:
     lines = [
         "# On any model",
         "",
-        "`distill` with its default method on models nothing was tuned on: how many times smaller the "
-        "endpoint RMSE is than that of the best handcrafted solver of *that* model at the same number "
-        "of evaluations, found by measuring all of them (`dlms recommend`). 95 % interval in brackets, "
-        "on samples that neither training nor choice has seen. The only setting is the budget.",
+        "`distill` with its default method on models that nothing was tuned for: the endpoint RMSE of "
+        "*that* model's best handcrafted solver, found by measuring all of them (`dlms recommend`), "
+        "over the result's, at the same number of evaluations. 95 % interval in brackets, on samples "
+        "that neither training nor choice has seen. The only setting is the budget.",
         "",
         f"    {command}",
         "",
