@@ -128,7 +128,7 @@ def test_a_file_of_conditions_takes_the_place_of_the_models(
 
 
 def test_samples_that_are_no_pictures_need_another_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plane = ("--model", "cli_model:plane", "--nfe", 3, "--seeds", "0-1", "--output")
     assert ".safetensors" in complaint(capsys, "sample", *plane, tmp_path / "x.png")
@@ -137,6 +137,8 @@ def test_samples_that_are_no_pictures_need_another_file(
     model = load_model("cli_model:plane")
     assert samples_name(model) == "samples.safetensors"
     assert samples_name(load_model("cli_model:tiny")) == "samples.png"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # a plain install
+    assert samples_name(load_model("cli_model:tiny")) == "samples.safetensors"
 
 
 def test_rows_of_conditions_follow_the_numbers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,33 @@ def test_a_model_with_conditions_is_taken() -> None:
     denoiser, shape, conditions = own_model("own_models:labels")
     assert shape == (3, 4, 4) and list(conditions) == ["class_labels"]
     assert callable(denoiser)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("distill", "--output", "a.safetensors", "--plot", "x.foo"),
+            "plot is x.foo, expected a name",
+        ),
+        (("distill", "--output", "a.safetensors", "--plot", "x.png"), "plots need matplotlib"),
+        (("demo", "--folder", "out"), "plots need matplotlib"),
+        (("sample", "--output", "x.png"), "pictures are written by pillow"),
+    ],
+)
+def test_what_draws_is_looked_for_before_the_work(
+    words: tuple[str, ...],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A demo without matplotlib ended after its minutes of work."""
+    if "need" not in said:
+        pytest.importorskip("matplotlib")
+    if "x.foo" not in words:
+        for name in ("matplotlib.backends.backend_agg", "PIL"):
+            monkeypatch.setitem(sys.modules, name, None)
+    assert said in complaint(capsys, *words, "--model", "own_models:raises")
 
 
 def test_a_range_of_seeds_that_no_memory_holds(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,7 +57,12 @@ def demo(
 
     started = time.perf_counter()
     shown = parse_numbers(seeds)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"folder is {folder}, which is a file: choose another --folder")
     folder.mkdir(parents=True, exist_ok=True)
+    from ..lab.plots import check_plot
+
+    check_plot(folder / "samples.png")
     name, loaded = demo_model(model, device)
     say: Callable[[str], None] = (lambda _text: None) if as_json else typer.echo
     if fresh:

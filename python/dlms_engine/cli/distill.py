@@ -99,6 +99,10 @@ def distill_command(
     )
     for_pipeline = asked.check()
     check_solver_output(output, folder_too=for_pipeline)
+    if plot is not None:
+        from ..lab.plots import check_plot
+
+        check_plot(plot)
     if for_pipeline:
         pipelines.distill_for_pipeline(
             asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed,

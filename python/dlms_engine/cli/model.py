@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,8 +118,12 @@ def of_model(spec: str) -> str:
 
 
 def samples_name(model: Model) -> str:
-    """A name for samples that ``dlms sample`` can write: a picture of images, else raw values."""
-    return "samples.png" if is_image(model.shape) else "samples.safetensors"
+    """A name for samples that ``dlms sample`` can write: a picture of images, else raw values.
+
+    Raw values, too, where the extra that writes pictures is not installed.
+    """
+    pictures = is_image(model.shape) and importlib.util.find_spec("PIL") is not None
+    return "samples.png" if pictures else "samples.safetensors"
 
 
 def is_image(shape: tuple[int, ...]) -> bool:

@@ -36,8 +36,8 @@ def recommend_command(
     if save is not None:
         check_solver_output(save)
         require_writable(save)
-    if keep is not None and not keep.exists():
-        require_writable(keep)
+    if store is not None and not store.exists():
+        require_writable(store)
     from ..learners.start import recommend
     from ..policies.distilled import save_solver
 

@@ -67,6 +67,10 @@ def sample(
         refuse_beside(context, "beside --solver FILE", HANDCRAFTED)
     if output.suffix == ".safetensors":
         refuse_beside(context, "on raw values", ("columns",))
+    else:
+        from ..lab import plots
+
+        plots.pillow()  # ahead of the work
     options = parse_settings(set_)
     import torch
 

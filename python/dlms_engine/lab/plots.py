@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..processes import Process
-from ..support.files import replacing
+from ..support.files import replacing, require_writable
 from ..support.transfer import to_host
 
 LEARNED_COLOURS = (
@@ -38,6 +38,40 @@ def new_figure(width: float, height: float) -> Any:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def pillow() -> Any:
+    """``PIL.Image``, which writes pictures without axes.
+
+    Raises:
+        ImportError: pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError(
+            "pictures are written by pillow: pip install 'dlms-engine[plots]'; a .safetensors file "
+            "needs nothing"
+        ) from error
+    return Image
+
+
+def check_plot(path: str | os.PathLike[str]) -> None:
+    """Ahead of the work: that ``write_figure`` can write there.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: a suffix of no picture that it draws.
+        OSError: the file cannot be written.
+    """
+    kinds = sorted(new_figure(1, 1).canvas.get_supported_filetypes())
+    target = Path(path)
+    if target.suffix.lstrip(".") not in ("", *kinds):
+        raise ValueError(
+            f"plot is {target}, expected a name that ends in one of {', '.join(kinds)}"
+        )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    require_writable(target)
 
 
 def write_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
@@ -212,17 +246,11 @@ def samples(
     images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, enlarge: int = 4
 ) -> Path:
     """A plain grid of images ``[B, C, H, W]`` in [-1, 1], exact pixels, no axes."""
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError(
-            "pictures are written by pillow: pip install 'dlms-engine[plots]'; a .safetensors file "
-            "needs nothing"
-        ) from error
+    image = pillow()
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     canvas = tile(images, columns, enlarge=enlarge).numpy()
-    picture = Image.fromarray(canvas if canvas.shape[-1] == 3 else canvas[..., 0])
+    picture = image.fromarray(canvas if canvas.shape[-1] == 3 else canvas[..., 0])
     with replacing(target) as partial:
         picture.save(partial, format=(target.suffix.lstrip(".") or "png").replace("jpg", "jpeg"))
     return target
