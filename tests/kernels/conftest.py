@@ -6,7 +6,11 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import pytest
+
 import dlms_engine
+from dlms_engine.engine import cuda_graph_cache
+from dlms_engine.engine.native import native
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -24,3 +28,11 @@ if importlib.util.find_spec("dlms_engine.kernels") is None:
     dlms_engine.kernels = module  # type: ignore[attr-defined]
 
 sys.path.insert(0, str(Path(__file__).parent))  # kernel_cases
+
+
+@pytest.fixture(params=["python", *(["native"] if native is not None else [])])
+def graph_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The compiled cache of captured runs, and its replacement in Python: what holds for both."""
+    if request.param == "python":
+        monkeypatch.setattr(cuda_graph_cache, "native", None)
+    return str(request.param)
