@@ -171,3 +171,20 @@ def test_a_caption_ends_within_the_picture(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(demo_pictures, "within", lambda caption, _: caption)  # planted
     low, high, whole = widths(sentence)
     assert low < 0 and high > whole
+
+
+def test_a_learning_curve_is_legible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The legend lay on the line of the best untrained sampler; values were 4 x 10^-2."""
+    drawn = []
+    monkeypatch.setattr(demo_pictures, "write_figure", lambda figure, _: drawn.append(figure))
+    baselines = {"best without training, 5 network calls": 0.048, "of 10": 0.007}
+    errors = [0.046, 0.03, 0.02, 0.015]
+    demo_pictures.learning_curve(errors, baselines, tmp_path / "x.png", title="Learning")
+    figure = drawn[-1]
+    figure.canvas.draw()
+    axes, (legend,) = figure.axes[0], figure.legends
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+    ticks = [*axes.yaxis.get_majorticklabels(), *axes.yaxis.get_minorticklabels()]
+    said = {tick.get_text() for tick in ticks}
+    assert {"0.01", "0.02", "0.03"} <= said
+    assert all(not text or float(text) > 0 for text in said)

@@ -99,6 +99,8 @@ def learning_curve(
         title=title,
     )
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(frameon=False, fontsize=8)
+    for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+        formatted(lambda value, _: f"{value:g}" if f"{value:.0e}"[0] in "1235" else "")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=2)
     tidy(axes)
     return write_figure(figure, path)
