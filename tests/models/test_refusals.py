@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mixture_network import mixture_denoiser
-from torch import Tensor
+from torch import Tensor, nn
 
 from dlms_engine import Denoiser, Sampler, distill, grids, recommend, solvers
 from dlms_engine.models.wrapping import check_keywords
@@ -72,8 +72,10 @@ def test_a_class_is_no_process() -> None:
         ({"shape": 16}, "shape is 16, expected that of one sample"),
         ({"shape": "16"}, "shape is '16', expected that of one sample"),
         ({"shape": (-1, 4)}, "a size in shape is -1"),
+        ({"shape": ()}, r"shape is \(\), expected at least one size"),  # an error of torch.randn
         ({"nfe": 2.5}, "nfe is 2.5"),
         ({"nfe": 1000}, "nfe is 1000, expected 1 to 96: .* exact solution of at most 384"),
+        ({"conditions": {"t": 1}}, r"conditions have \['t'\], which denoisers or samplers take"),
         ({"conditions": [1, 2]}, "conditions are list, expected keywords"),
     ],
 )
@@ -179,3 +181,38 @@ def test_branches_of_other_sizes_are_refused_by_key() -> None:
     ):
         denoiser(torch.ones(3, 4), 1.0, text={"words": torch.ones(2, 5, 2)})
     assert denoiser(torch.ones(3, 4), 1.0, text={"words": torch.ones(1, 5, 2)}).shape == (3, 4)
+
+
+class Tapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.idle = nn.Linear(3, 3), nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.used(x) * t[:, None]
+
+
+def test_features_that_no_call_gives_are_refused_by_name() -> None:
+    """A traced network took the hook and never ran it; the error said to name the features."""
+    arguments = (torch.ones(2, 3), torch.ones(2))
+    for made in (torch.jit.script(Tapped()), torch.jit.trace(Tapped(), arguments)):
+        with pytest.raises(ValueError, match=r"features='used' is inside a scripted or traced"):
+            Denoiser(made, EDM(), "data", features="used")
+        assert Denoiser(made, EDM(), "data")(torch.ones(2, 3), 1.0).shape == (2, 3)
+    denoiser = Denoiser(Tapped(), EDM(), "data", features="idle")
+    denoiser(torch.ones(2, 3), 1.0)
+    with pytest.raises(RuntimeError, match="did not run its module 'idle'"):
+        _ = denoiser.bottleneck
+
+
+@pytest.mark.parametrize(
+    ("level", "said"),
+    [
+        (lambda t: t.tolist(), "time_input gave float for times"),
+        (lambda t: 5.0, "time_input gave float"),
+        (lambda t: t.expand(2, *t.shape), r"time_input gave \[2\] for times \[\]"),
+    ],
+)
+def test_a_time_input_gives_a_tensor_like_the_times(level: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Denoiser(half, EDM(), "data", time_input=level)(torch.ones(2, 3), 1.0)

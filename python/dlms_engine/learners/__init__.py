@@ -80,8 +80,8 @@ def distill(
         a ``DistilledSolver``, also written to ``output``.
 
     Raises:
-        ValueError: unknown method or setting, values out of range, or a network in training mode that
-            does not answer the same twice.
+        ValueError: unknown method or setting, values out of range, or a network that does not answer
+            the same twice, or not the same in another batch.
         ImportError: ``tensorboard`` is requested and missing.
         FloatingPointError: the network's outputs are not finite.
         RuntimeError: another process is distilling into ``output``.

@@ -25,10 +25,11 @@ from .preconditioning import (
     TimeInput,
     check_positive,
     coefficients,
+    like_times,
     time_function,
     usual_prediction,
 )
-from .tap import FeatureTap, Owner, find_module, first_parameter, like_input, unwrap
+from .tap import FeatureTap, Owner, called, find_module, first_parameter, no_bottleneck, unwrap
 from .thresholding import quantile, thresholded
 from .wrapping import check_wrapping
 
@@ -144,10 +145,7 @@ class Denoiser(Versioned, nn.Module):
         """Raw output of the tapped module in this thread's last call, conditional half only."""
         tensor = self._tap.value
         if tensor is None:
-            raise RuntimeError(
-                "no bottleneck: construct the Denoiser with features='mid_block' (a module path) "
-                "and call it first"
-            )
+            raise RuntimeError(no_bottleneck(self.features))
         return tensor[tensor.shape[0] // 2 :] if self.guidance_scale is not None else tensor
 
     @property
@@ -192,7 +190,7 @@ class Denoiser(Versioned, nn.Module):
 
     def _noise_level(self, t: Tensor) -> Tensor:
         if self._time_input is not None:
-            return self._time_input(t)
+            return like_times(self._time_input(t), t)
         if self.prediction == "edm":
             return torch.log(self.network_process.sigma(t) / self.network_process.alpha(t)) / 4
         timestep = getattr(self.network_process, "timestep", None)
@@ -255,29 +253,12 @@ class Denoiser(Versioned, nn.Module):
         if isinstance(self._time_input, NamedTime) and self._time_input.whole:
             level = level.round().to(torch.int64)
         if self.guidance_scale is None:
-            return self._called(network_input, level.expand(batch), conditions)
+            return called(self.network, network_input, level.expand(batch), conditions)
         twofold = self._branches.joined(self.unconditional, conditions, doubled(batch))
         both = torch.cat([network_input, network_input])
         twice = torch.cat([level, level]) if level.ndim else level.expand(2 * batch)
-        out = self._called(both, twice, twofold)
+        out = called(self.network, both, twice, twofold)
         return out[:batch], out[batch:]  # chunk(2) would tie an exported graph to this batch
-
-    def _called(self, x: Tensor, noise: Tensor, conditions: Mapping[str, Any]) -> Tensor:
-        """The network's tensor, whose times ``noise`` are its own to write into.
-
-        They are numbers of every later run, too: ``t *= 1000`` in a network would change those. A
-        copy is next to nothing on the CPU; elsewhere it is a kernel an evaluation, so looked at.
-        """
-        if noise.device.type == "cpu" or torch.compiler.is_compiling() or noise.is_inference():
-            return like_input(unwrap(self.network(x, noise.clone(), **conditions)), x)
-        version = noise._version
-        output = unwrap(self.network(x, noise, **conditions))
-        if noise._version != version:
-            raise RuntimeError(
-                "the network writes into its time argument, which later evaluations use: let it work "
-                "on a copy (t = t * 1000 in place of t *= 1000)"
-            )
-        return like_input(output, x)
 
     def unconditional_read(self, conditions: Mapping[str, Any]) -> list[Tensor]:
         """The unconditional branch's tensors that a call with ``conditions`` reads, and where."""

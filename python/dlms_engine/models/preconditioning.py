@@ -120,6 +120,20 @@ def time_function(
     return given
 
 
+def like_times(level: Any, t: Tensor) -> Tensor:
+    """``level``, which a ``time_input`` gave for times ``t``.
+
+    Raises:
+        ValueError: it is no tensor of that shape.
+    """
+    if isinstance(level, Tensor) and level.shape == t.shape:
+        return level
+    given = list(level.shape) if isinstance(level, Tensor) else type(level).__name__
+    raise ValueError(
+        f"time_input gave {given} for times {list(t.shape)}, expected a tensor like them"
+    )
+
+
 def usual_prediction(process: Process) -> NetworkPrediction:
     """What networks on ``process`` mostly return."""
     if isinstance(process, EDM):

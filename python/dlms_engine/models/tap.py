@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -41,6 +42,16 @@ def find_module(network: Any, path: str) -> nn.Module:
         raise ValueError(
             f"features={path!r} needs an nn.Module network, got {type(network).__name__}"
         )
+    found = _named_module(network, path)
+    if isinstance(found, torch.jit.ScriptModule):
+        raise ValueError(
+            f"features={path!r} is inside a scripted or traced network, whose modules run without "
+            "hooks: wrap the network it was made from, or leave the features out"
+        )
+    return found
+
+
+def _named_module(network: nn.Module, path: str) -> nn.Module:
     named: dict[str, nn.Module] = dict(network.named_modules())
     if path in named:
         return named[path]
@@ -93,6 +104,43 @@ def like_input(output: Tensor, x: Tensor) -> Tensor:
             f"the network returned {output.dtype}, expected floating point: a prediction is a real number"
         )
     return output
+
+
+def called(
+    network: Callable[..., Any], x: Tensor, times: Tensor, conditions: Mapping[str, Any]
+) -> Tensor:
+    """The network's tensor at ``x`` ``[B, ...]``; it may write into ``times`` ``[B]``.
+
+    They are numbers of every later run, too: ``t *= 1000`` in a network would change those. A copy is
+    next to nothing on the CPU; elsewhere it is a kernel an evaluation, so a change is an error.
+
+    Raises:
+        TypeError, ValueError: it is no tensor like ``x``.
+        RuntimeError: the network wrote into ``times`` where they are not copied.
+    """
+    if times.device.type == "cpu" or torch.compiler.is_compiling() or times.is_inference():
+        return like_input(unwrap(network(x, times.clone(), **conditions)), x)
+    version = times._version
+    output = unwrap(network(x, times, **conditions))
+    if times._version != version:
+        raise RuntimeError(
+            "the network writes into its time argument, which later evaluations use: let it work on a "
+            "copy (t = t * 1000 in place of t *= 1000)"
+        )
+    return like_input(output, x)
+
+
+def no_bottleneck(features: str | None) -> str:
+    """What to say where a denoiser that taps ``features`` has no bottleneck."""
+    if features is None:
+        return (
+            "no bottleneck: construct the Denoiser with features='mid_block' (a module path) and call "
+            "it first"
+        )
+    return (
+        "no bottleneck: the network has not been called in this thread, or did not run its module "
+        f"{features!r}: name one that every call runs"
+    )
 
 
 def first_parameter(module: nn.Module) -> nn.Parameter | None:

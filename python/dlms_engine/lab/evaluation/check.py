@@ -230,7 +230,8 @@ def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], conditions: dict[st
         ratio = float(process.sigma(t_next) / process.sigma(t))
         x = ratio * x + float(process.alpha(t_next) - process.alpha(t) * ratio) * data
     if float(process.sigma(times[-1])) > 0:  # of small data the noise that is left is most
-        x = denoiser.predict(x, times[-1], "data", **conditions)
+        end = denoiser.predict(x, times[-1], "data", **conditions)
+        x = end if bool(end.isfinite().all()) else x
     return x
 
 

@@ -8,8 +8,8 @@ from typing import Literal
 
 from ...models.denoiser import Denoiser
 from ...support.transfer import host_numbers
-from ...support.values import require_finite
 from .exact import MOST_STEPS, ExactSolution, Proof, rmse, run_tables
+from .finite import require_finite_solution
 from .problem import Conditions, SamplingProblem
 from .repeatable import require_repeatable
 from .search import (
@@ -96,9 +96,11 @@ def find_start(
         f"start: {len(contest.candidates)} handcrafted solvers of {nfe} evaluations, about "
         f"{contest.cost:,} evaluations of one sample"
     )
-    require_finite(exact.prove().disagreement, "the difference of two accurate solvers")
+    difference = exact.prove().disagreement
+    require_finite_solution(problem, difference, "the difference of two accurate solvers")
     ranking = Search(problem, exact, contest, say).run()
-    require_finite(ranking[0].rmse, f"the error of {ranking[0].candidate.label}")
+    best = ranking[0]
+    require_finite_solution(problem, best.rmse, f"the error of {best.candidate.label}")
     proof = exact.prove(ranking[0].rmse)
     start = Start(nfe, tuple(ranking), proof, problem.calls - calls, time.perf_counter() - started)
     say(proof.line())
@@ -135,7 +137,7 @@ def recommend(
 
     Raises:
         ValueError: another ``effort``, sizes or evaluations that are no integers of at least 1, or a
-            network in training mode that does not answer the same twice.
+            network that does not answer the same twice, or not the same in another batch.
         FloatingPointError: the network's outputs are not finite.
     """
 

@@ -56,6 +56,8 @@ class SamplingProblem:
         if not isinstance(shape, list | tuple):
             raise TypeError(f"shape is {shape!r}, expected that of one sample, such as (3, 32, 32)")
         self.shape = tuple(whole_number(size, "a size in shape") for size in shape)
+        if not self.shape:
+            raise ValueError("shape is (), expected at least one size: a number a sample is (1,)")
         self.seed = seed
         self.device = denoiser.device
         self.conditions = conditions_on(read_conditions(conditions), self.device)
@@ -114,7 +116,7 @@ def read_conditions(conditions: Conditions) -> Any:
 
     Raises:
         TypeError: they are none of ``Conditions``.
-        ValueError: the file is no safetensors file of tensors, or has none.
+        ValueError: the file is no safetensors file of tensors, or has none; a name is taken.
     """
     if not isinstance(conditions, str | Path):
         if not (conditions is None or callable(conditions) or isinstance(conditions, Mapping)):
@@ -122,7 +124,7 @@ def read_conditions(conditions: Conditions) -> Any:
                 f"conditions are {type(conditions).__name__}, expected keywords of the network such as "
                 "{'label': tensor}, a function from sample numbers to them, or a safetensors file"
             )
-        return conditions
+        return _not_reserved(conditions)
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -134,7 +136,24 @@ def read_conditions(conditions: Conditions) -> Any:
         ) from error
     if not loaded:
         raise ValueError(f"conditions: {conditions} holds no tensors")
-    return loaded
+    return _not_reserved(loaded)
+
+
+_RESERVED = frozenset(
+    ("x", "t", "prediction", "noise", "callback", "progress", "return_trajectory",
+     "network_input", "c_noise")
+)  # fmt: skip
+"""Arguments that denoisers and samplers have themselves."""
+
+
+def _not_reserved(conditions: Any) -> Any:
+    taken = sorted(_RESERVED.intersection(conditions)) if isinstance(conditions, Mapping) else []
+    if taken:
+        raise ValueError(
+            f"conditions have {taken}, which denoisers or samplers take themselves: give the network a "
+            "function around it that takes them by other names"
+        )
+    return conditions
 
 
 def conditions_on(conditions: Any, device: torch.device) -> Any:
