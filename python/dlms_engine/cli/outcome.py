@@ -44,8 +44,8 @@ def _number(value: float | None) -> str:
 
 def _doubt(report: Mapping[str, Any]) -> list[str]:
     """What the exact solution's own error makes of the ratio, where it is more than a fifth."""
-    exact = report["exact"]
-    if exact["holds"]:
+    exact = report.get("exact")
+    if exact is None or exact["holds"]:
         return []
     return [
         f"  the exact solution is known to {exact['disagreement']:.2g} only: the true error may be as "
