@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -232,6 +233,29 @@ def test_budget_in_calls_is_counted() -> None:
     budget = Budget(parse_budget("100calls"), p)
     p.calls += 25
     assert budget.left() == 75 and budget.share() == 0.25 and budget.left_until(0.5) == 25
+
+
+def test_the_first_calls_of_a_network_say_nothing_of_its_speed() -> None:
+    """After a kept start six evaluations, the slow first ones, had set the speed: a budget of two
+    minutes ended after eight seconds with nothing learned.
+    """
+    called = []
+
+    def slow_at_first(x: Tensor, t: Tensor) -> Tensor:
+        called.append(len(x))
+        if len(called) == 1:
+            time.sleep(0.3)
+        return x
+
+    p = SamplingProblem(Denoiser(slow_at_first, EDM(), "data"), (2,))
+    budget = Budget(parse_budget("60s"), p)
+    p.predict(p.noise(range(2)), torch.full((2,), 80.0, dtype=torch.float64), range(2))
+    assert budget.left() < 60 / 0.3 * 2
+    budget.measure_speed()
+    assert budget.left() > 20_000 and sum(called) == 2 + 3 * 16
+    counted = Budget(parse_budget("100calls"), p)
+    counted.measure_speed()
+    assert counted.left() == 100  # what a budget in evaluations gives does not depend on the time
 
 
 def test_unknown_settings_are_refused() -> None:

@@ -71,7 +71,10 @@ def demo(
     problem = SamplingProblem(loaded.denoiser, loaded.shape, loaded.conditions)
     effort = "lean" if seconds_of_one(problem) > SLOW_SECONDS else "full"
     twice = 2 * nfe
-    say(f"1/3  {name}: distilling a sampler of {nfe} network calls ({budget})")
+    say(
+        f"1/3  {name}: the best solver of {nfe} network calls that needs no training, then distilling "
+        f"from it ({budget})"
+    )
     solver, start = _distilled(loaded, folder, name, nfe, budget, effort, progress=not as_json)
     say(f"2/3  the best solver of {twice} calls that needs no training")
     doubled = _recommended(loaded, folder, name, twice, effort, progress=not as_json)
@@ -161,6 +164,8 @@ def _distilled(
     if path.exists():
         solver = load_solver(path)
     else:
+        # Before the budget begins: on a slow machine the search alone would use it up.
+        _recommended(model, folder, name, nfe, effort, progress=progress)
         solver = learners.distill(
             model.denoiser, "auto", nfe=nfe, shape=model.shape, conditions=model.conditions,
             output=path, budget=budget, effort=effort, progress=progress,

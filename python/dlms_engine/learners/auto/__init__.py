@@ -95,6 +95,7 @@ class Auto:
         )  # fmt: skip
         if self.problem.calls - before < start.calls:  # it was kept
             self.budget.count(start.calls)
+            self.budget.measure_speed()
         if self.settings.base != "best":
             start = start.with_base(
                 candidate_of(

@@ -7,10 +7,17 @@ import re
 import time
 from dataclasses import dataclass
 
+import torch
+
+from ...support.transfer import host_numbers
 from ..start import SamplingProblem
 
 _FORM = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*(s|m|min|h|calls|k|)\s*$")
 _SECONDS = {"s": 1.0, "m": 60.0, "min": 60.0, "": 60.0, "h": 3600.0}
+
+
+SPEED_BATCH = 16
+"""Samples by which the speed is measured where nothing else was called, as many as a first iteration."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +54,28 @@ class Budget:
         self.limit, self.problem = limit, problem
         self._started, self._first = time.perf_counter(), problem.calls
         self.interrupted = False
+        self._mark = 0, 0.0  # calls and seconds from which on the speed is counted
+
+    def measure_speed(self) -> None:
+        """Counts the speed from here on, where it limits: a kept start called next to nothing, and
+        what loading and the first calls of a network took says nothing of the later ones.
+        """
+        if not math.isfinite(self.limit.seconds):
+            return
+        numbers = range(SPEED_BATCH)
+        x = self.problem.noise(numbers)
+        t = x.new_full((SPEED_BATCH,), self.problem.process.t_max, dtype=x.dtype).double()
+        with torch.no_grad():
+            self.problem.predict(x, t, numbers)  # warms up
+            self._mark = self.calls, self.seconds
+            for _ in range(2):
+                host_numbers([self.problem.predict(x, t, numbers).sum()])  # waits for the device
 
     def set(self, calls: int, seconds: float) -> None:
         """Goes on counting from ``calls`` and ``seconds``."""
         self.problem.calls = self._first + calls
         self._started = time.perf_counter() - seconds
+        self._mark = 0, 0.0
 
     def count(self, calls: int) -> None:
         """Evaluations of an earlier run, if they are what is limited: what a run finds must not
@@ -79,7 +103,8 @@ class Budget:
         by_calls = self.limit.calls - self.calls
         if not math.isfinite(self.limit.seconds) or self.calls == 0:
             return by_calls
-        rate = self.calls / max(self.seconds, 1e-9)
+        calls, seconds = self._mark
+        rate = (self.calls - calls) / max(self.seconds - seconds, 1e-9)
         return min(by_calls, (self.limit.seconds - self.seconds) * rate)
 
     def left_until(self, share: float) -> float:
