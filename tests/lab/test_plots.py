@@ -168,6 +168,8 @@ def test_a_caption_ends_within_the_picture(tmp_path: Path, monkeypatch: pytest.M
 
     low, high, whole = widths(sentence)
     assert low >= 0 and high <= whole
+    titles = [axis.title.get_window_extent() for axis in drawn[-1].axes]
+    assert all(title.y1 <= drawn[-1].bbox.y1 for title in titles)  # the upper ones were cut
     monkeypatch.setattr(demo_pictures, "within", lambda caption, _: caption)  # planted
     low, high, whole = widths(sentence)
     assert low < 0 and high > whole

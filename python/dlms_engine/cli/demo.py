@@ -213,7 +213,7 @@ def _sentence(rows: list[dict[str, Any]], nfe: int) -> str:
     text += f"accurate picture than the best untrained one ({rows[1]['solver']})"
     more = "closer" if learned < double else "further away"
     factor = max(double / learned, learned / double)
-    return f"{text};\nand {factor:.1f} times {more} than that with {2 * nfe} calls."
+    return f"{text}, and {factor:.1f} times {more} than that with {2 * nfe} calls."
 
 
 def _draw(

@@ -34,7 +34,9 @@ def compared(
     pictures = {title: tile(images, columns, enlarge=enlarge) for title, images in panels.items()}
     height, width = next(iter(pictures.values())).shape[:2]
     side = 2.9
-    figure = new_figure(side * len(panels), 2 * (side * height / width + 0.35) + 0.5)
+    text = within(caption, side * len(panels))
+    below = 0.3 + 0.25 * len(text.splitlines())
+    figure = new_figure(side * len(panels), 2 * (side * height / width + 0.45) + below)
     axes = figure.subplots(2, len(panels), squeeze=False)
     for axis in axes.flatten():
         axis.set_axis_off()
@@ -54,7 +56,7 @@ def compared(
         0.5, 0.5, "right: where each one\ndiffers from the accurate\npicture (black: nowhere)",
         ha="center", va="center", fontsize=10, transform=axes[1][0].transAxes,
     )  # fmt: skip
-    figure.supxlabel(within(caption, figure.get_figwidth()), fontsize=12)
+    figure.supxlabel(text, fontsize=12)
     return write_figure(figure, path)
 
 
