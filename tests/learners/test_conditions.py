@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from dlms_engine import Denoiser, Sampler, distill, grids, ops, solvers
 from dlms_engine.engine import sampler
 from dlms_engine.engine.cuda_graph_cache import GraphCache
-from dlms_engine.learners.start import SamplingProblem
+from dlms_engine.learners.start import SamplingProblem, find_start
 from dlms_engine.learners.training.conditioned import conditioned
 from dlms_engine.learners.training.noise import tell_first_sample
 from dlms_engine.learners.training.validation import exact_solution
@@ -161,3 +162,18 @@ def test_a_captured_run_takes_the_rows_of_its_batch_as_inputs(captured, monkeypa
         outcomes.append(found)
     assert captured.made == 1
     assert torch.equal(outcomes[0], outcomes[2]) and not torch.equal(outcomes[0], outcomes[1])
+
+
+def test_a_kept_start_of_other_conditions_is_not_taken(tmp_path: Path) -> None:
+    """Those of its two first samples alone were compared."""
+    store, labels = tmp_path / "two.start.json", torch.eye(2)[[0, 1, 1]]
+    denoiser = Denoiser(Labelled(), EDM(), "data")
+
+    def calls(label: Tensor) -> int:
+        problem = SamplingProblem(denoiser, (2,), {"label": label})
+        find_start(problem, 2, effort="lean", store=store)
+        return problem.calls
+
+    first = calls(labels)
+    assert calls(labels) < first / 4, "the same conditions: kept"
+    assert calls(torch.cat([labels, labels[:1]])) >= first - 8

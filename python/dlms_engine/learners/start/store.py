@@ -11,12 +11,13 @@ import torch
 
 from ...support.files import write_text, written
 from ...support.transfer import host_numbers
+from ..training.identity import conditions_digest
 from .exact import Proof
 from .problem import SamplingProblem
 from .search import Candidate, MeasuredCandidate, Start, handcrafted_candidates
 
 _log = logging.getLogger("dlms_engine")
-_FORMAT = "dlms_engine.start/3"
+_FORMAT = "dlms_engine.start/4"
 TOLERANCE = 1e-3
 """Largest relative difference of a model's answers on two machines."""
 
@@ -71,12 +72,13 @@ def _key(problem: SamplingProblem, nfe: int, afs: bool) -> dict[str, Any]:
         "process": problem.process.config(),
         "shape": list(problem.shape),
         "guidance": guidance,
+        "conditions": conditions_digest(problem.conditions),
     }
 
 
 def _answers(problem: SamplingProblem) -> list[list[float]]:
-    """Means and mean squares of the data prediction at three noise levels: cheap, and another
-    network, condition or convention gives others.
+    """Means and mean squares of the data prediction at three noise levels: cheap, and another network
+    or convention gives others. Conditions of later samples than the two show in the key alone.
     """
     numbers = range(2)
     process = problem.process
