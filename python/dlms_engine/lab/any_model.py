@@ -123,7 +123,11 @@ def models_page(cells: list[dict[str, Any]], command: str) -> str:
             found = [c for c in cells if c["model"] == name and c["nfe"] == nfe]
             row.append(_entry(found[-1]) if found else "")
         lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "Bases, errors, budgets and what was chosen; seconds of one thread, some beside other jobs:", ""]
+    lines += [
+        "",
+        "Bases, errors, budgets and what was chosen; seconds of one thread, some beside other jobs:",
+        "",
+    ]
     lines += [
         "| model | evaluations | base | its RMSE | chosen | its RMSE | Frechet, base | chosen | "
         "budget | calls | seconds |",
