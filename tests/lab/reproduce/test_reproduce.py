@@ -233,7 +233,7 @@ def test_a_refusal_leaves_the_other_rows(cifar10: PaperModel, tmp_path: Path) ->
     assert "distance" in first and "nonsense" in last["refused"]
     with pytest.raises(ValueError, match="rows has 'absent', which is part of none of: DEIS"):
         reproduction(cifar10, tmp_path, rows=("absent",))
-    with pytest.raises(ValueError, match="nfes has 3, the table has 4, 5"):
+    with pytest.raises(ValueError, match="nfe has 3, the table has 4, 5"):
         reproduction(cifar10, tmp_path, nfes=(3,))
 
 

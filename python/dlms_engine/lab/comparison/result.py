@@ -95,7 +95,7 @@ class Sizes:
 
     def __post_init__(self) -> None:
         if not self.nfes or min(self.nfes) < 1:
-            raise ValueError(f"nfes is {self.nfes}, expected at least one number >= 1")
+            raise ValueError(f"nfe is {list(self.nfes)}, expected at least one number >= 1")
         if not 2 <= self.exact_samples <= self.samples:
             raise ValueError(
                 f"exact_samples is {self.exact_samples}, expected 2 to samples ({self.samples})"

@@ -63,7 +63,7 @@ def chosen_nfes(panel: Panel, wanted: Sequence[int] | None) -> tuple[int, ...]:
     chosen = tuple(n for n in panel.nfes if wanted is None or n in wanted)
     unknown = sorted(set(wanted or ()) - set(panel.nfes))
     if unknown:
-        raise ValueError(f"nfes has {unknown[0]}, the table has {', '.join(map(str, panel.nfes))}")
+        raise ValueError(f"nfe has {unknown[0]}, the table has {', '.join(map(str, panel.nfes))}")
     return chosen
 
 
