@@ -162,6 +162,20 @@ def test_the_form_with_the_smallest_error_is_taken(monkeypatch: pytest.MonkeyPat
     assert taken(one, two) == (two if best == one else one)
 
 
+def test_forms_are_held_to_one_exact_solution_a_round_and_the_cost_is_said_ahead() -> None:
+    """It was solved again for every form, which was most of a DLMS run's time."""
+    problem, said = SamplingProblem(mixture_denoiser(), (16,)), list[str]()
+    spent: list[int] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        spent.append(problem.calls)
+
+    begun(LEARNERS["dlms"].begin, problem, NFE, {}, say=say)
+    promised = int(said[0].split("about ")[1].split(" ")[0].replace(",", ""))
+    assert spent[-1] - spent[0] == pytest.approx(promised, rel=0.05)
+
+
 @pytest.mark.measured_start
 def test_distill_begins_at_the_measured_solver_and_says_so(
     capsys: pytest.CaptureFixture[str],

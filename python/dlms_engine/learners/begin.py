@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..engine.sampler import Sampler
 from ..models.denoiser import Denoiser
@@ -97,15 +98,16 @@ class BeginAtForm:
             made.append((form, policy))
         if not made:
             return {}
-        (first, stay), (second, _) = _ROUNDS
-        evaluations = nfe * (len(made) * first + stay * second)
-        say(f"start: {len(made)} untrained forms, about {evaluations:,} evaluations of one sample")
         exact = ExactSolution(problem, samples=4)
-        exact.prove()
+        proof = exact.prove()
+        (first, stay), (second, _) = _ROUNDS
+        evaluations = nfe * (len(made) * first + stay * second) + proof.steps * (first + second)
+        say(f"start: {len(made)} untrained forms, about {evaluations:,} evaluations of one sample")
         errors: list[float] = []
         for samples, keep in _ROUNDS:
             numbers = range(_FIRST, _FIRST + samples)
-            errors = [_error(problem, exact, policy, numbers) for _, policy in made]
+            target = exact.solve(numbers)
+            errors = [_error(problem, target, policy, numbers) for _, policy in made]
             order = sorted(range(len(made)), key=errors.__getitem__)[:keep]
             made, errors = [made[i] for i in order], [errors[i] for i in order]
         named = ", ".join(f"{key}={value}" for key, value in made[0][0].items())
@@ -138,12 +140,11 @@ def begun(
 
 
 @torch.no_grad()
-def _error(problem: SamplingProblem, exact: ExactSolution, policy: Policy, numbers: range) -> float:
-    """RMSE to the exact solution; infinite where it is not finite."""
-    target = exact.solve(numbers)
+def _error(problem: SamplingProblem, target: Tensor, policy: Policy, numbers: range) -> float:
+    """RMSE to ``target`` ``[B, ...]``, their exact solution; infinite where it is not finite."""
     tell_first_sample(problem.denoiser, numbers.start)
     problem.calls += policy.nfe * len(numbers)
     end = Sampler(problem.denoiser, policy)(problem.noise(numbers), **problem.condition(numbers))
-    assert isinstance(end, torch.Tensor)
+    assert isinstance(end, Tensor)
     error = rmse(end, target)
     return error if error == error else float("inf")
