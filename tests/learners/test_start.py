@@ -68,6 +68,28 @@ def test_shared_runs_equal_single_runs_and_count_their_calls(process: Process) -
     assert float((ends[0] - ends[-1]).abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize("most", [1, 3, 7])
+def test_calls_that_memory_has_no_room_for_are_halved(most: int) -> None:
+    tables = [c.table for c in handcrafted_candidates(EDM(), 3)]
+    noise = torch.randn(5, 2, generator=torch.Generator().manual_seed(0))
+    sizes: list[int] = []
+
+    def predict(x: Tensor, t: Tensor, numbers: range) -> Tensor:
+        if len(x) > most:
+            raise torch.OutOfMemoryError("no room")
+        sizes.append(len(x))
+        own = torch.tensor(numbers, dtype=x.dtype).repeat(len(x) // len(numbers))
+        return torch.tanh(x) * t[:, None] / (1 + t[:, None]) + own[:, None]  # a sample's own
+
+    def ends() -> Tensor:
+        return torch.cat([found for _, found in SharedRuns(tables).ends(predict, noise, 3)], dim=1)
+
+    halved = ends()
+    assert max(sizes) <= most
+    most = 1 << 20
+    torch.testing.assert_close(halved, ends())
+
+
 def test_tables_that_differ_in_the_last_row_share_all_evaluations() -> None:
     table = handcrafted_candidates(EDM(), 5)[0].table
     b = table.b.clone()

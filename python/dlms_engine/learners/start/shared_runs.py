@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...solvers.table import SolverTable
 
-SMALLEST, LARGEST = 256, 8192
+SMALLEST, LARGEST = 16, 8192
 NUMBERS = 1 << 18
 """Samples of one network call: as many as make 2^18 numbers, within these bounds."""
 LARGEST_STATE = 1 << 26
@@ -136,14 +136,30 @@ class SharedRuns:
         together = max(1, _batch(x.shape[1:]) // len(x))
         for first in range(0, len(level), together):
             nodes = [self._nodes[number] for number in level[first : first + together]]
-            states = [_combine(node.weights, node.path, x, data) for node in nodes]
+            states = torch.stack([_combine(node.weights, node.path, x, data) for node in nodes])
             times = torch.tensor([node.time for node in nodes], dtype=torch.float64, device="cpu")
-            times = times.repeat_interleave(len(x)).to(x.device)
-            out = predict(torch.cat(states), times, numbers)
-            for number, value in zip(
-                level[first : first + together], out.split(len(x)), strict=True
-            ):
+            out = _halved(predict, states, times.to(x.device), numbers)
+            for number, value in zip(level[first : first + together], out, strict=True):
                 data[number] = value
+
+
+def _halved(predict: Predict, states: Tensor, times: Tensor, numbers: range) -> Tensor:
+    """``[nodes, B, ...]`` predictions of ``states``, in one call, or in as many as memory asks for."""
+    nodes, batch = states.shape[:2]
+    try:
+        out = predict(states.flatten(0, 1), times.repeat_interleave(batch), numbers)
+    except torch.OutOfMemoryError:
+        if nodes * batch == 1:
+            raise
+    else:
+        return out.reshape(nodes, batch, *out.shape[1:])
+    # here, not where it was caught: an exception keeps what it has allocated alive
+    half = max(1, (nodes if nodes > 1 else batch) // 2)
+    if nodes > 1:
+        parts = [(states[:half], times[:half], numbers), (states[half:], times[half:], numbers)]
+        return torch.cat([_halved(predict, *part) for part in parts])
+    parts = [(states[:, :half], times, numbers[:half]), (states[:, half:], times, numbers[half:])]
+    return torch.cat([_halved(predict, *part) for part in parts], dim=1)
 
 
 def _batch(shape: Sequence[int]) -> int:
