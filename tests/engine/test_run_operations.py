@@ -62,7 +62,9 @@ def operations(
     with torch.no_grad(), Operations() as found:
         steps.run_plain(taken, x, held._network_dtype(x), row, None)
     assert len(network.levels) == 5
-    return found.names, network
+    # each evaluation's copy of the noise level is the CPU's alone: models.tap.called
+    assert found.names.count("aten::clone") == 5
+    return [name for name in found.names if name != "aten::clone"], network
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -224,7 +224,7 @@ def test_pipelines_page() -> None:
 
 def test_published_page() -> None:
     """Its example runs where the files that it reads are written."""
-    tests = (DOCS.parents[1] / "tests" / "checkpoints" / "test_published.py").read_text()
+    tests = (DOCS.parents[1] / "tests" / "checkpoints" / "test_published_command.py").read_text()
     assert "\ndef test_the_example_of_the_page(" in tests
 
 
