@@ -162,7 +162,7 @@ def kills(count: int, names: Iterable[str] = COMMANDS) -> dict[str, Any]:
         base = Path(temporary)
         whole, seconds = uninterrupted(names, base)
         trial = 0
-        while killed.total() < count:
+        while killed.total() < count or trial < len(names):  # each command at least once
             name = names[trial % len(names)]
             folder = base / "made" / "out"
             shutil.rmtree(folder, ignore_errors=True)
