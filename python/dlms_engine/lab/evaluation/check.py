@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...learners.start.finite import log_level_times
 from ...learners.start.problem import Conditions, read_conditions, rows_of
 from ...models.denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NetworkPrediction
 from ...models.preconditioning import NamedTime
@@ -215,10 +216,7 @@ def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], conditions: dict[st
     """
     process = denoiser.process
     uniform = torch.linspace(process.t_max, process.t_min, _STEPS + 1, dtype=torch.float64)
-    low, high = _range(process)
-    first, last = math.log(min(high, 1e5)), math.log(max(low, 1e-5))
-    levels = torch.linspace(first, last, _STEPS + 1, dtype=torch.float64).exp()
-    logarithmic = process.inverse_sigma(levels).clamp(process.t_min, process.t_max)
+    logarithmic = log_level_times(process, _STEPS + 1)
     times = torch.cat([uniform, logarithmic]).unique().flip(0)  # rising, so turned round
     if isinstance(process, EDM):
         times = logarithmic
@@ -235,15 +233,9 @@ def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], conditions: dict[st
     return x
 
 
-def _range(process: Process) -> tuple[float, float]:
-    """The least and the greatest sigma / alpha."""
-    low, high = (float(process.sigma_over_alpha(t)) for t in (process.t_min, process.t_max))
-    return low, high
-
-
 def _levels(process: Process, deviation: float) -> list[float]:
     """Sigma / alpha around the data's deviation; in the process's range, whatever that is."""
-    low, high = _range(process)
+    low, high = (float(process.sigma_over_alpha(t)) for t in (process.t_min, process.t_max))
     around = [level * deviation for level in _LEVELS]
     inside = [level for level in around if low <= level <= high]
     if inside:

@@ -7,9 +7,6 @@ import re
 import time
 from dataclasses import dataclass
 
-import torch
-
-from ...support.transfer import host_numbers
 from ..start import SamplingProblem
 
 _FORM = re.compile(r"^\s*([0-9][0-9_,]*(?:\.[0-9]+)?)\s*(s|m|min|h|calls|k|)\s*$")
@@ -62,14 +59,11 @@ class Budget:
         """
         if not math.isfinite(self.limit.seconds):
             return
-        numbers = range(SPEED_BATCH)
-        x = self.problem.noise(numbers)
-        t = x.new_full((SPEED_BATCH,), self.problem.process.t_max, dtype=x.dtype).double()
-        with torch.no_grad():
-            self.problem.predict(x, t, numbers)  # warms up
-            self._mark = self.calls, self.seconds
-            for _ in range(2):
-                host_numbers([self.problem.predict(x, t, numbers).sum()])  # waits for the device
+        evaluate = self.problem.evaluation(SPEED_BATCH)
+        evaluate()  # warms up
+        self._mark = self.calls, self.seconds
+        for _ in range(2):
+            evaluate()
 
     def set(self, calls: int, seconds: float) -> None:
         """Goes on counting from ``calls`` and ``seconds``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -66,20 +66,18 @@ def initial_scales(times: StartTimes, scale_range: float, gain: float) -> Tensor
 def _weights_of_rows(process: Process, grid: Tensor, settings: DlmsSettings) -> Tensor:
     """A handcrafted solver's rows as weights: b over the gain of a first-order step (Eq. 8, 9).
 
-    UniPC's corrected state is eliminated from its rows, which reaches one output further back than
-    its order; every output counts as evaluated, the analytical first step's too.
+    Every output counts as evaluated, the analytical first step's too.
     """
-    order = settings.resolved_order
-    options: dict[str, Any] = {"order": min(4, order)}
-    if settings.init == "unipc":
-        options = {"order": min(3, order - 1), "variant": "bh2"}
     table = make_solver(
-        settings.init, process, as_float64(grid), store=settings.prediction, **options
-    )
+        settings.init, process, as_float64(grid), order=settings.solver_order,
+        store=settings.prediction,
+    )  # fmt: skip
     carry, gain = step_coefficients(process, settings.prediction, grid[:-1], grid[1:])
     # the row's own a is that of a first-order step: nothing of the state is lost in the weights
     assert torch.allclose(table.a, carry, rtol=1e-9, atol=1e-12)
-    weights = torch.zeros(settings.steps, order, dtype=torch.float64, device="cpu")
+    weights = torch.zeros(
+        settings.steps, settings.resolved_order, dtype=torch.float64, device="cpu"
+    )
     weights[:, : table.depth] = table.b / gain[:, None]
     return weights
 

@@ -107,9 +107,19 @@ class DlmsSettings:
     def handcrafted(self, process: Process) -> dict[str, SolverTable]:
         """The solver whose weights it begins with, iPNDM for Adams-Bashforth, on the standard grids."""
         name = "ipndm" if self.init == "ab" else self.init
-        most = {"dpm_solver_pp": 3, "unipc": min(3, self.resolved_order - 1)}.get(name, 4)
-        order = {} if name == "ddim" else {"order": min(most, self.resolved_order)}
+        order = {} if name == "ddim" else {"order": self.solver_order}
         return standard_tables(process, name, self.nfe, order, (self.afs,))
+
+    @property
+    def solver_order(self) -> int:
+        """Order of the solver whose weights it begins with, as far as ``order`` outputs allow.
+
+        UniPC's corrected state is eliminated from its rows, which reaches one output further back
+        than its order.
+        """
+        if self.init == "unipc":
+            return min(3, self.resolved_order - 1)
+        return min(3 if self.init == "dpm_solver_pp" else 4, self.resolved_order)
 
     @property
     def resolved_order(self) -> int:

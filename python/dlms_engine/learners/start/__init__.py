@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal
 
 from ...models.denoiser import Denoiser
-from ...support.transfer import host_numbers
 from .exact import MOST_STEPS, ExactSolution, Proof, rmse, run_tables
 from .finite import require_finite_solution
 from .problem import Conditions, SamplingProblem
@@ -165,10 +164,8 @@ def start_effort(seconds: float) -> Effort:
 
 def seconds_of_one(problem: SamplingProblem) -> float:
     """Of one evaluation of one sample, in a batch of two, after one to warm up."""
-    numbers = range(2)
-    x = problem.noise(numbers)
-    t = x.new_full((2,), problem.process.t_max, dtype=x.dtype).double()
-    problem.predict(x, t, numbers)
+    evaluate = problem.evaluation(2)
+    evaluate()
     started = time.perf_counter()
-    host_numbers([problem.predict(x, t, numbers).sum()])  # waits for the device
+    evaluate()
     return (time.perf_counter() - started) / 2

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+from torch import Tensor
 
+from ...processes import Process
 from ...support.transfer import to_host
 from ...support.values import require_finite
 from .problem import SamplingProblem
@@ -39,18 +41,24 @@ def _ratio(problem: SamplingProblem, t: float) -> float:
     return float(problem.process.sigma_over_alpha(t))
 
 
+def log_level_times(process: Process, count: int) -> Tensor:
+    """float64 ``[count]``, falling: uniform in the logarithm of sigma / alpha, whose ends may be 0 and
+    infinite and are cut to 1e-5 and 1e5.
+    """
+    low, high = (float(process.sigma_over_alpha(t)) for t in (process.t_min, process.t_max))
+    ends = math.log(min(high, 1e5)), math.log(max(low, 1e-5))
+    levels = torch.linspace(*ends, count, dtype=torch.float64, device="cpu").exp()
+    return process.inverse_sigma(levels).clamp(process.t_min, process.t_max)
+
+
 @torch.no_grad()
 def _times_not_finite(problem: SamplingProblem) -> tuple[list[float], int]:
     """Times that give outputs that are not finite on noise of their level, and how many were tried."""
     process, numbers = problem.process, range(1)
-    low, high = (_ratio(problem, t) for t in (process.t_min, process.t_max))
-    ends = math.log(max(low, 1e-5)), math.log(min(high, 1e5))
-    levels = torch.linspace(*ends, _TIMES, dtype=torch.float64, device="cpu").exp()
     uniform = torch.linspace(
         process.t_min, process.t_max, _TIMES, dtype=torch.float64, device="cpu"
     )
-    times = torch.cat([process.inverse_sigma(levels), uniform])
-    times = times.clamp(process.t_min, process.t_max).unique()
+    times = torch.cat([log_level_times(process, _TIMES), uniform]).unique()
     noise = problem.noise(numbers) / float(process.sigma(process.t_max))
     finite = [
         problem.predict(float(process.sigma(t)) * noise, t, numbers).isfinite().all() for t in times

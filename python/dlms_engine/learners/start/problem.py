@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...models.denoiser import Denoiser
 from ...models.wrapping import check_keywords
+from ...support.transfer import host_numbers
 from ...support.values import whole_number
 from ..training.noise import tell_first_sample, unit_noise
 
@@ -90,6 +91,18 @@ class SamplingProblem:
                 parts.append(self.denoiser.predict(part, times, prediction, **conditions))
             return torch.cat(parts)
         return self.denoiser.predict(x, t, prediction, **self.condition(numbers, copies))
+
+    def evaluation(self, samples: int) -> Callable[[], None]:
+        """Evaluates that many samples at their start and waits for the device: to be timed."""
+        numbers = range(samples)
+        x = self.noise(numbers)
+        t = torch.full((samples,), self.process.t_max, dtype=torch.float64, device=x.device)
+
+        @torch.no_grad()
+        def evaluate() -> None:
+            host_numbers([self.predict(x, t, numbers).sum()])
+
+        return evaluate
 
 
 def check_conditions(denoiser: Denoiser, conditions: Any) -> None:
