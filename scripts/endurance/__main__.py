@@ -3,7 +3,7 @@
     python scripts/endurance kills 200        commands killed at random moments and called again
     python scripts/endurance pairs 6          commands twice at once in one folder
     python scripts/endurance threads 10000    calls from four threads with changing shapes
-    python scripts/endurance damaged 50000    damaged solver files, and 1,000 crafted pickles
+    python scripts/endurance damaged 50000    damaged solver files, and a fiftieth as many crafted pickles
 
 ``kills 40 auto ld3`` takes these commands alone. The seeds are fixed; the moments of the kills are
 those of the clock.

@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from threads import resident
 
 
 def forget_peak() -> int:
-    """Bytes in memory; from here on ``peak`` counts."""
-    with contextlib.suppress(OSError):  # a container may forbid it: then since the process began
+    """The peak from which ``peak`` counts: what ran before is no fault of this.
+
+    It is what is in memory now, or, where a container does not let it be reset, the highest of the
+    process so far: a process of its own measures the same there.
+    """
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return resident()
+    return peak()
 
 
 def peak() -> int:
-    """Most bytes in memory since ``forget_peak``: what ran before it is no fault of this."""
+    """Most bytes in memory since ``forget_peak``."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) << 10
@@ -48,7 +51,8 @@ def damage(rng: random.Random, data: bytearray) -> bytearray:
     return data
 
 
-def damaged(count: int, pickles: int = 1000) -> dict[str, Any]:
+def damaged(count: int) -> dict[str, Any]:
+    """``count`` damaged solver files and a fiftieth of that, at least 60, crafted pickles."""
     from dlms_engine import grids, processes, solvers
     from dlms_engine.checkpoints.restricted import UnsafeCheckpointError, read_pickle
     from dlms_engine.policies.distilled import load_solver, save_solver
@@ -66,7 +70,7 @@ def damaged(count: int, pickles: int = 1000) -> dict[str, Any]:
         def attempt(data: bytes, kind: str, read: Callable[[Path], object], refused: type) -> None:
             nonlocal slowest
             path.write_bytes(data)
-            started = time.process_time()
+            started = time.thread_time()
             try:
                 read(path)
                 tally[f"{kind} read"] += 1
@@ -74,13 +78,13 @@ def damaged(count: int, pickles: int = 1000) -> dict[str, Any]:
                 tally[f"{kind} refused"] += 1
             except Exception as error:
                 tally[f"{kind} untyped: {type(error).__name__}"] += 1
-            slowest = max(slowest, time.process_time() - started)
+            slowest = max(slowest, time.thread_time() - started)
 
         for _ in range(count):
             data = bytes(damage(rng, bytearray(raw)))
             if data != raw:
                 attempt(data, "solver", load_solver, SolverFileError)
-        for data in crafted(rng, pickles):
+        for data in crafted(rng, max(60, count // 50)):
             attempt(data, "pickle", read_pickle, UnsafeCheckpointError)
     above = peak() - memory
     return {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ sys.path.insert(0, str(ROOT / "scripts" / "endurance"))
 import damaged  # noqa: E402
 import kills  # noqa: E402
 import threads  # noqa: E402
+
+from dlms_engine.solvers.file import SolverFileError  # noqa: E402
 
 # Python 3.12 warns of any thread beside a fork; the children run nothing that those hold.
 # Export has its own deprecations, which are no errors in a command.
@@ -77,14 +81,44 @@ def test_calls_from_four_threads_give_their_own_bits() -> None:
 
 
 def test_damaged_files_are_refused_and_run_nothing() -> None:
-    found = damaged.damaged(400, pickles=60)
+    command = [sys.executable, str(ROOT / "scripts" / "endurance"), "damaged", "400"]
+    ran = subprocess.run(command, capture_output=True, text=True)  # memory is of a whole process
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    found = json.loads(ran.stdout)
     assert found["solver refused"] > 350 and found["pickle refused"] > 40
-    assert not any(found[fault] for fault in ("untyped", "executed", "over 1 s or 200 MB")), found
 
 
-def test_a_reader_that_lets_an_error_through_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def careless(path: Path) -> Any:
-        return path.read_bytes()[100_000]
+def lets_an_error_through(path: Path) -> Any:
+    return path.read_bytes()[100_000]
 
+
+def takes_long(path: Path) -> Any:
+    while time.thread_time() < until[0]:
+        pass
+    raise SolverFileError("late")
+
+
+def takes_much(path: Path) -> Any:
+    bytearray(damaged.peak() - threads.resident() + (300 << 20))
+    raise SolverFileError("large")
+
+
+until = [0.0]
+"""When ``takes_long`` has taken long enough."""
+
+
+@pytest.mark.parametrize(
+    ("careless", "fault"),
+    [
+        (lets_an_error_through, "untyped"),
+        (takes_long, "over 1 s or 200 MB"),
+        (takes_much, "over 1 s or 200 MB"),
+    ],
+)
+def test_a_reader_with_a_fault_is_found(
+    careless: Callable[[Path], Any], fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    until[0] = time.thread_time() + 1.1
     monkeypatch.setattr("dlms_engine.policies.distilled.load_solver", careless)
-    assert damaged.damaged(3, pickles=1)["untyped"] == 3
+    monkeypatch.setattr(damaged, "crafted", lambda rng, count: [])
+    assert damaged.damaged(3)[fault]
