@@ -83,12 +83,16 @@ def above_bare_us(reports: Reports) -> float | None:
     return 1e3 * float(summary["engine"]["p50"] - summary["bare network"]["p50"])
 
 
-def distil_seconds(reports: Reports) -> float | None:
+def distil_seconds(stage: str) -> Callable[[Reports], float | None]:
     """Seconds to distil DLMS on a 32x32 model."""
-    for check in reports.get("distil-32", {}).get("checks", ()):
-        if "seconds" in check.get("figures", {}):
-            return float(check["figures"]["seconds"])
-    return None
+
+    def value(reports: Reports) -> float | None:
+        for check in reports.get(stage, {}).get("checks", ()):
+            if "seconds" in check.get("figures", {}):
+                return float(check["figures"]["seconds"])
+        return None
+
+    return value
 
 
 def aims() -> tuple[Aim, ...]:
@@ -96,6 +100,7 @@ def aims() -> tuple[Aim, ...]:
     share = "share of the copy bandwidth, row in a graph"
     speed = "DPM-Solver++(2M) step in a graph against diffusers' eager one"
     run = "5 evaluations of the embedded model at batch 1"
+    distilled = "DLMS at 5 evaluations, 32x32 model, distilled"
     return (
         Aim("row in a graph, 1x4x64x64", "at most", 2.0, "us", _in_graph(SMALL, "p50_us")),
         Aim(
@@ -113,5 +118,6 @@ def aims() -> tuple[Aim, ...]:
         Aim(f"{run} against the eager loop", "at least", 3, "times faster", against_loop),
         Aim(f"{run} above the bare captured evaluations", "at most", 2, "%", above_bare),
         Aim(f"{run} above the bare captured evaluations", "at most", 30, "us", above_bare_us),
-        Aim("DLMS at 5 evaluations, 32x32 model, distilled", "at most", 60, "s", distil_seconds),
+        Aim(distilled, "at most", 60, "s", distil_seconds("distil-32")),
+        Aim(f"{distilled}, captured", "at most", 60, "s", distil_seconds("distil-32-captured")),
     )

@@ -170,18 +170,20 @@ def loop_part(stages: Mapping[str, _Measured]) -> str:
 def distil_part(stages: Mapping[str, _Measured]) -> str:
     """Seconds to distil, and updates per second."""
     parts = []
-    for check in stages["distil-32"].report.get("checks", ()) if "distil-32" in stages else ():
-        figures = check.get("figures")
-        if figures:
-            parts.append(
-                _from(
-                    stages["distil-32"],
-                    f"DLMS at 5 evaluations, {figures['trajectories']} trajectories, on "
-                    f"{figures['model']}: {figures['seconds']:.1f} s; its score fell from "
-                    f"{figures['score_before']:.4g} to {figures['score_after']:.4g}.",
+    for name in ("distil-32", "distil-32-captured"):
+        for check in stages[name].report.get("checks", ()) if name in stages else ():
+            figures = check.get("figures")
+            if figures:
+                way = ", captured evaluations" if figures.get("captured") else ""
+                parts.append(
+                    _from(
+                        stages[name],
+                        f"DLMS at 5 evaluations, {figures['trajectories']} trajectories, on "
+                        f"{figures['model']}{way}: {figures['seconds']:.1f} s; its score fell from "
+                        f"{figures['score_before']:.4g} to {figures['score_after']:.4g}.",
+                    )
                 )
-            )
-    for name in ("bench-distill", "bench-distill-cpu"):
+    for name in ("bench-distill", "bench-distill-captured", "bench-distill-cpu"):
         rows = [
             (
                 r["model"],

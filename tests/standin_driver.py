@@ -10,7 +10,7 @@ import ctypes
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +110,11 @@ def standin_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("standin"))
 
 
-@pytest.fixture
-def driver(standin_library: Path) -> Iterator[Standin]:
+@contextmanager
+def in_place(library: Path) -> Iterator[Standin]:
     """The stand-in, in the place of the driver."""
-    native.use_cuda_driver(str(standin_library))
-    made = Standin(standin_library)
+    native.use_cuda_driver(str(library))
+    made = Standin(library)
     yield made
     for name in (
         "cuStreamWaitEvent",
@@ -125,6 +125,13 @@ def driver(standin_library: Path) -> Iterator[Standin]:
     ):
         made.fail(name, 0)
     native.use_cuda_driver("")
+
+
+@pytest.fixture
+def driver(standin_library: Path) -> Iterator[Standin]:
+    """`in_place`."""
+    with in_place(standin_library) as made:
+        yield made
 
 
 class Graph:
@@ -146,6 +153,7 @@ class StandinCapture:
         self.nbytes = 1 << 20
         self.broken: str | None = None
         self.network: Any = None
+        self.replaying = False
         self.watched = False  # by CaptureCheck: with the CPU as the device it sees every read there
 
     def warm_up(self, body, inputs, network, device, settle) -> float:
@@ -166,8 +174,10 @@ class StandinCapture:
         output = body({name: t.clone() for name, t in inputs.items()}).clone().fill_(-7)
 
         def replay() -> None:
+            self.replaying = True
             with torch.no_grad():
                 output.copy_(body({name: t.clone() for name, t in buffers.items()}))
+            self.replaying = False
 
         graph = Graph(self.driver.graph(replay))
         return cuda_graph_capture.Recorded((graph,), buffers, output, self.nbytes)
@@ -200,6 +210,11 @@ class StandinCapture:
 
 @pytest.fixture
 def captured(driver: Standin, monkeypatch: pytest.MonkeyPatch) -> StandinCapture:
+    """`stand_in`."""
+    return stand_in(driver, monkeypatch)
+
+
+def stand_in(driver: Standin, monkeypatch: pytest.MonkeyPatch) -> StandinCapture:
     """Makes runs on CPU tensors captured runs, by the stand-in driver."""
     capture = StandinCapture(driver)
     monkeypatch.setattr(cuda_graph, "obstacle", lambda device: None)

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import checks
 import models
+import stand_in
 import torch
 from torch import nn
 
@@ -67,7 +69,7 @@ def model(name: str, device: str) -> tuple[str, Any, nn.Module, tuple[int, ...]]
     return "cifar10-32", loaded.denoiser, loaded.features, loaded.shape
 
 
-def distil(name: str, device: str, trajectories: int) -> dict[str, Any]:
+def distil(name: str, device: str, trajectories: int, capture: bool) -> dict[str, Any]:
     """Wall time of the call, from loaded model to solver."""
     what, denoiser, features, shape = model(name, device)
     dlms.Sampler(
@@ -77,10 +79,11 @@ def distil(name: str, device: str, trajectories: int) -> dict[str, Any]:
     )  # the libraries' handles and the choice of kernels are not distilling
     checks.synchronize(device)
     start = time.perf_counter()
-    solver = dlms.distill(
-        denoiser, "dlms", nfe=5, shape=shape, trajectories=trajectories, progress=False,
-        feature_network=features, **SETTINGS,
-    )  # fmt: skip
+    with stand_in.graphs(device) if capture else nullcontext():
+        solver = dlms.distill(
+            denoiser, "dlms", nfe=5, shape=shape, trajectories=trajectories, progress=False,
+            feature_network=features, capture=capture, **SETTINGS,
+        )  # fmt: skip
     checks.synchronize(device)
     seconds = time.perf_counter() - start
     parameters = sum(p.numel() for p in denoiser.parameters())
@@ -90,6 +93,7 @@ def distil(name: str, device: str, trajectories: int) -> dict[str, Any]:
         "trained": what == "cifar10-32",
         "parameters": parameters,
         "trajectories": trajectories,
+        "captured": capture,
         "score_before": solver.history[0]["validation/raw"],
         "score_after": solver.best["score"],
         "limit_seconds": 60.0,
@@ -100,11 +104,13 @@ def main() -> int:
     parser = checks.options(__doc__ or "")
     parser.add_argument("--model", choices=("benchmark", "untrained", "tiny"), default="benchmark")
     parser.add_argument("--trajectories", type=int, default=3_200)
+    parser.add_argument("--capture", action="store_true", help="with captured evaluations")
     args = parser.parse_args()
-    run = checks.Checks("distil-32", args.output, args.seconds, device=args.device)
+    name = "distil-32-captured" if args.capture else "distil-32"
+    run = checks.Checks(name, args.output, args.seconds, device=args.device)
     run.run(
         f"DLMS, 5 evaluations, {args.trajectories} trajectories",
-        lambda: distil(args.model, args.device, args.trajectories),
+        lambda: distil(args.model, args.device, args.trajectories, args.capture),
     )
     return run.status()
 

@@ -53,6 +53,8 @@ def smoke(work: Path) -> list[Stage]:
                model="tiny"),
         *(_check(work, f"learner-{name}", f"20 updates of {name} on the GPU", 60, "learner",
                  "--method", name, model="tiny", updates="1") for name in LEARNERS),
+        _check(work, "learners-captured", "updates with captured evaluations are those without", 90,
+               "captured_learner", model="tiny", updates="2"),
         _check(work, "rows-triton", f"Triton rows: {rows}", 60, "rows", "--backend", "triton",
                stand_in="triton", seconds="1"),
         _check(work, "designer", "the designer's kernel against torch, to 1e-12", 45, "designer",
@@ -140,9 +142,16 @@ def benches(work: Path) -> list[Stage]:
 
 def later(work: Path) -> list[Stage]:
     """What is worth having when time is left."""
+    cuda = ("--device", "cuda")
     return [
         _check(work, "distil-32", "seconds to distil DLMS at 5 evaluations on a 32x32 model", 110,
                "distil_32", model="tiny", trajectories="32"),
+        _check(work, "distil-32-captured", "the same with captured evaluations", 110, "distil_32",
+               "--capture", model="tiny", trajectories="32"),
+        bench(work, "bench-distill-captured", "updates a second, evaluations captured and not", 75,
+              "distill", *cuda, "--each", "0.7", "--capture", "--models", "unet-32", "embedded",
+              "--methods", "dlms", "amed", "free_table", "ld3",
+              instead="--models embedded --methods free_table --capture", refusal=NO_GPU),
         bench(work, "bench-distill-cpu", "updates a second of every learner on the CPU", 90,
               "distill", "--models", "embedded", "--each", "1",
               instead="--models embedded --methods free_table --batch 2 --each 0.1"),

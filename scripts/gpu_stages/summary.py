@@ -70,10 +70,10 @@ def figures(reports: Mapping[str, Any]) -> Iterator[str]:
                     f"step  {size:>14} {row['solver']:<9}{row['way']:<24}{row['p50_us']:9.2f} us"
                     + ("" if gain is None else f"  {gain:6.1f} x in graph")
                 )
-    for stage in ("bench-distill", "bench-distill-cpu"):
+    for stage in ("bench-distill", "bench-distill-captured", "bench-distill-cpu"):
         for row in reports.get(stage, {}).get("rows", ()):
             rate = row.get("error") or f"{row['updates_per_s']:9.2f} a second ({row['unit']})"
-            yield f"learn {row['device']:<5} {row['model']:<9}{row['method']:<22} {rate}"
+            yield f"learn {row['device']:<5} {row['model']:<9}{row['method']:<30} {rate}"
 
 
 def failures(reports: Mapping[str, Any]) -> Iterator[str]:

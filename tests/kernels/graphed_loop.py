@@ -87,7 +87,7 @@ class GraphedLoop:
         """
         given = self._gather(x0, rows, first_scale, inputs or {})
         if self.mode == "never":
-            return cuda_graph._plainly(self._body, given)
+            return cuda_graph.plainly(self._body, given)
         modules = () if self.row_fn is None else (self.row_fn,)
         if self.mode == "auto":
             return cuda_graph.run_captured(
@@ -96,7 +96,7 @@ class GraphedLoop:
         reason = cuda_graph.obstacle(x0.device)
         if reason is None:
             this = cuda_graph.Runnable(self.network, self._options(), self._body, given, modules)
-            output, reason = cuda_graph._try_captured(self.cache, this)
+            output, reason = cuda_graph.try_captured(self.cache, this)
             if output is not None:
                 return output
         raise cuda_graph.GraphCaptureError(f"{reason}; pass mode='auto' to run without a graph")

@@ -93,6 +93,27 @@ def test_figures_are_those_measured_with_their_verdicts():
     assert "NVIDIA H100 80GB HBM3, driver 580.1" in text["row"] and "abc1234" in text["row"]
 
 
+def test_captured_evaluations_stand_beside_plain_ones():
+    file, figures = result(), {"trajectories": 3200, "model": "random weights", "score_before": 2.0}
+    for name, seconds in (("distil-32", 73.0), ("distil-32-captured", 50.0)):
+        more = {"seconds": seconds, "captured": "captured" in name, "score_after": 1.0}
+        file["results"][name] = {"checks": [{"check": "a", "figures": {**figures, **more}}]}
+    rows = [
+        {"model": "unet-32", "method": method, "device": "cuda", "batch": 32, "updates_per_s": 1.0}
+        for method in ("dlms", "dlms, captured")
+    ]
+    rows = [{**row, "unit": "update"} for row in rows]
+    file["results"]["bench-distill-captured"] = {"rows": rows}
+    for name in ("distil-32", "distil-32-captured", "bench-distill-captured"):
+        file["stages"].append({"stage": name, "status": "passed", "seconds": 1, "said": ""})
+    text = blocks(gpu_page.filled(page(), [file]))
+    assert "random weights: 73.0 s" in text["distil"]
+    assert "random weights, captured evaluations: 50.0 s" in text["distil"]
+    assert "| unet-32 | dlms, captured | cuda | 32 | 1 | update |" in text["distil"]
+    assert "distilled, captured | at most 60 s | 50 s | reached |" in text["machine"]
+    assert "distilled | at most 60 s | 73 s | missed |" in text["machine"]
+
+
 def test_a_missed_figure_is_called_missed():
     text = blocks(gpu_page.filled(page(), [result(row_us=2.5)]))
     assert "| at most 2 us | 2.5 us | missed |" in text["machine"]

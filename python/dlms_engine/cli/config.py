@@ -15,7 +15,16 @@ _SETTINGS = "settings"
 _HELD = "dlms_engine.config"
 # What only a command line may say, or what says nothing about the result.
 _NOT_IN_FILES = {"as_json", "config", "help", "set_", "show_config"}
-_NOT_RECORDED = {"budget", "output", "overwrite", "plot", "preset", "resume", "tensorboard"}
+_NOT_RECORDED = {
+    "budget",
+    "capture",
+    "output",
+    "overwrite",
+    "plot",
+    "preset",
+    "resume",
+    "tensorboard",
+}
 _RESOLVED = {"method", "nfe", "seed", "trajectories"}
 
 

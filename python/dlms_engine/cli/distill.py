@@ -63,6 +63,9 @@ def distill_command(
     dtype: pipelines.DtypeOption = "float32",
     plot: Annotated[Path | None, typer.Option(help="Also draw the loss curve.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard events.")] = None,
+    capture: Annotated[
+        bool, typer.Option(help="On a GPU, replay the network's evaluations as CUDA graphs.")
+    ] = False,
     config: configs.ConfigOption = None,
     show_config: configs.ShowConfigOption = False,
     as_json: JsonOption = False,
@@ -106,8 +109,8 @@ def distill_command(
     if for_pipeline:
         pipelines.distill_for_pipeline(
             asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed,
-            settings={**settings, "tensorboard": tensorboard}, resume=resume, overwrite=overwrite,
-            plot=plot, as_json=as_json,
+            settings={**settings, "tensorboard": tensorboard, "capture": capture}, resume=resume,
+            overwrite=overwrite, plot=plot, as_json=as_json,
         )  # fmt: skip
         return
     if output.exists() and not overwrite and not restarted():
@@ -133,6 +136,7 @@ def distill_command(
         feature_network=held.features,
         conditions=held.conditions,
         tensorboard=tensorboard,
+        capture=capture,
         **settings,
     )
     seconds = time.perf_counter() - started

@@ -19,6 +19,7 @@ from ..models.denoiser import Denoiser, per_sample
 from ..solvers.table import Prediction, SolverTable
 from ..support.transfer import rows_up
 from . import fused_adjoint
+from .captured_calls import values_unread
 
 
 def solve(denoiser: Denoiser, table: SolverTable, x: Tensor, **conditions: Any) -> list[Tensor]:
@@ -155,7 +156,7 @@ def _network_vjp(
     for_time: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """cotangent^T d m / d (x, t): the only network graph of the sweep, freed on return."""
-    with torch.enable_grad():
+    with torch.enable_grad(), values_unread(denoiser):
         x = x.detach().requires_grad_()
         t = t.detach().clone().requires_grad_(for_time)
         m = denoiser.predict(x, t, prediction, **conditions)

@@ -11,6 +11,7 @@ Importing this module needs no GPU.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +28,13 @@ __all__ = [
     "CapturedRun",
     "GraphCaptureError",
     "LoopedRun",
+    "Runnable",
     "StaleGraphError",
     "explain",
     "obstacle",
+    "plainly",
     "run_captured",
+    "try_captured",
 ]
 
 
@@ -70,21 +74,21 @@ def run_captured(
     """
     run = Runnable(network, options, body, inputs, modules)
     if loop is not None and cache.loop != "never" and native is not None:
-        output, reason = _try_captured(cache, run._replace(loop=loop))
+        output, reason = try_captured(cache, run._replace(loop=loop))
         if output is not None:
             return output
         if reason is not None and cache.loop == "always":
             show_once(token(network), reason)
-    output, reason = _try_captured(cache, run)
+    output, reason = try_captured(cache, run)
     if output is not None:
         return output
     if reason is not None:
         show_once(token(network), reason)
-    return _plainly(body, inputs)
+    return plainly(body, inputs)
 
 
 class Runnable(NamedTuple):
-    """A run that may be captured."""
+    """A run that may be captured; a new capture is compared with the plain run by each of ``parts``."""
 
     network: Any
     options: tuple[Any, ...]
@@ -92,6 +96,7 @@ class Runnable(NamedTuple):
     inputs: dict[str, Tensor]
     modules: tuple[Any, ...] = ()
     loop: StepLoop | None = None
+    parts: Callable[[Tensor], Sequence[Tensor]] | None = None
 
     def key(self, tensors: bool | None = None) -> tuple[Any, str]:
         """As ``graph_key``; a loop's does not depend on the number of steps."""
@@ -115,12 +120,12 @@ class Runnable(NamedTuple):
         return self.key(True)[0], self.key(False)[0]
 
 
-def _plainly(body: Body, inputs: Inputs) -> Tensor:
+def plainly(body: Body, inputs: Inputs) -> Tensor:
     with torch.no_grad():
         return body({**inputs, "x": inputs["x"].clone(memory_format=torch.contiguous_format)})
 
 
-def _try_captured(cache: GraphCache, this: Runnable) -> tuple[Tensor | None, str | None]:
+def try_captured(cache: GraphCache, this: Runnable) -> tuple[Tensor | None, str | None]:
     """(output, None), or (None, why there is none; None if that needs no telling)."""
     if obstacle(next(iter(this.inputs.values())).device) is not None:
         return None, None
@@ -148,10 +153,10 @@ def _capture(cache: GraphCache, key: Any, this: Runnable) -> tuple[Tensor | None
     try:
         run = this.capture()
         output = run.first(this.inputs)
-        if this.loop is not None:
+        if this.loop is not None or this.parts is not None:
             _require_right(output, this)
-            if cache.loop == "auto":
-                _prefer_loop(run, this)
+        if this.loop is not None and cache.loop == "auto":
+            _prefer_loop(run, this)
     except GraphCaptureError as exc:
         cache.runs.fail(key, str(exc), isinstance(exc, UnsettledNetworkError))
         return None, str(exc)
@@ -166,11 +171,12 @@ def _capture(cache: GraphCache, key: Any, this: Runnable) -> tuple[Tensor | None
 
 
 def _require_right(output: Tensor, this: Runnable) -> None:
-    """GraphCaptureError unless a new loop gives what the plain run does."""
-    try:
-        _verify(output, _plainly(this.body, this.inputs))
-    except StaleGraphError as exc:
-        raise GraphCaptureError(f"the captured loop is wrong here: {exc}") from exc
+    """GraphCaptureError unless a new capture gives what the plain run does."""
+    expected, parts = plainly(this.body, this.inputs), this.parts or (lambda whole: [whole])
+    for mine, other in zip(parts(output), parts(expected), strict=True):
+        difference = _difference(mine, other)
+        if difference is not None:
+            raise GraphCaptureError(f"captured here it {difference}")
 
 
 def _prefer_loop(looped: CapturedRun, this: Runnable) -> None:
@@ -187,21 +193,28 @@ def _prefer_loop(looped: CapturedRun, this: Runnable) -> None:
 def _replay(cache: GraphCache, run: CapturedRun, this: Runnable) -> Tensor:
     output = run(this.inputs)
     if cache.verify and cache.stats()["replays"] % cache.verify == 0:
-        _verify(output, _plainly(this.body, this.inputs))
+        _verify(output, plainly(this.body, this.inputs))
     return output
 
 
 def _verify(output: Tensor, expected: Tensor) -> None:
-    """StaleGraphError unless they agree as two runs of one network do.
+    """StaleGraphError unless they agree as two runs of one network do."""
+    difference = _difference(output, expected)
+    if difference is not None:
+        raise StaleGraphError(
+            f"a captured run {difference}: something that the graph has frozen was changed. Call "
+            "GraphCache.invalidate(network) after such a change, or sample without a graph"
+        )
+
+
+def _difference(output: Tensor, expected: Tensor) -> str | None:
+    """How far they are apart, or None where they agree as two runs of one network do.
 
     A captured run may use other algorithms of the same libraries: 1e-2 of the largest value is the
     bound, above what TF32 or half precision add up to in a few evaluations.
     """
     scale = expected.abs().max().item()
     error = (output - expected).abs().max().item()
-    if not error <= 1e-2 * scale:
-        raise StaleGraphError(
-            f"a captured run differs from the plain one by {error:.3g} (largest value {scale:.3g}): "
-            "something that the graph has frozen was changed. Call GraphCache.invalidate(network) "
-            "after such a change, or sample without a graph"
-        )
+    if error <= 1e-2 * scale:
+        return None
+    return f"differs from the plain run by {error:.3g} (largest value {scale:.3g})"

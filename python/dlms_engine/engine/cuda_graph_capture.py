@@ -25,8 +25,30 @@ from .native import native
 Inputs = Mapping[str, Tensor]
 Body = Callable[[Inputs], Tensor]
 
+
+class OneAtATime:
+    """A lock that knows whether this thread holds it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: int | None = None
+
+    @property
+    def mine(self) -> bool:
+        """Whether this thread is capturing: what it calls becomes part of that graph."""
+        return self._holder == threading.get_ident()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+        self._holder = threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        self._holder = None
+        self._lock.release()
+
+
 # One capture at a time in a process: torch's allocator and cuBLAS workspaces are shared.
-CAPTURING = threading.Lock()
+CAPTURING = OneAtATime()
 _streams: dict[int, torch.cuda.Stream] = {}
 
 

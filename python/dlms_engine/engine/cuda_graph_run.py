@@ -26,12 +26,12 @@ _shown: set[Any] = set()  # reasons that have been logged
 _shown_lock = threading.Lock()
 
 
-def show_once(subject: Any, text: str) -> None:
+def show_once(subject: Any, text: str, doing: str = "sampling") -> None:
     with _shown_lock:
-        fresh = (subject, text) not in _shown
-        _shown.add((subject, text))
+        fresh = (subject, doing, text) not in _shown
+        _shown.add((subject, doing, text))
     if fresh:
-        _log.warning("sampling without a CUDA graph: %s", text)
+        _log.warning("%s without a CUDA graph: %s", doing, text)
 
 
 class CapturedRun:

@@ -22,6 +22,7 @@ from ..ops import layout
 from ..ops.reference import NETWORK_DTYPES
 from ..solvers.table import SolverTable
 from ..support.transfer import rows_up
+from .captured_calls import values_unread
 from .steps import evaluate, guidance
 
 
@@ -146,7 +147,7 @@ def _network_vjp(
     for_noise: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the network's input and noise level: the only network graph, freed on return."""
-    with torch.enable_grad():
+    with torch.enable_grad(), values_unread(denoiser):
         x = network_input.detach().requires_grad_()
         level = c_noise.detach().clone().requires_grad_(for_noise)
         output = evaluate(denoiser, x, level, conditions)

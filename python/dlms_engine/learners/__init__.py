@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..engine.captured_calls import captured_calls
 from ..models.denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
 from ..support.files import only_one, require_writable
@@ -53,6 +54,7 @@ def distill(
     conditions: Conditions = None,
     cond: Conditions = None,
     tensorboard: str | Path | None = None,
+    capture: bool = False,
     **settings: Any,
 ) -> DistilledSolver:
     """Distils a solver of ``nfe`` evaluations for ``denoiser``; the network stays frozen.
@@ -73,6 +75,9 @@ def distill(
             (``learners.start.Conditions``). LD3, D-ODE and GITS take one row.
         cond: their earlier name.
         tensorboard: folder for TensorBoard events, one scalar a number and update.
+        capture: replay the network's evaluations, and their gradients, as CUDA graphs: for networks on
+            a GPU that are bound by their launches (docs/captured_runs.md). What cannot be captured is
+            evaluated as ever and logged once.
         settings: the method's own settings; unknown names are refused. Where none fixes the solver or
             grid to begin at, the best for this model is found by measuring.
 
@@ -81,7 +86,7 @@ def distill(
 
     Raises:
         ValueError: unknown method or setting, values out of range, or a network that does not answer
-            the same twice, or not the same in another batch.
+            the same twice, or not the same in another batch; ``capture`` without a GPU.
         ImportError: ``tensorboard`` is requested and missing.
         FloatingPointError: the network's outputs are not finite.
         RuntimeError: another process is distilling into ``output``.
@@ -115,6 +120,7 @@ def distill(
         identity,
     )
     lock = contextlib.nullcontext() if path is None or world.rank else only_one(path)
+    calls = captured_calls(denoiser) if capture else contextlib.nullcontext()
     if any(p.is_inference() for p in denoiser.parameters()):
         raise ValueError(
             "the network was made under torch.inference_mode(), whose tensors autograd does not take: "
@@ -125,7 +131,7 @@ def distill(
         parameter.requires_grad_(False)
     try:
         # A caller may have switched gradients off, which nothing in a training can.
-        with lock, torch.inference_mode(False), torch.enable_grad():
+        with lock, calls, torch.inference_mode(False), torch.enable_grad():
             if path is not None and not world.rank:
                 require_writable(path)
             require_repeatable(problem)

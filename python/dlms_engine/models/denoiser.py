@@ -29,7 +29,16 @@ from .preconditioning import (
     time_function,
     usual_prediction,
 )
-from .tap import FeatureTap, Owner, called, find_module, first_parameter, no_bottleneck, unwrap
+from .tap import (
+    FeatureTap,
+    NetworkCalls,
+    Owner,
+    called,
+    find_module,
+    first_parameter,
+    no_bottleneck,
+    unwrap,
+)
 from .thresholding import quantile, thresholded
 from .wrapping import check_wrapping
 
@@ -121,6 +130,7 @@ class Denoiser(Versioned, nn.Module):
         self._branches = Branches()
         self._time_input = time_function(process, time_input, time_scale)
         self._tap = FeatureTap()
+        self.calls = NetworkCalls(self._tap)
         self.features = features
         self._owner = Owner()
         if features is not None:
@@ -247,13 +257,26 @@ class Denoiser(Versioned, nn.Module):
         Raises:
             TypeError, ValueError: the network returned no tensor like its input.
         """
+
+        def work(given: Mapping[str, Tensor], kept: dict[str, Any]) -> tuple[Tensor, ...]:
+            return self._branch_outputs(given["x"], given["level"], kept)
+
+        level = c_noise.to(network_input.device)
+        inputs = {"x": network_input, "level": level}
+        outputs = self.calls.as_one(self, ("network",), work, inputs, conditions)
+        return outputs[0] if self.guidance_scale is None else (outputs[0], outputs[1])
+
+    def _branch_outputs(
+        self, network_input: Tensor, level: Tensor, conditions: dict[str, Any]
+    ) -> tuple[Tensor, ...]:
+        """The network's output, with guidance both branches' in one call."""
         wide = torch.float64 if network_input.dtype == torch.float64 else torch.float32
         batch = network_input.shape[0]
-        level = c_noise.to(device=network_input.device, dtype=wide)
+        level = level.to(wide)
         if isinstance(self._time_input, NamedTime) and self._time_input.whole:
             level = level.round().to(torch.int64)
         if self.guidance_scale is None:
-            return called(self.network, network_input, level.expand(batch), conditions)
+            return (called(self.network, network_input, level.expand(batch), conditions),)
         twofold = self._branches.joined(self.unconditional, conditions, doubled(batch))
         both = torch.cat([network_input, network_input])
         twice = torch.cat([level, level]) if level.ndim else level.expand(2 * batch)
@@ -282,7 +305,20 @@ class Denoiser(Versioned, nn.Module):
         **conditions: Any,
     ) -> Tensor:
         """Data or noise prediction ``[B, ...]`` at ``x`` ``[B, ...]`` and time ``t`` (scalar, [B])."""
-        times = as_level(t).to(x.device)
+
+        def work(given: Mapping[str, Tensor], kept: dict[str, Any]) -> tuple[Tensor, ...]:
+            return (self._predicted(given["x"], given["t"], prediction, kept),)
+
+        inputs = {"x": x, "t": as_level(t).to(x.device)}
+        return self.calls.as_one(self, ("predict", prediction), work, inputs, conditions)[0]
+
+    def _predicted(
+        self,
+        x: Tensor,
+        times: Tensor,
+        prediction: Literal["data", "noise"],
+        conditions: dict[str, Any],
+    ) -> Tensor:
         pre = self.preconditioning(times, prediction)
         scaled = (per_sample(pre.c_in, x) * x).to(self.network_dtype or x.dtype)
         output = self.combine(self.network_output(scaled, pre.c_noise, **conditions), x.dtype)

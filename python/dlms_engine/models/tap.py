@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,66 @@ class FeatureTap:
         """Output of this thread's last call."""
         return getattr(self._held, "value", None)
 
+    def keep(self, value: Tensor | None) -> None:
+        """Sets this thread's value, where the call was one that no hook sees."""
+        self._held.value = value
+
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._held = threading.local()
+
+
+Work = Callable[[Mapping[str, Tensor], dict[str, Any]], tuple[Tensor, ...]]
+"""(tensors by name, conditions) -> new tensors; evaluates a network."""
+
+
+class Through(Protocol):
+    """What a distillation does with the evaluations of a Denoiser while it lasts."""
+
+    @property
+    def inside(self) -> bool:
+        """Whether this thread is in the middle of such work: then evaluations are part of it."""
+        ...
+
+    def __call__(
+        self,
+        denoiser: Any,
+        name: tuple[Any, ...],
+        work: Work,
+        inputs: dict[str, Tensor],
+        conditions: dict[str, Any],
+    ) -> tuple[Tensor, ...]:
+        """``work(inputs, conditions)``, which depends on them, ``name`` and ``denoiser`` alone."""
+        ...
+
+
+class NetworkCalls:
+    """What stands between a Denoiser and its network; shallow copies of the Denoiser share it."""
+
+    _outside_graph_keys = True
+
+    def __init__(self, tap: FeatureTap) -> None:
+        self.tap = tap
+        self.through: Through | None = None
+
+    def as_one(
+        self,
+        denoiser: Any,
+        name: tuple[Any, ...],
+        work: Work,
+        inputs: dict[str, Tensor],
+        conditions: dict[str, Any],
+    ) -> tuple[Tensor, ...]:
+        """As `Through`; the plain call where there is none."""
+        through = self.through
+        if through is None or torch.compiler.is_compiling() or through.inside:
+            return work(inputs, conditions)
+        return through(denoiser, name, work, inputs, conditions)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"tap": self.tap, "through": None}
 
 
 class Owner:

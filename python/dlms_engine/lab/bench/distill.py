@@ -5,7 +5,8 @@
 Two models: the embedded one, and a 32x32 U-Net of the benchmark model's size with random weights,
 which takes as long as a trained one. DLMS, AMED, LD3 and the free table are timed from one finished
 update to the next, validation left out; D-ODE's fit and GITS's search are one piece each and are timed
-whole. A learner that fails leaves its error in the report, and the others go on.
+whole. A learner that fails leaves its error in the report, and the others go on. ``--capture`` times each
+learner twice, the second time with captured evaluations (``distill(capture=True)``).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import nn
 
 from dlms_engine import ops
+from dlms_engine.engine.captured_calls import captured_calls
 from dlms_engine.lab.bench.device import no_gpu, quantiles
 from dlms_engine.lab.bench.timing import (
     conditions,
@@ -157,12 +159,18 @@ def time_case(
     }
 
 
-def _row(name: str, case: _Case, args: argparse.Namespace) -> dict[str, Any]:
+def _row(name: str, case: _Case, capture: bool, args: argparse.Namespace) -> dict[str, Any]:
     """What one learner does on one model, or why it failed."""
-    row: dict[str, Any] = {"method": case.label, "model": name, "device": args.device}
-    row["batch"] = case.settings["batch"]
+    label = f"{case.label}, captured" if capture else case.label
+    row: dict[str, Any] = {"method": label, "model": name, "device": args.device}
+    row |= {"batch": case.settings["batch"], "capture": capture}
     try:
-        return row | time_case(*_load(name, torch.device(args.device)), case, args.each)
+        denoiser, shape = _load(name, torch.device(args.device))
+        if not capture:
+            return row | time_case(denoiser, shape, case, args.each)
+        with captured_calls(denoiser) as calls:
+            row |= time_case(denoiser, shape, case, args.each)
+            return row | {"graphs": calls.graphs.stats(), "refused": calls.refused}
     except Exception as error:
         return row | {"error": f"{type(error).__name__}: {error}"}
 
@@ -177,11 +185,16 @@ def bench_distill(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=32, help="trajectories an update (LD3: 2)")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--methods", nargs="+", choices=sorted(LEARNERS), default=[])
+    parser.add_argument(
+        "--capture", action="store_true", help="time captured evaluations beside plain ones"
+    )
     json_options(parser)
     args = parser.parse_args(argv)
     cuda = torch.device(args.device).type == "cuda"
-    if cuda and no_gpu(parser.prog):
+    if (cuda or args.capture) and no_gpu(parser.prog):
         return 2
+    if args.capture and not cuda:
+        parser.error(f"--capture: evaluations cannot be captured on {args.device}")
     report: dict[str, Any] = {
         "benchmark": "distill",
         "machine": machine() if cuda else conditions(),
@@ -191,7 +204,7 @@ def bench_distill(argv: list[str] | None = None) -> int:
         "rows": [],
     }
 
-    def measure(case: tuple[str, _Case]) -> None:
+    def measure(case: tuple[str, _Case, bool]) -> None:
         row = _row(*case, args)
         report["rows"].append(row)
         save_report(report, args)  # a run that is cut short has given what it measured
@@ -199,8 +212,11 @@ def bench_distill(argv: list[str] | None = None) -> int:
             _show(row)
 
     wanted = [case for case in cases(args.batch) if not args.methods or case.method in args.methods]
-    left = measure_within(args.seconds, list(itertools.product(args.models, wanted)), measure)
-    say_not_measured(report, [f"{name}: {case.label}" for name, case in left], args)
+    ways = (False, True) if args.capture else (False,)
+    work = list(itertools.product(args.models, wanted, ways))
+    left = measure_within(args.seconds, work, measure)
+    missing = [f"{name}: {case.label}{', captured' * way}" for name, case, way in left]
+    say_not_measured(report, missing, args)
     finish_report(report, args)
     return int(not report["rows"] or any("error" in row for row in report["rows"]))
 
@@ -208,7 +224,7 @@ def bench_distill(argv: list[str] | None = None) -> int:
 def _show(row: dict[str, Any]) -> None:
     """One line of the table."""
     said = row.get("error") or f"{row['updates_per_s']:8.2f} a second ({row['unit']})"
-    print(f"{row['model']:10} {row['method']:22} batch {row['batch']:3}: {said}", flush=True)
+    print(f"{row['model']:10} {row['method']:30} batch {row['batch']:3}: {said}", flush=True)
 
 
 if __name__ == "__main__":

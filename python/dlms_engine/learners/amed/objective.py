@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ...engine.adjoint import walk
+from ...engine.captured_calls import recomputed
 from ...engine.sampler import Sampler
 from ...models.denoiser import Denoiser, per_sample
 from ...policies.amed import AmedPolicy
@@ -183,8 +183,7 @@ class Amed:
         return x
 
     def _again(self, x: Tensor, t: Tensor) -> Tensor:
-        out: Tensor = checkpoint(self._predict, x, t, use_reentrant=False, preserve_rng_state=False)
-        return out
+        return recomputed(self.denoiser, self._predict, x, t)
 
     def _walk(self) -> Walk[Tensor]:
         return Walk(self.settings.base(), self.denoiser.process, self._here, _scaled, self._asked)

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from ...engine.captured_calls import recomputed
 from ...engine.sampler import Sampler
 from ...models.denoiser import Denoiser, per_sample
 from ...policies.dlms import (
@@ -260,17 +260,12 @@ def student_end(learner: Dlms, x: Tensor) -> Tensor:
     carry = learner.first(x, t)
     queue, features = carry.queue, carry.features
 
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        return learner.predict(x, t)
-
     for n in range(1, settings.steps + 1):
         design = learner.module(features, t, n)
         x = learner.advance(x, t, design.time, design.weights, queue)
         t = design.time
         if n < settings.steps:
-            output: Any = checkpoint(
-                predict, x, design.network_time, use_reentrant=False, preserve_rng_state=False
-            )
+            output = recomputed(learner.denoiser, learner.predict, x, design.network_time)
             features = learner.features()
             queue = [output, *queue][: settings.resolved_order]
     return x

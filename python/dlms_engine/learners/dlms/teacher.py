@@ -7,6 +7,7 @@ segments, so that one interpolation step is a real multistep teacher and not DDI
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...models.denoiser import Denoiser, per_sample
+from ...processes import Process
 from ...solvers.dpm_solver import multistep_sum
 from ...solvers.trace import Form
 
@@ -49,9 +51,7 @@ class Teacher:
         self._order = min(settings.order, 2) if settings.interpolation <= 1 else settings.order
         self._conditions = conditions
         self._left = segments * (settings.interpolation + 1)
-        self._history: list[
-            tuple[Tensor, Tensor]
-        ] = []  # (lambda [B], data prediction), newest first
+        self._history: list[tuple[Tensor, Tensor]] = []  # (time [B], data prediction), newest first
         self.x = x
 
     @torch.no_grad()
@@ -80,20 +80,42 @@ class Teacher:
         return [t, *points, t_next]
 
     def _step(self, t: Tensor, t_next: Tensor) -> None:
-        process = self._denoiser.process
-        data = self._denoiser.predict(self.x, t, "data", **self._conditions)
-        lambda_ = process.lambda_(t)
-        self._history = [(lambda_, data), *self._history][: self._order]
-        order = min(self._order, len(self._history), self._left)
-        h = process.lambda_(t_next) - lambda_
-        weights = multistep_weights(h, [lam for lam, _ in self._history[:order]])
-        ratio = process.sigma(t_next) / process.sigma(t)
-        gain = process.alpha(t_next) - process.alpha(t) * ratio
-        x = per_sample(ratio, self.x) * self.x
-        for w, (_, m) in zip(weights, self._history, strict=False):
-            x = x + per_sample(gain * w, x) * m
-        self.x = x
+        """One evaluation and its row, as one piece of work for captured evaluations."""
+        denoiser = self._denoiser
+        known = self._history[: self._order - 1]
+        order = min(len(known) + 1, self._left)
+        inputs = {"x": self.x, "t": t, "t_next": t_next}
+        for k, (time, data) in enumerate(known[: order - 1]):
+            inputs |= {f"t/{k}": time, f"data/{k}": data}
+
+        def work(given: Mapping[str, Tensor], conditions: dict[str, Any]) -> tuple[Tensor, ...]:
+            past = [(given[f"t/{k}"], given[f"data/{k}"]) for k in range(order - 1)]
+            start, end = given["t"], given["t_next"]
+            data = denoiser.predict(given["x"], start, "data", **conditions)
+            history = [(start, data), *past]
+            return _row(denoiser.process, given["x"], end, history), data
+
+        made = denoiser.calls.as_one(
+            denoiser, ("teacher", order), work, inputs, dict(self._conditions)
+        )
+        self.x = made[0]
+        self._history = [(t, made[1]), *known]
         self._left -= 1
+
+
+def _row(
+    process: Process, x: Tensor, t_next: Tensor, history: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """The state at ``t_next`` from ``x`` and (time, data prediction), the newest of them at ``x``."""
+    t = history[0][0]
+    lambdas = [process.lambda_(time) for time, _ in history]
+    weights = multistep_weights(process.lambda_(t_next) - lambdas[0], lambdas)
+    ratio = process.sigma(t_next) / process.sigma(t)
+    gain = process.alpha(t_next) - process.alpha(t) * ratio
+    x = per_sample(ratio, x) * x
+    for w, (_, m) in zip(weights, history, strict=True):
+        x = x + per_sample(gain * w, x) * m
+    return x
 
 
 def multistep_weights(h: Tensor, lambdas: list[Tensor]) -> list[Tensor]:
