@@ -21,13 +21,19 @@ from learner import LEARNERS
 import dlms_engine as dlms
 from dlms_engine.engine import captured_calls
 
+STARTS: dict[str, dict[str, Any]] = {
+    "dlms": {"init": "ab", "grid": "polynomial"},
+    "amed": {"solver": "ipndm"},
+    "free_table": {"base": "ipndm", "grid": "polynomial"},
+}
+"""Where they begin: finding that out would take longer than the updates."""
 TOLERANCE = 2e-2
 """Of a loss after some updates: each takes up the rounding of those before it."""
 
 
 def distilled(name: str, model: str, device: str, updates: int, capture: bool) -> dict[str, Any]:
     """Losses of the updates and the seconds of the call."""
-    settings = LEARNERS[name](updates)
+    settings = {**LEARNERS[name](updates), **STARTS.get(name, {})}
     method = settings.pop("method", name)
     denoiser, features, shape = models.load(model, device)
     if settings.get("last_step") == "features" or method == "ld3":
@@ -79,7 +85,7 @@ def both(name: str, model: str, device: str, updates: int) -> dict[str, Any]:
 def main() -> int:
     parser = checks.options(__doc__ or "")
     parser.add_argument("--model", choices=("embedded", "tiny"), default="embedded")
-    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--updates", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(1)
     run = checks.Checks("learners-captured", args.output, args.seconds, device=args.device)

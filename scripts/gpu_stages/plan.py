@@ -53,7 +53,7 @@ def smoke(work: Path) -> list[Stage]:
                model="tiny"),
         *(_check(work, f"learner-{name}", f"20 updates of {name} on the GPU", 60, "learner",
                  "--method", name, model="tiny", updates="1") for name in LEARNERS),
-        _check(work, "learners-captured", "updates with captured evaluations are those without", 90,
+        _check(work, "learners-captured", "updates with captured evaluations are those without", 100,
                "captured_learner", model="tiny", updates="2"),
         _check(work, "rows-triton", f"Triton rows: {rows}", 60, "rows", "--backend", "triton",
                stand_in="triton", seconds="1"),

@@ -58,8 +58,8 @@ def guided() -> Denoiser:
     return small(guidance_scale=2.0, unconditional={"label": torch.zeros(1)})
 
 
-def noise(seed: int) -> Tensor:
-    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+def noise(seed: int, device: torch.device | str = "cpu") -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 @pytest.fixture
@@ -74,35 +74,38 @@ Numbers = list[Tensor]
 
 def two_alive(denoiser: Denoiser, bottleneck: bool = True, **conditions: Any) -> Numbers:
     """Gradients of two evaluations that are alive at once, one of them of the other's output."""
-    x, t = noise(1).requires_grad_(), torch.tensor([0.5, 1.0, 3.0]).requires_grad_()
-    later = torch.tensor([2.0, 1.0, 4.0], requires_grad=True)
+    x, t = (
+        noise(1, denoiser.device).requires_grad_(),
+        torch.tensor([0.5, 1.0, 3.0], device=denoiser.device).requires_grad_(),
+    )
+    later = torch.tensor([2.0, 1.0, 4.0], device=denoiser.device).requires_grad_()
     one = denoiser.predict(x, t, **conditions)
     features = denoiser.last_features
     two = denoiser.predict(one + 0.1 * x, later, **conditions)
-    loss = (two * noise(2)).sum() + (one * noise(3)).sum()
+    loss = (two * noise(2, denoiser.device)).sum() + (one * noise(3, denoiser.device)).sum()
     if bottleneck:
         loss = loss + features.square().sum() + denoiser.bottleneck.sum()
     return [one.detach(), two.detach(), *torch.autograd.grad(loss, [x, t, later])]
 
 
 def only_bottleneck(denoiser: Denoiser) -> Numbers:
-    x = noise(1).requires_grad_()
+    x = noise(1, denoiser.device).requires_grad_()
     denoiser.predict(x, torch.tensor(0.3))
     return list(torch.autograd.grad(denoiser.bottleneck.square().sum(), [x]))
 
 
 def of_times_alone(denoiser: Denoiser) -> Numbers:
     """The tapped module does not see them."""
-    t = torch.tensor(1.5, requires_grad=True)
-    out = denoiser.network_output(noise(1), t)
+    t = torch.tensor(1.5, device=denoiser.device).requires_grad_()
+    out = denoiser.network_output(noise(1, denoiser.device), t)
     assert isinstance(out, Tensor)
     return list(torch.autograd.grad(out.sum() + (denoiser.bottleneck * t).sum(), [t]))
 
 
 def in_other_order(denoiser: Denoiser, **conditions: Any) -> Numbers:
     """The later evaluation's gradient first, then again the earlier one's; and one without a time's."""
-    x, y = noise(1).requires_grad_(), noise(2).requires_grad_()
-    t = torch.tensor(1.5, requires_grad=True)
+    x, y = noise(1, denoiser.device).requires_grad_(), noise(2, denoiser.device).requires_grad_()
+    t = torch.tensor(1.5, device=denoiser.device).requires_grad_()
     one, two = (denoiser.predict(each, t, **conditions) for each in (x, y))
     three = denoiser.predict(x, 0.7, **conditions)
     plain = denoiser.predict(y.detach(), 0.7, **conditions)
@@ -111,7 +114,10 @@ def in_other_order(denoiser: Denoiser, **conditions: Any) -> Numbers:
 
 
 def recomputing(denoiser: Denoiser, **conditions: Any) -> Numbers:
-    x, t = noise(4).requires_grad_(), torch.tensor(1.5, requires_grad=True)
+    x, t = (
+        noise(4, denoiser.device).requires_grad_(),
+        torch.tensor(1.5, device=denoiser.device).requires_grad_(),
+    )
     predict = lambda x, t: denoiser.predict(x, t, **conditions)  # noqa: E731
     out = recomputed(denoiser, predict, recomputed(denoiser, predict, x, t), 0.5 * t)
     return list(torch.autograd.grad(out.square().sum(), [x, t]))
@@ -152,6 +158,46 @@ def test_values_and_gradients_are_those_of_plain_evaluations(
         assert not through.refused
     assert len(through.graphs) == 0 and denoiser.calls.through is None
     same(work(denoiser, **conditions), want)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REPEATED", 0)
+    make, work, conditions = CASES[case]
+    denoiser = make().cuda()
+    conditions = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in conditions.items()}
+    want = work(denoiser, **conditions)
+    with captured_calls(denoiser) as through:
+        for _ in range(3):
+            for one, other in zip(work(denoiser, **conditions), want, strict=True):
+                scale = other.abs().max().item()
+                torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2 * scale)
+        stats = through.graphs.stats()
+    assert stats["replays"] and not stats["failures"] and not through.refused
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("side", ["reads", "draws"])
+def test_what_a_gpu_cannot_capture_is_plain(side: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REPEATED", 0)
+    denoiser = small(side).cuda()
+    want = two_alive(denoiser)
+    with captured_calls(denoiser) as through:
+        for one, other in zip(two_alive(denoiser), want, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)
+        assert through.refused and len(through.graphs) == 0
+    assert torch.ones(3, device="cuda").sum().item() == 3  # the device is usable afterwards
+
+
+def test_a_compiled_network(calls: StandinCapture) -> None:
+    denoiser = Denoiser(Small(), EDM(), "edm")
+    want = in_other_order(denoiser)
+    denoiser.network = torch.compile(denoiser.network, backend="aot_eager")
+    with captured_calls(denoiser) as through:
+        for _ in range(2):
+            same(in_other_order(denoiser), want)
+        assert through.graphs.stats()["replays"] and not through.refused
 
 
 def test_the_way_back_is_computed_in_the_precision_of_the_way_there(calls: StandinCapture) -> None:

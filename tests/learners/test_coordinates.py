@@ -19,6 +19,7 @@ from dlms_engine.learners.amed.objective import Amed
 from dlms_engine.learners.amed.settings import AmedSettings
 from dlms_engine.learners.dlms.objective import Dlms
 from dlms_engine.learners.dlms.settings import DlmsSettings
+from dlms_engine.learners.training import validation
 from dlms_engine.learners.training.coordinates import Coordinates
 from dlms_engine.learners.training.noise import unit_noise
 from dlms_engine.models.denoiser import Denoiser
@@ -174,3 +175,23 @@ def test_flows_keep_their_own_time_unless_their_level_is_finite() -> None:
     x = torch.randn(4, 16, dtype=torch.float64)
     # at level 3 of a flow t is 3/4 and alpha 1/4
     torch.testing.assert_close(view(x, 3.0), short(x / 4, 0.75))
+
+
+@pytest.mark.parametrize("process", [VP(), RectifiedFlow()])
+def test_updates_share_one_exact_solver(process: Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: every update of an endpoint phase made the same table again, 20 ms of the host."""
+    denoiser = Denoiser(GaussianMixture(process), process, "data")
+    made: list[int] = []
+    real = validation.accurate_table
+
+    def counted(*arguments: Any) -> Any:
+        made.append(1)
+        return real(*arguments)
+
+    monkeypatch.setattr(validation, "accurate_table", counted)
+    coordinates = Coordinates.of(denoiser, "process")
+    starts = [float(process.sigma(process.t_max)) * unit_noise(n, range(2), (16,)) for n in (0, 1)]
+    found = [coordinates.exact_solution(x, 8, {}) for x in starts]
+    assert len(made) == 1
+    for x, end in zip(starts, found, strict=True):
+        assert torch.equal(end, validation.exact_solution(denoiser, x, 8))

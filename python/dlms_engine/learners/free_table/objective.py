@@ -24,7 +24,7 @@ from ...support.transfer import rows_up
 from ..training.learner import Numbers
 from ..training.losses import FeatureDistance, last_step_distance, log_distance
 from ..training.start_times import refine
-from ..training.validation import Validation, exact_solution
+from ..training.validation import KeptSolution, Validation
 from .module import FreeTableModule
 from .settings import FreeTableSettings
 
@@ -51,6 +51,7 @@ class FreeTable:
         self._distance: FeatureDistance | None = last_step_distance(
             denoiser, settings.last_step, settings.feature_sigma, feature_network
         )
+        self._exact = KeptSolution(denoiser, settings.teacher_steps)
         self._validation = Validation(
             denoiser,
             shape,
@@ -81,9 +82,7 @@ class FreeTable:
         table = self.free()
         states = solve(self.denoiser, table, x, **self.conditions)
         if self.settings.loss == "endpoint":
-            target = exact_solution(
-                self.denoiser, x, self.settings.teacher_steps, **self.conditions
-            )
+            target = self._exact(x, **self.conditions)
             loss = log_distance(states[-1], target, self._distance, World.current())
         else:
             loss = self._trajectory(table, states, x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from ...policies.amed import AmedPolicy
 from ...policies.coordinates import EdmCoordinates
 from ...policies.dlms import DesignerPolicy
 from ...processes import EDM, RectifiedFlow
-from .validation import exact_solution
+from .validation import KeptSolution
 
 CoordinatesName = Literal["edm", "process"]
 
@@ -30,6 +30,7 @@ class Coordinates:
 
     model: Denoiser
     denoiser: Denoiser
+    _exact: dict[int, KeptSolution] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, model: Denoiser, name: CoordinatesName | None) -> Coordinates:
@@ -55,10 +56,11 @@ class Coordinates:
 
     def exact_solution(self, x: Tensor, steps: int, conditions: dict[str, Any]) -> Tensor:
         """``validation.exact_solution`` from ``x``, a state of ``denoiser`` at its start."""
+        exact = self._exact.setdefault(steps, KeptSolution(self.model, steps))
         if self.denoiser is self.model:
-            return exact_solution(self.model, x, steps, **conditions)
+            return exact(x, **conditions)
         start, end = self._alphas()
-        return exact_solution(self.model, start * x, steps, **conditions) / end
+        return exact(start * x, **conditions) / end
 
     def carried(self, run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """End of the ``model`` from its start ``x``, by ``run`` from start to end of ``denoiser``."""
