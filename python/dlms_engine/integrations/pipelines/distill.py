@@ -21,7 +21,7 @@ from typing import Any, cast
 import torch
 
 from ...learners import distill
-from ...learners.auto import AutoSettings, effort_of
+from ...learners.auto import AutoSettings, effort_of, search_limit
 from ...learners.auto.budget import parse_budget
 from ...learners.registry import learner
 from ...learners.start import SamplingProblem, cost, seconds_of_one, start_effort
@@ -108,8 +108,9 @@ def budget_line(denoiser: Denoiser, shape: tuple[int, ...], settings: AutoSettin
     """What the budget holds in evaluations of this network, and what measuring the start takes."""
     with torch.no_grad():
         seconds = seconds_of_one(SamplingProblem(denoiser, shape))
-    effort = effort_of(settings, denoiser.process) or start_effort(seconds)
-    start = cost(denoiser.process, settings.nfe, effort)
+    effort = effort_of(settings) or start_effort(seconds)
+    most = search_limit(settings, lambda: seconds)
+    start = cost(denoiser.process, settings.nfe, effort, most)
     limit = parse_budget(settings.budget)
     holds = min(limit.calls, limit.seconds / max(seconds, 1e-9))
     line = (

@@ -20,10 +20,10 @@ from ...support.files import written
 from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
-from ..start import ExactSolution, SamplingProblem, Start, find_start
+from ..start import ExactSolution, SamplingProblem, Start, find_start, seconds_of_one
 from ..start.search import candidate_of
-from .budget import Budget, parse_budget
-from .choose import AutoStage, choose_stage, measure_stages
+from .budget import SPEED_BATCH, Budget, parse_budget
+from .choose import AutoStage
 from .correct import fit_corrector
 from .every_row import fit_every_row
 from .gauss_newton import SEARCHED, GaussNewton, Targets
@@ -34,13 +34,14 @@ from .shares import (
     CORRECTOR_SHARE,
     STAGES,
     TABLE_SHARE,
-    choice_cost,
     effort_of,
+    search_limit,
     training_share,
 )
 from .table import GeneralTable, bases
+from .verdict import judge, sample_cost
 
-__all__ = ["AUTO", "Auto", "AutoSettings", "effort_of"]
+__all__ = ["AUTO", "Auto", "AutoSettings", "effort_of", "search_limit"]
 
 TRIAL = 3
 """Iterations of each base before the better one goes on."""
@@ -85,13 +86,13 @@ class Auto:
         self.say("interrupted: choosing among the results so far (interrupt again to give up)")
 
     def start(self) -> tuple[Start, ExactSolution]:
-        effort = effort_of(self.settings, self.problem.process)
+        most = search_limit(self.settings, lambda: seconds_of_one(self.problem, SPEED_BATCH))
         output = self.options.output
         store = None if output is None else output.with_suffix(".start.json")
         before = self.problem.calls
         start, exact = find_start(
-            self.problem, self.settings.nfe, effort=effort, store=store, say=self.say,
-            afs=self.settings.afs,
+            self.problem, self.settings.nfe, effort=effort_of(self.settings), store=store,
+            say=self.say, afs=self.settings.afs, most=most,
         )  # fmt: skip
         if self.problem.calls - before < start.calls:  # it was kept
             self.budget.count(start.calls)
@@ -157,7 +158,7 @@ class Auto:
     @property
     def rows_share(self) -> float:
         """Of the budget, by the end of all training."""
-        each = choice_cost(self.exact.table().nfe, len(STAGES), self.settings.nfe)
+        each = sample_cost(self.exact, self.settings.nfe, len(STAGES))
         return training_share(self.budget, each * self.settings.held_out)
 
     def _fit(self, fits: list[GaussNewton], targets: Targets) -> GaussNewton:
@@ -258,18 +259,10 @@ class Auto:
         self.stages.append(AutoStage(name, policy, int(spent[name][0]), spent[name][1]))
 
     def chosen(self, start: Start, exact: ExactSolution) -> DistilledSolver:
-        each = choice_cost(exact.table().nfe, len(self.stages), self.settings.nfe)
-        samples = self.settings.held_out
-        while samples > 16 and samples * each > max(self.budget.left(), 0.1 * self.budget.calls):
-            samples -= max(1, samples // 8)
-        measure_stages(self.problem, exact, self.stages, samples)
-        assert exact.proof is not None
-        smallest = min(float(stage.squares.mean()) ** 0.5 for stage in self.stages)
-        steps = exact.proof.steps
-        if self.budget.share() < 1 and exact.prove(smallest).steps != steps:
-            measure_stages(self.problem, exact, self.stages, samples)
-        best = choose_stage(self.stages, exact.proof.disagreement)
-        report = report_of(start, exact, self.stages, best, self.budget)
+        start, best, compared = judge(
+            self.problem, start, exact, self.stages, self.settings, self.budget, self.say
+        )
+        report = report_of(start, exact, self.stages, best, compared, self.budget)
         for line in report_lines(report):
             self.say(line)
         if self.options.output is not None:

@@ -14,10 +14,10 @@ from ...policies.corrector import CorrectedPolicy
 from ...solvers.table import SolverTable
 from ...support.transfer import to_host
 from ...support.values import require_finite
-from ..start import ExactSolution, SamplingProblem, rmse_with_error, run_tables
+from ..start import Candidate, MeasuredCandidate, SamplingProblem, rmse_with_error, run_tables
 from ..start.nearer import nearer, rmse_of, wins
 from .features import features_of, projected_frechet
-from .runs import corrected_ends
+from .runs import RUN_BATCH, batches, corrected_ends
 
 HELD_OUT_FIRST = 1 << 22
 """Number of the first held-out sample, apart from those of proof, start and training."""
@@ -67,11 +67,9 @@ class AutoStage:
 
 @torch.no_grad()
 def measure_stages(
-    problem: SamplingProblem, exact: ExactSolution, stages: Sequence[AutoStage], samples: int
+    problem: SamplingProblem, target: Tensor, stages: Sequence[AutoStage], numbers: range
 ) -> None:
-    """Fills what ``stages`` are chosen by, on the same held-out samples."""
-    numbers = range(HELD_OUT_FIRST, HELD_OUT_FIRST + samples)
-    target = exact.solve(numbers)
+    """Fills what ``stages`` are chosen by; ``target``: exact ends ``[B, ...]`` of ``numbers``."""
     wanted = features_of(problem, target, numbers)
     for stage in stages:
         end = end_of(problem, stage.policy, numbers)
@@ -85,6 +83,25 @@ def measure_stages(
         assert seen is not None
         stage.features = to_host((seen - wanted).double().square().sum(1))
         stage.frechet = projected_frechet(seen, wanted)
+
+
+@torch.no_grad()
+def best_of(
+    problem: SamplingProblem, target: Tensor, finalists: Sequence[MeasuredCandidate], numbers: range
+) -> Candidate:
+    """Of measured solvers the best on their samples and ``numbers`` together, whose exact ends are
+    ``target``.
+    """
+    sums = torch.tensor(
+        [m.samples * m.rmse**2 for m in finalists], dtype=torch.float64, device="cpu"
+    )
+    tables = [m.candidate.table for m in finalists]
+    for part in batches(numbers, RUN_BATCH):
+        low = part.start - numbers.start
+        wanted = target[low : low + len(part)]
+        squares = (run_tables(problem, tables, part) - wanted).double().square()
+        sums += to_host(squares.flatten(2).mean(2).sum(1))
+    return finalists[int(sums.nan_to_num(nan=math.inf).argmin())].candidate
 
 
 def end_of(

@@ -12,26 +12,36 @@ from typing import Any
 from ...support.files import replacing
 from ..start import ExactSolution, Start
 from .budget import Budget
-from .choose import AutoStage, beyond_doubt, ratio
+from .choose import AutoStage, beyond_doubt
+from .tail import Comparison
 
 _log = logging.getLogger("dlms_engine")
 
 
 def report_of(
-    start: Start, exact: ExactSolution, stages: Sequence[AutoStage], best: AutoStage, budget: Budget
+    start: Start,
+    exact: ExactSolution,
+    stages: Sequence[AutoStage],
+    best: AutoStage,
+    compared: Comparison | None,
+    budget: Budget,
 ) -> dict[str, Any]:
     """JSON values: the base, every stage with its errors, the choice and the proof."""
     recorded = [stage.record() for stage in stages]
     smallest = min(stage["rmse"] for stage in recorded)
     proof = exact.against(smallest)
-    value, low, high = ratio(stages[0], best)
+    rmse = best.record()["rmse"] if compared is None else compared.rmse
+    value, low, high = (
+        (1.0, 1.0, 1.0) if compared is None else (compared.ratio, compared.low, compared.high)
+    )
     report: dict[str, Any] = {
         "nfe": start.nfe,
         "base": start.best.label,
         "chosen": best.name,
-        "rmse": best.record()["rmse"],
+        "rmse": rmse,
         "ratio": value,
         "ratio_interval": [low, high],
+        "ratio_samples": stages[0].record()["samples"] if compared is None else compared.samples,
         "stages": recorded,
         "ranking": start.record()["ranking"][:10],
         "exact": {**proof.__dict__, "holds": proof.holds},
@@ -80,8 +90,8 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     else:
         lines.append(
             f"chosen: {report['chosen']}, endpoint RMSE {report['ratio']:.2f} times below the best "
-            f"handcrafted solver, {report['base']} ({low:.2f} to {high:.2f}, {samples} samples not "
-            "trained on)"
+            f"handcrafted solver, {report['base']} ({low:.2f} to {high:.2f}, "
+            f"{report.get('ratio_samples', samples)} samples not trained on)"
         )
     return lines + _passed_over(report)
 

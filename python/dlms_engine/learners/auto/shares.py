@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from ...processes import Process
-from ..start import Effort, cost
+from ..start import Effort
 from .budget import Budget, parse_budget
 from .settings import AutoSettings
 
@@ -13,25 +13,38 @@ STAGES = ("base", "table", "corrector", "correctors")
 TABLE_SHARE, CORRECTOR_SHARE, ROWS_SHARE = 0.35, 0.55, 0.9
 """Of what the search for the start leaves of the budget, by the end of the table's fit and of the
 corrector's; of the budget, by the end of all rows' correctors'."""
-CHOICE_SHARE = 0.2
+CHOICE_SHARE = 0.25
 """Of the budget, at most, for the choice: where it is small, the rows' correctors leave it that much."""
-SEARCH_SHARE = 1 / 3
-"""Of a budget in evaluations, that a full search for the start may take; else it is lean. On its
-eight samples a solver that ends in another mode for one start in fifty looks like the best."""
+SEARCH_SHARE = 0.4
+"""Of a budget, that the search for the start may take; a full one that takes more gives way to a smaller
+one. On few samples a solver that ends in another mode for one start in fifty looks like the best."""
+MORE, OTHERS, SOLVED = 4, 2, 16
+"""New samples that base and choice are run on for every held-out one, with how many other solvers, and of
+how many of them one, where these differ most, is solved exactly."""
 
 
-def effort_of(settings: AutoSettings, process: Process) -> Effort | None:
+def effort_of(settings: AutoSettings) -> Effort | None:
     """Of the search for the start; None leaves it to the network's speed."""
+    return None if settings.effort == "auto" else settings.effort
+
+
+def search_limit(settings: AutoSettings, seconds: Callable[[], float]) -> float:
+    """Evaluations of one sample that the search for the start may take.
+
+    Args:
+        seconds: measures what one takes; called where the budget is one of time.
+    """
+    limit = parse_budget(settings.budget)
     if settings.effort != "auto":
-        return settings.effort
-    calls = parse_budget(settings.budget).calls
-    full = cost(process, settings.nfe, "full") if math.isfinite(calls) else 0
-    return None if full <= SEARCH_SHARE * calls else "lean"
+        return math.inf
+    if math.isfinite(limit.seconds):
+        return SEARCH_SHARE * limit.seconds / max(seconds(), 1e-9)
+    return SEARCH_SHARE * limit.calls
 
 
 def choice_cost(exact: int, stages: int, nfe: int) -> int:
-    """Evaluations of one held-out sample, whose exact solution takes ``exact``."""
-    return exact + stages * (nfe + 1)
+    """Evaluations of a held-out sample and what goes with it; its exact solution takes ``exact``."""
+    return exact + stages * (nfe + 1) + MORE * ((2 + OTHERS) * nfe + math.ceil(exact / SOLVED))
 
 
 def training_share(budget: Budget, choice: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,7 @@ def find_start(
     store: Path | None = None,
     say: Report = lambda line: None,
     afs: bool = True,
+    most: float = math.inf,
 ) -> tuple[Start, ExactSolution]:
     """The best handcrafted solver of ``nfe`` evaluations and the exact solution it was measured by.
 
@@ -70,6 +72,7 @@ def find_start(
         store: file that keeps the result; one that is there and fits the model is used.
         say: is called with a line of text as the search goes on.
         afs: whether solvers with an analytical first step are among the candidates.
+        most: evaluations of one sample that the search may take, at least a lean one's.
 
     Raises:
         ValueError: more evaluations than ``MOST_NFE``, or none that a solver makes exactly.
@@ -82,7 +85,7 @@ def find_start(
         )
     if effort is None:
         effort = start_effort(seconds_of_one(problem))
-    contest = Contest(problem.process, nfe, effort, afs=afs)
+    contest = Contest(problem.process, nfe, effort, afs=afs, most=most)
     plan = contest.plan
     exact = ExactSolution(problem, samples=plan.proof_samples, first_steps=plan.first_steps)
     found = kept_start(store, problem, nfe, afs)
@@ -162,10 +165,10 @@ def start_effort(seconds: float) -> Effort:
     return "lean" if seconds > LEAN_ABOVE else "full"
 
 
-def seconds_of_one(problem: SamplingProblem) -> float:
-    """Of one evaluation of one sample, in a batch of two, after one to warm up."""
-    evaluate = problem.evaluation(2)
+def seconds_of_one(problem: SamplingProblem, samples: int = 2) -> float:
+    """Of one evaluation of one sample, in a batch of ``samples``, after one to warm up."""
+    evaluate = problem.evaluation(samples)
     evaluate()
     started = time.perf_counter()
     evaluate()
-    return (time.perf_counter() - started) / 2
+    return (time.perf_counter() - started) / samples

@@ -70,7 +70,7 @@ class SamplingProblem:
         """Start states ``[B, *shape]``, float32, on the network's device."""
         return self._scale * unit_noise(self.seed, numbers, self.shape).to(self.device)
 
-    def condition(self, numbers: range, copies: int = 1) -> dict[str, Any]:
+    def condition(self, numbers: Sequence[int], copies: int = 1) -> dict[str, Any]:
         """The network's keyword arguments for these samples, repeated ``copies`` times."""
         return rows_of(self.conditions, numbers, copies)
 

@@ -42,6 +42,9 @@ class _Rounds:
 
 
 FULL = _Rounds((8, 32, 64), (24, 6, 6), 8, 24)
+SMALLER = (_Rounds((8, 32), (12, 6), 8, 24), _Rounds((4, 16), (12, 6), 4, 24))
+"""Of every solver, too, for budgets that do not pay for the full search: what the lean one leaves out is
+the best of some models by a factor of three."""
 LEAN = (_Rounds((2, 8), (6, 4), 1, 12), _Rounds((1, 4), (6, 4), 1, 12))
 """From the better to the cheaper; the first of at most 1,500 evaluations is taken."""
 MOST_LEAN = 1_500
@@ -178,6 +181,10 @@ def candidate_of(process: Process, nfe: int, label: str, *, afs: bool = True) ->
 class Contest:
     """Every handcrafted solver of ``nfe`` evaluations, and how they are measured.
 
+    Args:
+        effort: ``"full"`` is the largest search of every solver that ``most`` evaluations of one sample
+            pay for, or a lean one.
+
     Attributes:
         candidates: all of them that the effort looks at.
         plan: rounds of measuring.
@@ -187,21 +194,36 @@ class Contest:
         ValueError: no solver makes that many evaluations.
     """
 
-    def __init__(self, process: Process, nfe: int, effort: Effort, *, afs: bool = True) -> None:
+    def __init__(
+        self,
+        process: Process,
+        nfe: int,
+        effort: Effort,
+        *,
+        afs: bool = True,
+        most: float = math.inf,
+    ) -> None:
         self.nfe = nfe
-        self.candidates = handcrafted_candidates(process, nfe, effort, afs=afs)
+        if effort == "lean" or not self._fits(process, (FULL, *SMALLER), "full", afs, most):
+            self._fits(process, LEAN, "lean", afs, MOST_LEAN)
+
+    def _fits(
+        self, process: Process, plans: Sequence[_Rounds], effort: Effort, afs: bool, most: float
+    ) -> bool:
+        """Takes the first of ``plans`` of at most ``most`` evaluations, else the last one."""
+        self.candidates = handcrafted_candidates(process, self.nfe, effort, afs=afs)
         if not self.candidates:
-            raise ValueError(f"no handcrafted solver makes exactly {nfe} evaluations")
+            raise ValueError(f"no handcrafted solver makes exactly {self.nfe} evaluations")
         first = SharedRuns([c.table for c in self.candidates]).evaluations
-        plans = (FULL,) if effort == "full" else LEAN
-        fits = (plan for plan in plans if _cost(plan, first, nfe) <= MOST_LEAN)
-        self.plan = next(fits, plans[-1])
-        self.cost = _cost(self.plan, first, nfe)
+        costs = [_cost(plan, first, self.nfe) for plan in plans]
+        number = next((i for i, each in enumerate(costs) if each <= most), len(plans) - 1)
+        self.plan, self.cost = plans[number], costs[number]
+        return self.cost <= most
 
 
-def cost(process: Process, nfe: int, effort: Effort = "full") -> int:
+def cost(process: Process, nfe: int, effort: Effort = "full", most: float = math.inf) -> int:
     """Network evaluations of one sample that the search takes at most, but for a refined proof."""
-    return Contest(process, nfe, effort).cost
+    return Contest(process, nfe, effort, most=most).cost
 
 
 def _cost(plan: _Rounds, first: int, nfe: int) -> int:

@@ -1,0 +1,89 @@
+"""The end of a run: which handcrafted solver was the best, which stage is kept, and by how much."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from ...solvers.table import SolverTable
+from ..start import ExactSolution, MeasuredCandidate, SamplingProblem, Start
+from .budget import Budget
+from .choose import HELD_OUT_FIRST, AutoStage, best_of, choose_stage, measure_stages
+from .settings import AutoSettings
+from .shares import MORE, OTHERS, choice_cost
+from .tail import Comparison, compare_with_base
+
+FINALISTS = 6
+"""Handcrafted solvers that the held-out samples choose among as well."""
+
+
+def finalists_of(start: Start, settings: AutoSettings) -> tuple[MeasuredCandidate, ...]:
+    """The best of the search's last round; the given base alone where there is one."""
+    last = start.ranking[0].samples
+    every = [m for m in start.ranking if m.samples == last and math.isfinite(m.rmse)]
+    return tuple(every[:FINALISTS]) if settings.base == "best" else ()
+
+
+def sample_cost(exact: ExactSolution, nfe: int, stages: int) -> int:
+    """Evaluations of one held-out sample with ``stages`` beside the finalists."""
+    return choice_cost(exact.table().nfe, stages + FINALISTS, nfe)
+
+
+def judge(
+    problem: SamplingProblem,
+    start: Start,
+    exact: ExactSolution,
+    stages: list[AutoStage],
+    settings: AutoSettings,
+    budget: Budget,
+    say: Callable[[str], None],
+) -> tuple[Start, AutoStage, Comparison | None]:
+    """The start with the best handcrafted solver in front, the stage that is kept, and how it compares
+    with that solver; ``stages[0]`` becomes it. None where it is kept itself.
+    """
+    each = sample_cost(exact, settings.nfe, len(stages))
+    samples = settings.held_out
+    while samples > 16 and samples * each > max(budget.left(), 0.1 * budget.calls):
+        samples -= max(1, samples // 8)
+    numbers = range(HELD_OUT_FIRST, HELD_OUT_FIRST + samples)
+    finalists = finalists_of(start, settings)
+
+    def measure() -> Start:
+        target = exact.solve(numbers)
+        best = best_of(problem, target, finalists, numbers) if finalists else start.best
+        if best.label != start.best.label:
+            say(f"with {samples} samples more the best handcrafted solver is {best.label}")
+        stages[0].policy = best.table
+        measure_stages(problem, target, stages, numbers)
+        return start.with_base(best)
+
+    found = measure()
+    smallest = min(float(stage.squares.mean()) ** 0.5 for stage in stages)
+    assert exact.proof is not None
+    steps = exact.proof.steps
+    if budget.share() < 1 and exact.prove(smallest).steps != steps:
+        found = measure()
+    new = range(numbers.stop, numbers.stop + MORE * samples)
+    others = [m.candidate.table for m in finalists if m.candidate.label != found.best.label]
+    return found, *_kept(problem, exact, stages, others[:OTHERS], numbers, new)
+
+
+def _kept(
+    problem: SamplingProblem,
+    exact: ExactSolution,
+    stages: Sequence[AutoStage],
+    others: Sequence[SolverTable],
+    held: range,
+    new: range,
+) -> tuple[AutoStage, Comparison | None]:
+    """The choice, if it is nearer on the samples ``new`` too; else the one without it."""
+    assert exact.proof is not None
+    left = list(stages)
+    while True:
+        best = choose_stage(left, exact.proof.disagreement)
+        if best is stages[0]:
+            return best, None
+        compared = compare_with_base(problem, exact, (stages[0], best), others, held, new)
+        if compared.ratio > 1:
+            return best, compared
+        left = [stage for stage in left if stage is not best]

@@ -1,0 +1,104 @@
+"""The claimed ratio where a few samples hold most of the error; the best handcrafted solver."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlms_engine.learners.auto.choose import AutoStage, best_of, measure_stages, ratio
+from dlms_engine.learners.auto.tail import Picked, compare_with_base, stratified
+from dlms_engine.learners.start import (
+    ExactSolution,
+    MeasuredCandidate,
+    SamplingProblem,
+    handcrafted_candidates,
+    run_tables,
+)
+from dlms_engine.models.denoiser import Denoiser
+from dlms_engine.processes import EDM
+
+
+def two_modes(x: Tensor, t: Tensor) -> Tensor:
+    """E[x0 | x] of values near -1 and 1: a start near 0 may end at either."""
+    variance = t.reshape(-1, 1) ** 2
+    return (0.01 * x + variance * torch.tanh(x / (0.01 + variance))) / (0.01 + variance)
+
+
+def labelled(x: Tensor, t: Tensor, shift: Tensor) -> Tensor:
+    return two_modes(x - shift, t) + shift
+
+
+def rarely_sharp(x: Tensor, t: Tensor, sharp: Tensor) -> Tensor:
+    """One Gaussian; where ``sharp``, two modes, where five evaluations err a hundred times more."""
+    variance = t.reshape(-1, 1) ** 2
+    return torch.where(sharp, 4 * two_modes(x / 4, t / 4), x / (1 + variance))
+
+
+def test_the_interval_knows_of_modes_that_no_held_out_sample_ends_in() -> None:
+    """On some mixtures 12 was claimed and 1.9 was true: one sample in a hundred ends in another mode."""
+    conditions = {"sharp": torch.arange(64)[:, None] == 63}
+    problem = SamplingProblem(Denoiser(rarely_sharp, EDM(), "data"), (1,), conditions)
+    exact = ExactSolution(problem, most_steps=48)
+    exact.prove(0.01)
+    every = {c.label: c.table for c in handcrafted_candidates(problem.process, 5)}
+    base, stage = (
+        AutoStage(name, every[label])
+        for name, label in (("base", "ddim/time_quadratic"), ("table", "ipndm3/time_quadratic"))
+    )
+    stages, held, whole = [base, stage], range(32), range(1024)
+    measure_stages(problem, exact.solve(whole), stages, whole)
+    true = ratio(base, stage)[0]
+    measure_stages(problem, exact.solve(held), stages, held)
+    others = [every["unipc2/logsnr"]]
+    found = compare_with_base(problem, exact, (base, stage), others, held, range(32, 288))
+    assert found.low <= true <= found.high, (true, found)
+    assert found.samples == 288 and found.solved == 48
+    _, low, high = ratio(base, stage)
+    assert not low <= true <= high, (true, low, high)  # planted: of the held-out samples alone
+
+
+def test_strata_weigh_as_many_samples_as_they_stand_for() -> None:
+    tails = [torch.full((4,), each, dtype=torch.float64) for each in (4.0, 1.0)]
+    rest = [torch.full((10,), each, dtype=torch.float64) for each in (0.4, 0.1)]
+    found = stratified(tails, rest, 100, 14)
+    assert abs(found.ratio - 2) < 1e-12 and abs(found.low - 2) + abs(found.high - 2) < 1e-12
+    assert abs(found.rmse**2 - (4 * 1.0 + 96 * 0.1) / 100) < 1e-12
+    assert (found.samples, found.solved) == (100, 14)
+
+
+def test_picked_samples_are_the_problems_own() -> None:
+    conditions = {"shift": torch.arange(3.0)[:, None]}
+    problem = SamplingProblem(Denoiser(labelled, EDM(), "data"), (1,), conditions)
+    tables = [c.table for c in handcrafted_candidates(problem.process, 2)[:3]]
+    picked = Picked(problem, [7, 2, 12])
+    found = run_tables(picked, tables, range(3))
+    expected = run_tables(problem, tables, range(13))[:, [7, 2, 12]]
+    assert torch.allclose(found, expected, atol=1e-5)
+    before = problem.calls
+    run_tables(picked, tables[:1], range(1, 3))
+    assert problem.calls == before + 4
+    other = run_tables(Picked(problem, [8, 3, 13]), tables, range(3))  # planted
+    assert not torch.allclose(other, expected, atol=1e-3)
+
+
+def test_the_held_out_samples_may_name_another_handcrafted_solver() -> None:
+    """The search's last round, 64 samples, had the last word: on mixtures its best was often 1.7 times
+    worse than another of that round.
+    """
+    problem = SamplingProblem(Denoiser(two_modes, EDM(), "data"), (1,))
+    exact = ExactSolution(problem)
+    exact.prove(0.01)
+    every = {c.label: c for c in handcrafted_candidates(problem.process, 5)}
+    good, bad = every["ipndm3/time_quadratic"], every["ddim/time_uniform"]
+    numbers = range(64)
+    target = exact.solve(numbers)
+
+    def named(error: float, samples: int) -> str:
+        measured = [
+            MeasuredCandidate(bad, error, 0.0, samples),
+            MeasuredCandidate(good, 0.1, 0.0, samples),
+        ]
+        return best_of(problem, target, measured, numbers).label
+
+    assert named(0.09, 8) == good.label
+    assert named(1e-6, 1 << 30) == bad.label  # planted: what was measured before counts as well
