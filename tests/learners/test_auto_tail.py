@@ -11,9 +11,11 @@ from dlms_engine.learners.start import (
     ExactSolution,
     MeasuredCandidate,
     SamplingProblem,
+    find_start,
     handcrafted_candidates,
     run_tables,
 )
+from dlms_engine.learners.start.search import Contest
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM
 
@@ -55,6 +57,36 @@ def test_the_interval_knows_of_modes_that_no_held_out_sample_ends_in() -> None:
     assert found.samples == 288 and found.solved == 48
     _, low, high = ratio(base, stage)
     assert not low <= true <= high, (true, low, high)  # planted: of the held-out samples alone
+
+
+def test_the_search_goes_on_where_a_few_samples_hold_the_error() -> None:
+    """Of 64 samples so few end in another mode that a solver eight times worse looks like the best."""
+    shifted = Denoiser(lambda x, t: two_modes(x - 0.3, t) + 0.3, EDM(), "data")
+    problem = SamplingProblem(shifted, (1,))
+    exact, fresh = ExactSolution(problem, most_steps=96), range(4096)
+    exact.prove(0.01)
+    candidates = handcrafted_candidates(EDM(), 6)
+    ends = run_tables(problem, [c.table for c in candidates], fresh).double()
+    errors = (ends - exact.solve(fresh)).square().flatten(1).mean(1).sqrt().tolist()
+    true = dict(zip((c.label for c in candidates), errors, strict=True))
+
+    def best(**limit: float) -> float:
+        start, _ = find_start(problem, 6, effort="full", **limit)
+        return true[start.best.label] / min(errors)
+
+    assert best(most=400_000) < 1.1 and best(more=400_000) < 1.1
+    assert best() > 1.5  # planted: no further search
+    assert Contest(EDM(), 6, "full", most=60_000).wider is None
+
+
+def test_a_search_whose_error_is_known_ends() -> None:
+    """One Gaussian: no sample stands out, and nothing is measured again."""
+    problem = SamplingProblem(
+        Denoiser(lambda x, t: x / (1 + t.reshape(-1, 1) ** 2), EDM(), "data"), (8,)
+    )
+    lines = list[str]()
+    find_start(problem, 4, effort="full", most=1e9, say=lines.append)
+    assert not any("again" in line for line in lines)
 
 
 def test_strata_weigh_as_many_samples_as_they_stand_for() -> None:

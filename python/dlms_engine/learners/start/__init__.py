@@ -50,6 +50,8 @@ __all__ = [
 
 LEAN_ABOVE = 0.05
 """Seconds of one evaluation of one sample above which the search is lean."""
+AGAIN_SECONDS = 60.0
+"""What `recommend` may add to a search whose errors are imprecise, at the speed of two samples."""
 MOST_NFE = MOST_STEPS // 4
 """Evaluations above which no exact solution is much more exact than the solvers."""
 
@@ -63,6 +65,7 @@ def find_start(
     say: Report = lambda line: None,
     afs: bool = True,
     most: float = math.inf,
+    more: float | None = None,
 ) -> tuple[Start, ExactSolution]:
     """The best handcrafted solver of ``nfe`` evaluations and the exact solution it was measured by.
 
@@ -73,6 +76,8 @@ def find_start(
         say: is called with a line of text as the search goes on.
         afs: whether solvers with an analytical first step are among the candidates.
         most: evaluations of one sample that the search may take, at least a lean one's.
+        more: evaluations of one sample for a second search on more samples, where a few of the first
+            one's hold the error; None is what a finite ``most`` leaves.
 
     Raises:
         ValueError: more evaluations than ``MOST_NFE``, or none that a solver makes exactly.
@@ -85,7 +90,7 @@ def find_start(
         )
     if effort is None:
         effort = start_effort(seconds_of_one(problem))
-    contest = Contest(problem.process, nfe, effort, afs=afs, most=most)
+    contest = Contest(problem.process, nfe, effort, afs=afs, most=most, more=more)
     plan = contest.plan
     exact = ExactSolution(problem, samples=plan.proof_samples, first_steps=plan.first_steps)
     found = kept_start(store, problem, nfe, afs)
@@ -123,7 +128,8 @@ def recommend(
     """The best handcrafted solver for this model, found by measuring; nothing is trained.
 
     Every solver of the registry with every grid, with and without an analytical first step, against
-    the model's exact solution, by successive halving over 8, 32 and 64 start noises.
+    the model's exact solution, by successive halving over 8, 32 and 64 start noises. Where a few of them
+    hold the error (those that end in another mode), again over up to 1,024, if a minute pays for it.
 
     Args:
         denoiser: the model.
@@ -152,8 +158,10 @@ def recommend(
     problem = SamplingProblem(denoiser, shape, conditions)
     require_repeatable(problem)
     path = None if store is None else Path(store)
-    wanted = None if effort == "auto" else effort
-    start, _ = find_start(problem, nfe, effort=wanted, store=path, say=say)
+    seconds = seconds_of_one(problem)
+    wanted = start_effort(seconds) if effort is None or effort == "auto" else effort
+    more = AGAIN_SECONDS / max(seconds, 1e-9)
+    start, _ = find_start(problem, nfe, effort=wanted, store=path, say=say, more=more)
     for line in start.lines():
         say(line)
     say(f"{start.calls:,} evaluations of one sample, {start.seconds:.0f} s")

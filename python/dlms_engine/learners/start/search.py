@@ -19,35 +19,11 @@ from ...solvers.table import SolverTable
 from ...support.transfer import to_host
 from .exact import EXACT_SHARE, ExactSolution, Proof
 from .problem import SamplingProblem
+from .rounds import FULL, IMPRECISE, LEAN, MOST_LEAN, SMALLER, WIDER, Rounds
 from .shared_runs import SharedRuns
 
 Effort = Literal["full", "lean"]
 Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class _Rounds:
-    """How many samples and how many tables each round measures.
-
-    Attributes:
-        samples: of every round, those of the rounds before included.
-        keep: tables left after each round.
-        proof_samples, first_steps: of the exact solution's proof.
-    """
-
-    samples: tuple[int, ...]
-    keep: tuple[int, ...]
-    proof_samples: int
-    first_steps: int
-
-
-FULL = _Rounds((8, 32, 64), (24, 6, 6), 8, 24)
-SMALLER = (_Rounds((8, 32), (12, 6), 8, 24), _Rounds((4, 16), (12, 6), 4, 24))
-"""Of every solver, too, for budgets that do not pay for the full search: what the lean one leaves out is
-the best of some models by a factor of three."""
-LEAN = (_Rounds((2, 8), (6, 4), 1, 12), _Rounds((1, 4), (6, 4), 1, 12))
-"""From the better to the cheaper; the first of at most 1,500 evaluations is taken."""
-MOST_LEAN = 1_500
 LEAN_SOLVERS = ("ddim", "ipndm", "dpm_solver_pp", "unipc")
 
 
@@ -184,11 +160,13 @@ class Contest:
     Args:
         effort: ``"full"`` is the largest search of every solver that ``most`` evaluations of one sample
             pay for, or a lean one.
+        more: evaluations of one sample for ``wider``; None is what a finite ``most`` leaves.
 
     Attributes:
         candidates: all of them that the effort looks at.
         plan: rounds of measuring.
-        cost: network evaluations of one sample that it takes at most, but for a refined proof.
+        wider: rounds after it where its errors are imprecise; None is none.
+        cost: network evaluations of one sample that ``plan`` takes, but for a refined proof.
 
     Raises:
         ValueError: no solver makes that many evaluations.
@@ -202,20 +180,26 @@ class Contest:
         *,
         afs: bool = True,
         most: float = math.inf,
+        more: float | None = None,
     ) -> None:
         self.nfe = nfe
+        self.wider: Rounds | None = None
         if effort == "lean" or not self._fits(process, (FULL, *SMALLER), "full", afs, most):
             self._fits(process, LEAN, "lean", afs, MOST_LEAN)
+        elif self.plan is FULL:
+            finite = most - self.cost if math.isfinite(most) else 0
+            left = finite if more is None else more
+            self.wider = next((p for p in WIDER if p.cost(self._first, nfe) <= left), None)
 
     def _fits(
-        self, process: Process, plans: Sequence[_Rounds], effort: Effort, afs: bool, most: float
+        self, process: Process, plans: Sequence[Rounds], effort: Effort, afs: bool, most: float
     ) -> bool:
         """Takes the first of ``plans`` of at most ``most`` evaluations, else the last one."""
         self.candidates = handcrafted_candidates(process, self.nfe, effort, afs=afs)
         if not self.candidates:
             raise ValueError(f"no handcrafted solver makes exactly {self.nfe} evaluations")
-        first = SharedRuns([c.table for c in self.candidates]).evaluations
-        costs = [_cost(plan, first, self.nfe) for plan in plans]
+        self._first = SharedRuns([c.table for c in self.candidates]).evaluations
+        costs = [plan.cost(self._first, self.nfe) for plan in plans]
         number = next((i for i, each in enumerate(costs) if each <= most), len(plans) - 1)
         self.plan, self.cost = plans[number], costs[number]
         return self.cost <= most
@@ -224,17 +208,6 @@ class Contest:
 def cost(process: Process, nfe: int, effort: Effort = "full", most: float = math.inf) -> int:
     """Network evaluations of one sample that the search takes at most, but for a refined proof."""
     return Contest(process, nfe, effort, most=most).cost
-
-
-def _cost(plan: _Rounds, first: int, nfe: int) -> int:
-    total, before = 0, 0
-    for round_, samples in enumerate(plan.samples):
-        each = first if round_ == 0 else nfe * plan.keep[round_ - 1]
-        total += each * (samples - before)
-        total += 2 * plan.first_steps * (samples - before)  # exact ends
-        before = samples
-    pairs = 3 * 5 * plan.first_steps + 4 * plan.first_steps
-    return total + pairs * plan.proof_samples
 
 
 class Search:
@@ -249,15 +222,30 @@ class Search:
     def __init__(
         self, problem: SamplingProblem, exact: ExactSolution, contest: Contest, say: Report
     ) -> None:
-        self.problem, self.exact, self.plan, self.say = problem, exact, contest.plan, say
-        self._left = contest.candidates
-        self._squares: dict[str, list[float]] = {c.label: [] for c in self._left}
-        self._done: list[MeasuredCandidate] = []
+        self.problem, self.exact, self.contest, self.say = problem, exact, contest, say
+        self._begin()
 
     def run(self) -> list[MeasuredCandidate]:
         """Measured candidates, best first."""
+        ranked = self._rounds(self.contest.plan)
+        best, wider = ranked[0], self.contest.wider
+        if wider is None or not best.error > IMPRECISE * best.rmse:
+            return ranked
+        self.say(
+            f"{best.samples} samples: RMSE {best.rmse:.4g} +- {best.error:.2g}, a few of them hold the "
+            f"error: again on up to {wider.samples[-1]}"
+        )
+        self._begin()
+        return self._rounds(wider)
+
+    def _begin(self) -> None:
+        self._left = self.contest.candidates
+        self._squares: dict[str, list[float]] = {c.label: [] for c in self._left}
+        self._done: list[MeasuredCandidate] = []
+
+    def _rounds(self, plan: Rounds) -> list[MeasuredCandidate]:
         before = 0
-        for samples, keep in zip(self.plan.samples, self.plan.keep, strict=True):
+        for samples, keep in zip(plan.samples, plan.keep, strict=True):
             self._measure(range(self.FIRST + before, self.FIRST + samples))
             ranked = sorted(map(self._measured, self._left), key=lambda m: m.rmse)
             if not before:
