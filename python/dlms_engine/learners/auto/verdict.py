@@ -15,6 +15,8 @@ from .tail import Comparison, compare_with_base
 
 FINALISTS = 6
 """Handcrafted solvers that the held-out samples choose among as well."""
+PILOT = 16
+"""Held-out samples at least, and as many as say first how small the errors are."""
 
 
 def finalists_of(start: Start, settings: AutoSettings) -> tuple[MeasuredCandidate, ...]:
@@ -41,31 +43,45 @@ def judge(
     """The start with the best handcrafted solver in front, the stage that is kept, and how it compares
     with that solver; ``stages[0]`` becomes it. None where it is kept itself.
     """
-    each = sample_cost(exact, settings.nfe, len(stages))
-    samples = settings.held_out
-    while samples > 16 and samples * each > max(budget.left(), 0.1 * budget.calls):
-        samples -= max(1, samples // 8)
-    numbers = range(HELD_OUT_FIRST, HELD_OUT_FIRST + samples)
     finalists = finalists_of(start, settings)
 
-    def measure() -> Start:
+    def held_out() -> range:
+        each = sample_cost(exact, settings.nfe, len(stages))
+        samples = settings.held_out
+        while samples > PILOT and samples * each > max(budget.left(), 0.1 * budget.calls):
+            samples -= max(1, samples // 8)
+        return range(HELD_OUT_FIRST, HELD_OUT_FIRST + samples)
+
+    def measure(numbers: range) -> Start:
         target = exact.solve(numbers)
         best = best_of(problem, target, finalists, numbers) if finalists else start.best
-        if best.label != start.best.label:
-            say(f"with {samples} samples more the best handcrafted solver is {best.label}")
         stages[0].policy = best.table
         measure_stages(problem, target, stages, numbers)
         return start.with_base(best)
 
-    found = measure()
-    smallest = min(float(stage.squares.mean()) ** 0.5 for stage in stages)
-    assert exact.proof is not None
-    steps = exact.proof.steps
-    if budget.share() < 1 and exact.prove(smallest).steps != steps:
-        found = measure()
+    # On a few first: all of them are solved once, as exactly as the smallest error asks for.
+    numbers = held_out()
+    if len(numbers) > 4 * PILOT and budget.share() < 1:
+        measure(numbers[:PILOT])
+        exact.prove(_smallest(stages))
+        numbers = held_out()
+    found = measure(numbers)
+    again = len(numbers) * sample_cost(exact, settings.nfe, len(stages))
+    if budget.share() < 1 and again < budget.left():
+        assert exact.proof is not None
+        steps = exact.proof.steps
+        if exact.prove(_smallest(stages)).steps != steps:
+            found = measure(numbers)
+    if found.best.label != start.best.label:
+        say(f"with {len(numbers)} samples more the best handcrafted solver is {found.best.label}")
+    samples = len(numbers)
     new = range(numbers.stop, numbers.stop + MORE * samples)
     others = [m.candidate.table for m in finalists if m.candidate.label != found.best.label]
     return found, *_kept(problem, exact, stages, others[:OTHERS], numbers, new)
+
+
+def _smallest(stages: Sequence[AutoStage]) -> float:
+    return math.sqrt(min(float(stage.squares.mean()) for stage in stages))
 
 
 def _kept(
