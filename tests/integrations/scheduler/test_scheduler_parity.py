@@ -9,6 +9,7 @@ import torch
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engine[diffusers]")
 from dlms_engine.integrations.diffusers import DLMSScheduler  # noqa: E402
+from dlms_engine.integrations.scheduler import times  # noqa: E402
 
 # diffusers' own schedulers warn under recent numpy
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -239,11 +240,29 @@ def test_times_and_levels_given_together() -> None:
         use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75, time_shift_type="linear"
     )
     own = DLMSScheduler.from_config(reference.config, solver="unipc")
-    times = [1000, 667, 334, 1]
+    given = [1000, 667, 334, 1]
     for scheduler in (reference, own):
-        scheduler.set_timesteps(timesteps=times, sigmas=[t / 1000 for t in times], mu=0.5)
+        scheduler.set_timesteps(timesteps=given, sigmas=[t / 1000 for t in given], mu=0.5)
     torch.testing.assert_close(own.sigmas, reference.sigmas, rtol=1e-6, atol=1e-7)
-    assert own.timesteps.tolist() == reference.timesteps.tolist()
+    torch.testing.assert_close(own.timesteps, reference.timesteps, rtol=1e-6, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("version", "second"), [("0.42.0", 667.0), ("0.41.0", 500.375), ("0.35.1", 500.375)]
+)
+def test_given_times_of_flows_as_the_installed_version_has_them(
+    version: str, second: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before 0.42 they were made of the shifted levels again."""
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    times._uses_given_times.cache_clear()
+    try:
+        config = diffusers.FlowMatchEulerDiscreteScheduler(shift=0.5).config
+        scheduler = DLMSScheduler.from_config(config, solver="unipc")
+        scheduler.set_timesteps(timesteps=[1000, 667, 334, 1])
+        assert abs(float(scheduler.timesteps[1]) - second) < 1e-2
+    finally:
+        times._uses_given_times.cache_clear()
 
 
 def test_defaults_of_another_class_give_way_as_in_diffusers() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -52,7 +54,8 @@ def run_times(
     Args:
         solver: DDIM and DEIS have rules of their own for the spacing and for the end.
         timesteps: custom network times. Flows follow ``FlowMatchEulerDiscreteScheduler``: without
-            ``sigmas`` the shift applies to the noise levels made of them, never to the times.
+            ``sigmas`` the shift applies to the noise levels made of them, never to the times; before
+            diffusers 0.42 the times of flows are those of the shifted levels, whatever is given.
         sigmas: custom noise levels, N values or N + 1 with the final 0, or with the last one again
             (``final_sigmas_type="sigma_min"``); flow: before the shift.
         mu: dynamic shift of flow models.
@@ -81,8 +84,8 @@ def run_times(
         if told is not None and custom is None:
             custom = told / model.levels
         grid, end = flow_times(config, steps, custom, mu)
-        if config.get("invert_sigmas"):
-            told = None  # diffusers makes them of the inverted levels again
+        if config.get("invert_sigmas") or not _uses_given_times():
+            told = None  # diffusers makes them of the levels again
         return _finish(model, grid, end, told)
     end_time = _end(config, model, solver)
     if told is not None:
@@ -93,6 +96,16 @@ def run_times(
     if model.kind == "edm":
         return _finish(model, _edm_times(config, model, steps), end_time)
     return _vp_times(config, model, solver, steps, end_time)
+
+
+@functools.cache
+def _uses_given_times() -> bool:
+    """Whether the installed diffusers calls a flow's network at the times that it is given."""
+    try:
+        numbers = importlib.metadata.version("diffusers").split(".")
+    except importlib.metadata.PackageNotFoundError:
+        return True
+    return (int(numbers[0]), int(numbers[1])) >= (0, 42)
 
 
 def vector(values: Sequence[float] | Tensor, name: str) -> Tensor:
