@@ -2,8 +2,8 @@
 
 The start is measured, a general table is fitted by Gauss-Newton steps, a corrector is trained on its
 runs, then one after every row; on samples none of them has seen, the simplest that is not beaten is
-kept. So the result is never worse than the best handcrafted solver, whatever the model and however
-short the run.
+kept. So on those samples the result is never worse than the best handcrafted solver that was found,
+whatever the model and however short the run.
 """
 
 from __future__ import annotations

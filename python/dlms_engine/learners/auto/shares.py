@@ -42,11 +42,6 @@ def search_limit(settings: AutoSettings, seconds: Callable[[], float]) -> float:
     return SEARCH_SHARE * limit.calls
 
 
-def choice_cost(exact: int, stages: int, nfe: int) -> int:
-    """Evaluations of a held-out sample and what goes with it; its exact solution takes ``exact``."""
-    return exact + stages * (nfe + 1) + MORE * ((2 + OTHERS) * nfe + math.ceil(exact / SOLVED))
-
-
 def training_share(budget: Budget, choice: float) -> float:
     """Of the budget, by the end of all training: what is left pays for ``choice`` evaluations."""
     whole = budget.left() / max(1 - budget.share(), 1e-9)

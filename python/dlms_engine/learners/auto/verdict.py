@@ -10,7 +10,7 @@ from ..start import ExactSolution, MeasuredCandidate, SamplingProblem, Start
 from .budget import Budget
 from .choose import HELD_OUT_FIRST, AutoStage, best_of, choose_stage, measure_stages
 from .settings import AutoSettings
-from .shares import MORE, OTHERS, choice_cost
+from .shares import MORE, OTHERS, SOLVED
 from .tail import Comparison, compare_with_base
 
 FINALISTS = 6
@@ -27,8 +27,10 @@ def finalists_of(start: Start, settings: AutoSettings) -> tuple[MeasuredCandidat
 
 
 def sample_cost(exact: ExactSolution, nfe: int, stages: int) -> int:
-    """Evaluations of one held-out sample with ``stages`` beside the finalists."""
-    return choice_cost(exact.table().nfe, stages + FINALISTS, nfe)
+    """Evaluations of one held-out sample with ``stages`` and finalists, and of the new ones it brings."""
+    solving = exact.table().nfe
+    new = (2 + OTHERS) * nfe + math.ceil(solving / SOLVED)
+    return solving + (stages + FINALISTS) * (nfe + 1) + MORE * new
 
 
 def judge(
@@ -74,8 +76,7 @@ def judge(
             found = measure(numbers)
     if found.best.label != start.best.label:
         say(f"with {len(numbers)} samples more the best handcrafted solver is {found.best.label}")
-    samples = len(numbers)
-    new = range(numbers.stop, numbers.stop + MORE * samples)
+    new = range(numbers.stop, numbers.stop + MORE * len(numbers))
     others = [m.candidate.table for m in finalists if m.candidate.label != found.best.label]
     return found, *_kept(problem, exact, stages, others[:OTHERS], numbers, new)
 

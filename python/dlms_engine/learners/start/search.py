@@ -187,9 +187,9 @@ class Contest:
         if effort == "lean" or not self._fits(process, (FULL, *SMALLER), "full", afs, most):
             self._fits(process, LEAN, "lean", afs, MOST_LEAN)
         elif self.plan is FULL:
-            finite = most - self.cost if math.isfinite(most) else 0
-            left = finite if more is None else more
-            self.wider = next((p for p in WIDER if p.cost(self._first, nfe) <= left), None)
+            if more is None:
+                more = most - self.cost if math.isfinite(most) else 0
+            self.wider = next((p for p in WIDER if p.cost(self._first, nfe) <= more), None)
 
     def _fits(
         self, process: Process, plans: Sequence[Rounds], effort: Effort, afs: bool, most: float
@@ -206,7 +206,7 @@ class Contest:
 
 
 def cost(process: Process, nfe: int, effort: Effort = "full", most: float = math.inf) -> int:
-    """Network evaluations of one sample that the search takes at most, but for a refined proof."""
+    """Network evaluations of one sample that the search takes, but for a refined proof and ``wider``."""
     return Contest(process, nfe, effort, most=most).cost
 
 
