@@ -18,7 +18,13 @@ from dlms_engine.learners.auto import AutoSettings
 from dlms_engine.learners.auto.budget import Budget, parse_budget
 from dlms_engine.learners.auto.choose import HELD_OUT_FIRST, AutoStage, choose_stage, end_of, ratio
 from dlms_engine.learners.auto.gauss_newton import GaussNewton, Targets
-from dlms_engine.learners.auto.shares import search_limit, training_share
+from dlms_engine.learners.auto.shares import (
+    PILOT,
+    sample_cost,
+    search_again,
+    search_limit,
+    training_share,
+)
 from dlms_engine.learners.auto.table import GeneralTable
 from dlms_engine.learners.start import (
     ExactSolution,
@@ -28,6 +34,7 @@ from dlms_engine.learners.start import (
     rmse,
     run_tables,
 )
+from dlms_engine.learners.start.rounds import AGAIN
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow, VPDiscrete
 
@@ -293,6 +300,18 @@ def test_training_leaves_enough_for_the_choice() -> None:
     assert training_share(budget, 256 * 120) == pytest.approx(0.75)
     assert training_share(budget, 6_000) == pytest.approx(0.85)
     assert training_share(budget, 100) == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("budget", [5_000, 8_000])
+def test_a_small_budget_is_kept_with_the_smallest_choice(budget: int) -> None:
+    """5k were exceeded by a fifth: the search took what the choice among so few samples needs."""
+    solver = distill(
+        problem(EDM()).denoiser, nfe=5, shape=(2,), budget=f"{budget}calls", progress=False
+    )
+    assert 0.5 * budget < solver.report["calls"] <= budget
+    again = search_again(AutoSettings(nfe=5, budget="5k"), 2_000)
+    assert again is not None and again + PILOT * sample_cost(5, 1) <= 5_000
+    assert AGAIN * 2_000 + PILOT * sample_cost(5, 1) > 5_000  # planted: without it
 
 
 def test_a_sharper_exact_solution_for_the_choice_keeps_to_the_budget() -> None:

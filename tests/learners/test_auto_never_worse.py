@@ -14,7 +14,7 @@ from dlms_engine.learners.auto.choose import AutoStage, choose_stage
 from dlms_engine.learners.auto.features import projected_frechet
 from dlms_engine.learners.auto.report import report_lines
 from dlms_engine.learners.start import ExactSolution, SamplingProblem, handcrafted_candidates
-from dlms_engine.learners.start.search import candidate_of
+from dlms_engine.learners.start.contest import candidate_of
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, Process, RectifiedFlow, VPDiscrete
 from dlms_engine.solvers.table import SolverTable

@@ -26,7 +26,7 @@ from dlms_engine.learners.dode.settings import DodeSettings
 from dlms_engine.learners.free_table.module import FreeTableModule
 from dlms_engine.learners.free_table.settings import FreeTableSettings
 from dlms_engine.learners.ld3.grid import LearnedGrid
-from dlms_engine.learners.start.search import Candidate
+from dlms_engine.learners.start.contest import Candidate
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.amed import AmedPolicy
 from dlms_engine.policies.amed_formulas import AmedBase

@@ -24,7 +24,8 @@ from dlms_engine.learners.start import (
     rmse,
     run_tables,
 )
-from dlms_engine.learners.start.search import Contest, Start
+from dlms_engine.learners.start.contest import Contest
+from dlms_engine.learners.start.search import Start
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow, VPDiscrete, grids
 from dlms_engine.solvers import dpm_solver_pp, unipc
@@ -206,6 +207,25 @@ def test_a_kept_start_is_used_by_its_own_model_only(tmp_path: Path) -> None:
     path.write_text("{", encoding="utf-8")
     find_start(p, 2, effort="lean", store=path)
     assert json.loads(path.read_text())["nfe"] == 2
+
+
+def test_a_kept_start_that_measured_less_is_made_once_more(tmp_path: Path) -> None:
+    """The quick look of a small budget decided what a large one built on."""
+    path, p, lines = tmp_path / "x.start.json", problem(EDM()), list[str]()
+
+    def samples(most: float, resumed: bool = False) -> int:
+        start, _ = find_start(
+            p, 2, effort="full", store=path, most=most, again=0, resumed=resumed, say=lines.append
+        )
+        return start.ranking[0].samples
+
+    assert samples(most=7_000) == 32
+    assert samples(most=100_000, resumed=True) == 32  # a run that goes on from it
+    assert not any("once more" in line for line in lines)
+    assert samples(most=100_000) == 64
+    assert "32 samples" in next(line for line in lines if "once more" in line)
+    calls = p.calls
+    assert samples(most=7_000) == 64 and p.calls - calls < 20
 
 
 def test_conditions_give_every_sample_its_own(tmp_path: Path) -> None:

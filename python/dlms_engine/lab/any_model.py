@@ -24,7 +24,7 @@ from ..learners import distill
 from ..learners.auto.choose import AutoStage, end_of, ratio
 from ..learners.auto.features import features_of, projected_frechet
 from ..learners.start import ExactSolution, SamplingProblem
-from ..learners.start.search import candidate_of
+from ..learners.start.contest import candidate_of
 from ..models.denoiser import Denoiser
 from ..support.files import write_text
 from . import grounds

@@ -21,7 +21,7 @@ from ..entry import LearnerEntry
 from ..options import RunOptions
 from ..settings import plain, split_settings
 from ..start import ExactSolution, SamplingProblem, Start, find_start, seconds_of_one
-from ..start.search import candidate_of
+from ..start.contest import candidate_of
 from .budget import SPEED_BATCH, Budget, parse_budget
 from .choose import AutoStage
 from .correct import fit_corrector
@@ -32,14 +32,17 @@ from .report import report_lines, report_of, write_report
 from .settings import AutoSettings
 from .shares import (
     CORRECTOR_SHARE,
+    KEPT_SHARE,
     STAGES,
     TABLE_SHARE,
     effort_of,
+    sample_cost,
+    search_again,
     search_limit,
     training_share,
 )
 from .table import GeneralTable, bases
-from .verdict import judge, sample_cost
+from .verdict import judge
 
 __all__ = ["AUTO", "Auto", "AutoSettings", "effort_of", "search_limit"]
 
@@ -87,15 +90,17 @@ class Auto:
 
     def start(self) -> tuple[Start, ExactSolution]:
         most = search_limit(self.settings, lambda: seconds_of_one(self.problem, SPEED_BATCH))
+        again = search_again(self.settings, most)
         output = self.options.output
         store = None if output is None else output.with_suffix(".start.json")
         before = self.problem.calls
         start, exact = find_start(
             self.problem, self.settings.nfe, effort=effort_of(self.settings), store=store,
-            say=self.say, afs=self.settings.afs, most=most,
+            say=self.say, afs=self.settings.afs, most=most, again=again,
+            resumed=self.progress.found is not None,
         )  # fmt: skip
         if self.problem.calls - before < start.calls:  # it was kept
-            self.budget.count(start.calls)
+            self.budget.count(start.calls, KEPT_SHARE)
             self.budget.measure_speed()
         if self.settings.base != "best":
             start = start.with_base(
@@ -158,7 +163,7 @@ class Auto:
     @property
     def rows_share(self) -> float:
         """Of the budget, by the end of all training."""
-        each = sample_cost(self.exact, self.settings.nfe, len(STAGES))
+        each = sample_cost(self.settings.nfe, len(STAGES), self.exact.table().nfe)
         return training_share(self.budget, each * self.settings.held_out)
 
     def _fit(self, fits: list[GaussNewton], targets: Targets) -> GaussNewton:

@@ -71,12 +71,15 @@ class Budget:
         self._started = time.perf_counter() - seconds
         self._mark = 0, 0.0
 
-    def count(self, calls: int) -> None:
+    def count(self, calls: int, share: float) -> None:
         """Evaluations of an earlier run, if they are what is limited: what a run finds must not
         depend on what the one before it left behind. Time that was saved is there to be used.
+
+        Args:
+            share: of the budget that they count for at most.
         """
-        if not math.isfinite(self.limit.seconds):
-            self.problem.calls += calls
+        if math.isfinite(self.limit.calls):
+            self.problem.calls += min(calls, int(share * self.limit.calls))
 
     @property
     def seconds(self) -> float:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 from ..start import Effort
+from ..start.rounds import AGAIN
 from .budget import Budget, parse_budget
 from .settings import AutoSettings
 
@@ -18,9 +19,21 @@ CHOICE_SHARE = 0.25
 SEARCH_SHARE = 0.4
 """Of a budget, that the search for the start may take; a full one that takes more gives way to a smaller
 one. On few samples a solver that ends in another mode for one start in fifty looks like the best."""
+FINER_PROOF = 500
+"""Evaluations, about, of a proof with twice the steps, which errors below the start's may ask for."""
+KEPT_SHARE = 0.75
+"""Of a budget in evaluations, at most, that a start counts for which an earlier run with a larger budget
+kept."""
 MORE, OTHERS, SOLVED = 4, 2, 16
 """New samples that base and choice are run on for every held-out one, with how many other solvers, and of
 how many of them one, where these differ most, is solved exactly."""
+
+FINALISTS = 6
+"""Handcrafted solvers that the held-out samples choose among as well."""
+PILOT = 16
+"""Held-out samples at least, and as many as say first how small the errors are."""
+NOMINAL = 48
+"""Evaluations of an exact end before its proof is there."""
 
 
 def effort_of(settings: AutoSettings) -> Effort | None:
@@ -40,6 +53,25 @@ def search_limit(settings: AutoSettings, seconds: Callable[[], float]) -> float:
     if math.isfinite(limit.seconds):
         return SEARCH_SHARE * limit.seconds / max(seconds(), 1e-9)
     return SEARCH_SHARE * limit.calls
+
+
+def search_again(settings: AutoSettings, most: float) -> float | None:
+    """Evaluations of one sample that the search may take where a few samples hold the error: what the
+    smallest choice does not need. None leaves it to ``most``, and where the effort is given.
+    """
+    calls = parse_budget(settings.budget).calls
+    if settings.effort != "auto" or not math.isfinite(calls):
+        return None
+    choice = PILOT * sample_cost(settings.nfe, 1)
+    return max(most, min(AGAIN * most, calls - choice - FINER_PROOF))
+
+
+def sample_cost(nfe: int, stages: int, solving: int = NOMINAL) -> int:
+    """Evaluations of one held-out sample with ``stages`` and finalists, its exact end in ``solving``, and
+    of the new ones it brings.
+    """
+    new = (2 + OTHERS) * nfe + math.ceil(solving / SOLVED)
+    return solving + (stages + FINALISTS) * (nfe + 1) + MORE * new
 
 
 def training_share(budget: Budget, choice: float) -> float:

@@ -10,13 +10,8 @@ from ..start import ExactSolution, MeasuredCandidate, SamplingProblem, Start
 from .budget import Budget
 from .choose import HELD_OUT_FIRST, AutoStage, best_of, choose_stage, measure_stages
 from .settings import AutoSettings
-from .shares import MORE, OTHERS, SOLVED
+from .shares import FINALISTS, MORE, OTHERS, PILOT, sample_cost
 from .tail import Comparison, compare_with_base
-
-FINALISTS = 6
-"""Handcrafted solvers that the held-out samples choose among as well."""
-PILOT = 16
-"""Held-out samples at least, and as many as say first how small the errors are."""
 
 
 def finalists_of(start: Start, settings: AutoSettings) -> tuple[MeasuredCandidate, ...]:
@@ -24,13 +19,6 @@ def finalists_of(start: Start, settings: AutoSettings) -> tuple[MeasuredCandidat
     last = start.ranking[0].samples
     every = [m for m in start.ranking if m.samples == last and math.isfinite(m.rmse)]
     return tuple(every[:FINALISTS]) if settings.base == "best" else ()
-
-
-def sample_cost(exact: ExactSolution, nfe: int, stages: int) -> int:
-    """Evaluations of one held-out sample with ``stages`` and finalists, and of the new ones it brings."""
-    solving = exact.table().nfe
-    new = (2 + OTHERS) * nfe + math.ceil(solving / SOLVED)
-    return solving + (stages + FINALISTS) * (nfe + 1) + MORE * new
 
 
 def judge(
@@ -48,7 +36,7 @@ def judge(
     finalists = finalists_of(start, settings)
 
     def held_out() -> range:
-        each = sample_cost(exact, settings.nfe, len(stages))
+        each = sample_cost(settings.nfe, len(stages), exact.table().nfe)
         samples = settings.held_out
         while samples > PILOT and samples * each > max(budget.left(), 0.1 * budget.calls):
             samples -= max(1, samples // 8)
@@ -68,7 +56,7 @@ def judge(
         exact.prove(_smallest(stages))
         numbers = held_out()
     found = measure(numbers)
-    again = len(numbers) * sample_cost(exact, settings.nfe, len(stages))
+    again = len(numbers) * sample_cost(settings.nfe, len(stages), exact.table().nfe)
     if budget.share() < 1 and again < budget.left():
         assert exact.proof is not None
         steps = exact.proof.steps

@@ -8,22 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 from ...models.denoiser import Denoiser
+from .contest import Candidate, Contest, Effort, cost, handcrafted_candidates
 from .exact import MOST_STEPS, ExactSolution, Proof, rmse, run_tables
 from .finite import require_finite_solution
 from .problem import Conditions, SamplingProblem
 from .repeatable import require_repeatable
-from .search import (
-    Candidate,
-    Contest,
-    Effort,
-    MeasuredCandidate,
-    Report,
-    Search,
-    Start,
-    cost,
-    handcrafted_candidates,
-    rmse_with_error,
-)
+from .search import MeasuredCandidate, Report, Search, Start, rmse_with_error
 from .shared_runs import SharedRuns
 from .store import keep_start, kept_start
 
@@ -65,19 +55,22 @@ def find_start(
     say: Report = lambda line: None,
     afs: bool = True,
     most: float = math.inf,
-    more: float | None = None,
+    again: float | None = None,
+    resumed: bool = False,
 ) -> tuple[Start, ExactSolution]:
     """The best handcrafted solver of ``nfe`` evaluations and the exact solution it was measured by.
 
     Args:
         effort: ``"full"``, ``"lean"`` (at most 1,500 evaluations of one sample) or None, which is
             lean where one evaluation of one sample takes more than 50 ms.
-        store: file that keeps the result; one that is there and fits the model is used.
+        store: file that keeps the result; one that is there, fits the model and measured at least as much
+            as this search would is used.
         say: is called with a line of text as the search goes on.
         afs: whether solvers with an analytical first step are among the candidates.
         most: evaluations of one sample that the search may take, at least a lean one's.
-        more: evaluations of one sample for a second search on more samples, where a few of the first
-            one's hold the error; None is what a finite ``most`` leaves.
+        again: evaluations of one sample that it may take with those on more samples, which show whether
+            a few of them hold the error; None is half as many again as a finite ``most``.
+        resumed: the run goes on from a start that it kept, whatever that measured.
 
     Raises:
         ValueError: more evaluations than ``MOST_NFE``, or none that a solver makes exactly.
@@ -90,10 +83,17 @@ def find_start(
         )
     if effort is None:
         effort = start_effort(seconds_of_one(problem))
-    contest = Contest(problem.process, nfe, effort, afs=afs, most=most, more=more)
+    contest = Contest(problem.process, nfe, effort, afs=afs, most=most, again=again)
     plan = contest.plan
     exact = ExactSolution(problem, samples=plan.proof_samples, first_steps=plan.first_steps)
     found = kept_start(store, problem, nfe, afs)
+    measured = (0, 0) if found is None else (len(found.ranking), found.ranking[0].samples)
+    if found is not None and not (resumed or contest.as_thorough(*measured)):
+        say(
+            f"start: {store} keeps a search of {measured[0]} solvers, the best on {measured[1]} samples, "
+            f"and this one measures {len(contest.candidates)} on {plan.samples[-1]} or more: once more"
+        )
+        found = None
     if found is not None:
         exact.restore(found.proof)
         say(f"start: {found.best.label}, kept in {store}")
@@ -129,7 +129,7 @@ def recommend(
 
     Every solver of the registry with every grid, with and without an analytical first step, against
     the model's exact solution, by successive halving over 8, 32 and 64 start noises. Where a few of them
-    hold the error (those that end in another mode), again over up to 1,024, if a minute pays for it.
+    hold the error (those that end in another mode), on up to 1,024, if a minute pays for it.
 
     Args:
         denoiser: the model.
@@ -160,8 +160,10 @@ def recommend(
     path = None if store is None else Path(store)
     seconds = seconds_of_one(problem)
     wanted = start_effort(seconds) if effort is None or effort == "auto" else effort
-    more = AGAIN_SECONDS / max(seconds, 1e-9)
-    start, _ = find_start(problem, nfe, effort=wanted, store=path, say=say, more=more)
+    again = AGAIN_SECONDS / max(seconds, 1e-9)
+    if nfe <= MOST_NFE:
+        again += cost(problem.process, nfe, wanted)
+    start, _ = find_start(problem, nfe, effort=wanted, store=path, say=say, again=again)
     for line in start.lines():
         say(line)
     say(f"{start.calls:,} evaluations of one sample, {start.seconds:.0f} s")

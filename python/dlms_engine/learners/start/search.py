@@ -6,53 +6,20 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...processes import Process, as_float64
-from ...solvers import make_solver
-from ...solvers.common import Afs
-from ...solvers.registry import SOLVERS, handcrafted
-from ...solvers.table import SolverTable
+from ...processes import as_float64
 from ...support.transfer import to_host
+from .contest import Candidate, Contest
 from .exact import EXACT_SHARE, ExactSolution, Proof
 from .problem import SamplingProblem
-from .rounds import FULL, IMPRECISE, LEAN, MOST_LEAN, SMALLER, WIDER, Rounds
+from .rounds import IMPRECISE, MOST_SAMPLES, SURE, Rounds
 from .shared_runs import SharedRuns
 
-Effort = Literal["full", "lean"]
 Report = Callable[[str], None]
-LEAN_SOLVERS = ("ddim", "ipndm", "dpm_solver_pp", "unipc")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A handcrafted table and what it takes to make it again at other times."""
-
-    label: str
-    table: SolverTable
-
-    @property
-    def solver(self) -> str:
-        return self.table.name
-
-    def at(self, grid: Tensor, network_times: Tensor | None = None) -> SolverTable:
-        """The same solver on another grid ``[steps + 1]``, its network called at other times.
-
-        Raises:
-            ValueError: the solver has stages between grid times, whose network times cannot be set.
-        """
-        options = {k: v for k, v in self.table.options.items() if k in SOLVERS[self.solver].options}
-        if network_times is not None:
-            options["network_times"] = network_times
-        return make_solver(self.solver, self.table.process, grid, **options)
-
-    @property
-    def stages(self) -> int:
-        """Network evaluations a step."""
-        return SOLVERS[self.solver].evaluations_per_step
 
 
 @dataclass(frozen=True)
@@ -123,93 +90,6 @@ class Start:
         }
 
 
-def handcrafted_candidates(
-    process: Process, nfe: int, effort: Effort = "full", *, afs: bool = True
-) -> list[Candidate]:
-    """Every solver, grid and, with ``afs``, analytical first step of ``nfe`` evaluations."""
-    kinds: tuple[Afs, ...] = (False, "dockhorn") if afs else (False,)
-    every = [Candidate(label, table) for label, table in handcrafted(process, nfe, afs=kinds)]
-    if effort == "full":
-        return every
-    return [
-        c
-        for c in every
-        if c.solver in LEAN_SOLVERS and not (c.solver == "dpm_solver_pp" and "exact" in c.label)
-    ]
-
-
-def candidate_of(process: Process, nfe: int, label: str, *, afs: bool = True) -> Candidate:
-    """The handcrafted solver called ``label``.
-
-    Raises:
-        ValueError: none of that many evaluations is.
-    """
-    every = handcrafted_candidates(process, nfe, afs=afs)
-    for candidate in every:
-        if candidate.label == label:
-            return candidate
-    near = ", ".join(c.label for c in every[:12])
-    raise ValueError(
-        f"base is {label!r}, expected 'best' or a label of {nfe} evaluations: {near}, ..."
-    )
-
-
-class Contest:
-    """Every handcrafted solver of ``nfe`` evaluations, and how they are measured.
-
-    Args:
-        effort: ``"full"`` is the largest search of every solver that ``most`` evaluations of one sample
-            pay for, or a lean one.
-        more: evaluations of one sample for ``wider``; None is what a finite ``most`` leaves.
-
-    Attributes:
-        candidates: all of them that the effort looks at.
-        plan: rounds of measuring.
-        wider: rounds after it where its errors are imprecise; None is none.
-        cost: network evaluations of one sample that ``plan`` takes, but for a refined proof.
-
-    Raises:
-        ValueError: no solver makes that many evaluations.
-    """
-
-    def __init__(
-        self,
-        process: Process,
-        nfe: int,
-        effort: Effort,
-        *,
-        afs: bool = True,
-        most: float = math.inf,
-        more: float | None = None,
-    ) -> None:
-        self.nfe = nfe
-        self.wider: Rounds | None = None
-        if effort == "lean" or not self._fits(process, (FULL, *SMALLER), "full", afs, most):
-            self._fits(process, LEAN, "lean", afs, MOST_LEAN)
-        elif self.plan is FULL:
-            if more is None:
-                more = most - self.cost if math.isfinite(most) else 0
-            self.wider = next((p for p in WIDER if p.cost(self._first, nfe) <= more), None)
-
-    def _fits(
-        self, process: Process, plans: Sequence[Rounds], effort: Effort, afs: bool, most: float
-    ) -> bool:
-        """Takes the first of ``plans`` of at most ``most`` evaluations, else the last one."""
-        self.candidates = handcrafted_candidates(process, self.nfe, effort, afs=afs)
-        if not self.candidates:
-            raise ValueError(f"no handcrafted solver makes exactly {self.nfe} evaluations")
-        self._first = SharedRuns([c.table for c in self.candidates]).evaluations
-        costs = [plan.cost(self._first, self.nfe) for plan in plans]
-        number = next((i for i, each in enumerate(costs) if each <= most), len(plans) - 1)
-        self.plan, self.cost = plans[number], costs[number]
-        return self.cost <= most
-
-
-def cost(process: Process, nfe: int, effort: Effort = "full", most: float = math.inf) -> int:
-    """Network evaluations of one sample that the search takes, but for a refined proof and ``wider``."""
-    return Contest(process, nfe, effort, most=most).cost
-
-
 class Search:
     """Successive halving (Jamieson & Talwalkar 2016) over handcrafted tables.
 
@@ -228,15 +108,28 @@ class Search:
     def run(self) -> list[MeasuredCandidate]:
         """Measured candidates, best first."""
         ranked = self._rounds(self.contest.plan)
-        best, wider = ranked[0], self.contest.wider
-        if wider is None or not best.error > IMPRECISE * best.rmse:
-            return ranked
+        until = self.problem.calls + self.contest.more
+        while True:
+            best, left = ranked[0], until - self.problem.calls
+            solving = self.exact.table().nfe
+            imprecise = best.error > IMPRECISE * best.rmse
+            wider = self.contest.wider(best.samples, left, solving) if imprecise else None
+            if wider is not None:
+                self._say_imprecise(best, wider.samples[-1])
+                self._begin()
+                return self._rounds(wider)
+            twice = best.samples * (len(self._left) * self.contest.nfe + solving)
+            if twice > (left if imprecise else SURE * left) or best.samples >= MOST_SAMPLES:
+                return ranked
+            if imprecise:
+                self._say_imprecise(best, 2 * best.samples)
+            ranked = self._round(best.samples, 2 * best.samples, len(self._left))
+
+    def _say_imprecise(self, best: MeasuredCandidate, samples: int) -> None:
         self.say(
             f"{best.samples} samples: RMSE {best.rmse:.4g} +- {best.error:.2g}, a few of them hold the "
-            f"error: again on up to {wider.samples[-1]}"
+            f"error: again on up to {samples}"
         )
-        self._begin()
-        return self._rounds(wider)
 
     def _begin(self) -> None:
         self._left = self.contest.candidates
@@ -244,21 +137,29 @@ class Search:
         self._done: list[MeasuredCandidate] = []
 
     def _rounds(self, plan: Rounds) -> list[MeasuredCandidate]:
-        before = 0
+        before, ranked = 0, list[MeasuredCandidate]()
         for samples, keep in zip(plan.samples, plan.keep, strict=True):
-            self._measure(range(self.FIRST + before, self.FIRST + samples))
-            ranked = sorted(map(self._measured, self._left), key=lambda m: m.rmse)
-            if not before:
-                self._sharpen(ranked[0].rmse, samples)
-                ranked = sorted(map(self._measured, self._left), key=lambda m: m.rmse)
-            self._done = [*ranked[keep:], *self._done]
-            self._left = [m.candidate for m in ranked[:keep]]
-            self.say(
-                f"{samples} samples: best {ranked[0].candidate.label}, RMSE {ranked[0].rmse:.4g}; "
-                f"{len(self._left)} of {len(ranked)} stay"
-            )
+            ranked = self._round(before, samples, keep)
             before = samples
-        return [*ranked[: len(self._left)], *self._done]
+        return ranked
+
+    def _round(self, before: int, samples: int, keep: int) -> list[MeasuredCandidate]:
+        """What is left, measured on ``samples`` in all, ``before`` known; ``keep`` of them stay."""
+        self._measure(range(self.FIRST + before, self.FIRST + samples))
+        ranked = self._ranked()
+        if not before:
+            self._sharpen(ranked[0].rmse, samples)
+            ranked = self._ranked()
+        self._done = [*ranked[keep:], *self._done]
+        self._left = [m.candidate for m in ranked[:keep]]
+        self.say(
+            f"{samples} samples: best {ranked[0].candidate.label}, RMSE {ranked[0].rmse:.4g}; "
+            f"{len(self._left)} of {len(ranked)} stay"
+        )
+        return [*ranked[:keep], *self._done]
+
+    def _ranked(self) -> list[MeasuredCandidate]:
+        return sorted(map(self._measured, self._left), key=lambda m: m.rmse)
 
     def _sharpen(self, smallest: float, samples: int) -> None:
         """More steps for the exact solution, if the best candidate comes near its uncertainty."""

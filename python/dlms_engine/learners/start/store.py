@@ -12,9 +12,10 @@ import torch
 from ...support.files import write_text, written
 from ...support.transfer import host_numbers
 from ..training.identity import conditions_digest
+from .contest import Candidate, handcrafted_candidates
 from .exact import Proof
 from .problem import SamplingProblem
-from .search import Candidate, MeasuredCandidate, Start, handcrafted_candidates
+from .search import MeasuredCandidate, Start
 
 _log = logging.getLogger("dlms_engine")
 _FORMAT = "dlms_engine.start/4"
