@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlms_engine.learners.auto.choose import AutoStage, best_of, measure_stages, ratio
+from dlms_engine.learners.auto.choose import AutoStage, measure_stages, measured_on, ratio
 from dlms_engine.learners.auto.tail import Picked, compare_with_base, stratified
+from dlms_engine.learners.auto.verdict import with_what_is_left
 from dlms_engine.learners.start import (
     ExactSolution,
     MeasuredCandidate,
@@ -170,7 +171,24 @@ def test_the_held_out_samples_may_name_another_handcrafted_solver() -> None:
             MeasuredCandidate(bad, error, 0.0, samples),
             MeasuredCandidate(good, 0.1, 0.0, samples),
         ]
-        return best_of(problem, target, measured, numbers).label
+        return measured_on(problem, target, measured, numbers)[0].candidate.label
 
     assert named(0.09, 8) == good.label
     assert named(1e-6, 1 << 30) == bad.label  # planted: what was measured before counts as well
+
+
+def test_what_a_budget_has_left_measures_handcrafted_solvers_where_one_is_the_result() -> None:
+    """A sixth of the budget was left where the result was a handcrafted solver, named by 40 samples."""
+    problem = SamplingProblem(Denoiser(two_modes, EDM(), "data"), (1,))
+    exact = ExactSolution(problem)
+    exact.prove(0.003)
+    every = {c.label: c for c in handcrafted_candidates(problem.process, 5)}
+    good, bad = every["ipndm3/time_quadratic"], every["ddim/time_uniform"]
+    few = MeasuredCandidate(bad, 0.05, 0.01, 4), MeasuredCandidate(good, 0.06, 0.01, 4)
+    before, pays = problem.calls, 64 * exact.table().nfe
+    found = with_what_is_left(problem, exact, few, range(1000), pays)
+    assert found[0].candidate is good
+    assert 0.8 * pays < problem.calls - before <= pays
+    again = measured_on(problem, exact.solve(range(40)), few, range(40))
+    assert found[0].samples > again[0].samples == 44
+    assert with_what_is_left(problem, exact, few, range(1000), 10.0) is few  # planted

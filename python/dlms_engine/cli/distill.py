@@ -25,7 +25,7 @@ def distill_command(
     method: Annotated[
         str | None,
         typer.Option(
-            help="Learner: auto (the default: the best handcrafted solver and what improves on it), dlms, "
+            help="Learner: auto (the default: improves on the best handcrafted solver), dlms, "
             "amed, ... (an unknown one lists them)."
         ),
     ] = None,

@@ -14,7 +14,7 @@ from ...policies.corrector import CorrectedPolicy
 from ...solvers.table import SolverTable
 from ...support.transfer import to_host
 from ...support.values import require_finite
-from ..start import Candidate, MeasuredCandidate, SamplingProblem, rmse_with_error, run_tables
+from ..start import MeasuredCandidate, SamplingProblem, rmse_with_error, run_tables
 from ..start.nearer import nearer, rmse_of, wins
 from .features import features_of, projected_frechet
 from .runs import RUN_BATCH, batches, corrected_ends
@@ -86,22 +86,26 @@ def measure_stages(
 
 
 @torch.no_grad()
-def best_of(
+def measured_on(
     problem: SamplingProblem, target: Tensor, finalists: Sequence[MeasuredCandidate], numbers: range
-) -> Candidate:
-    """Of measured solvers the best on their samples and ``numbers`` together, whose exact ends are
-    ``target``.
+) -> tuple[MeasuredCandidate, ...]:
+    """Measured solvers, best first, on their samples and ``numbers`` together, whose exact ends are
+    ``target``; of these alone the standard error.
     """
-    sums = torch.tensor(
-        [m.samples * m.rmse**2 for m in finalists], dtype=torch.float64, device="cpu"
-    )
     tables = [m.candidate.table for m in finalists]
+    parts = []
     for part in batches(numbers, RUN_BATCH):
         low = part.start - numbers.start
         wanted = target[low : low + len(part)]
         squares = (run_tables(problem, tables, part) - wanted).double().square()
-        sums += to_host(squares.flatten(2).mean(2).sum(1))
-    return finalists[int(sums.nan_to_num(nan=math.inf).argmin())].candidate
+        parts.append(to_host(squares.flatten(2).mean(2)))
+    found = []
+    for known, squares in zip(finalists, torch.cat(parts, 1).nan_to_num(nan=math.inf), strict=True):
+        samples = known.samples + len(numbers)
+        mean = (known.samples * known.rmse**2 + float(squares.sum())) / samples
+        error = rmse_with_error(squares)[1]
+        found.append(MeasuredCandidate(known.candidate, math.sqrt(mean), error, samples))
+    return tuple(sorted(found, key=lambda m: m.rmse))
 
 
 def end_of(

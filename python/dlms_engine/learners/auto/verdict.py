@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from ...solvers.table import SolverTable
 from ..start import ExactSolution, MeasuredCandidate, SamplingProblem, Start
 from .budget import Budget
-from .choose import HELD_OUT_FIRST, AutoStage, best_of, choose_stage, measure_stages
+from .choose import HELD_OUT_FIRST, AutoStage, choose_stage, measure_stages, measured_on
 from .settings import AutoSettings
 from .shares import FINALISTS, MORE, OTHERS, PILOT, sample_cost
 from .tail import Comparison, compare_with_base
@@ -33,7 +35,7 @@ def judge(
     """The start with the best handcrafted solver in front, the stage that is kept, and how it compares
     with that solver; ``stages[0]`` becomes it. None where it is kept itself.
     """
-    finalists = finalists_of(start, settings)
+    ranked = finalists_of(start, settings)
 
     def held_out() -> range:
         each = sample_cost(settings.nfe, len(stages), exact.table().nfe)
@@ -42,12 +44,13 @@ def judge(
             samples -= max(1, samples // 8)
         return range(HELD_OUT_FIRST, HELD_OUT_FIRST + samples)
 
-    def measure(numbers: range) -> Start:
+    def measure(numbers: range) -> tuple[tuple[MeasuredCandidate, ...], Tensor]:
         target = exact.solve(numbers)
-        best = best_of(problem, target, finalists, numbers) if finalists else start.best
-        stages[0].policy = best.table
+        found = measured_on(problem, target, ranked, numbers) if ranked else ()
+        if found:
+            stages[0].policy = found[0].candidate.table
         measure_stages(problem, target, stages, numbers)
-        return start.with_base(best)
+        return found, target
 
     # On a few first: all of them are solved once, as exactly as the smallest error asks for.
     numbers = held_out()
@@ -55,18 +58,47 @@ def judge(
         measure(numbers[:PILOT])
         exact.prove(_smallest(stages))
         numbers = held_out()
-    found = measure(numbers)
+    found, target = measure(numbers)
     again = len(numbers) * sample_cost(settings.nfe, len(stages), exact.table().nfe)
     if budget.share() < 1 and again < budget.left():
         assert exact.proof is not None
         steps = exact.proof.steps
         if exact.prove(_smallest(stages)).steps != steps:
-            found = measure(numbers)
-    if found.best.label != start.best.label:
-        say(f"with {len(numbers)} samples more the best handcrafted solver is {found.best.label}")
+            found, target = measure(numbers)
     new = range(numbers.stop, numbers.stop + MORE * len(numbers))
-    others = [m.candidate.table for m in finalists if m.candidate.label != found.best.label]
-    return found, *_kept(problem, exact, stages, others[:OTHERS], numbers, new)
+    others = [m.candidate.table for m in found[1 : 1 + OTHERS]]
+    kept, compared = _kept(problem, exact, stages, others, numbers, new)
+    if kept is stages[0] and len(found) > 1 and budget.share() < 1:
+        pays = budget.left() - len(numbers) * (settings.nfe + 1)  # to measure another base
+        more = with_what_is_left(problem, exact, found, new, pays)
+        if more[0].candidate.label != found[0].candidate.label:
+            kept.policy = more[0].candidate.table
+            measure_stages(problem, target, [kept], numbers)
+        found = more
+    if not found:
+        return start, kept, compared
+    best = found[0].candidate
+    if best.label != start.best.label:
+        extra = found[0].samples - ranked[0].samples
+        say(f"with {extra} samples more the best handcrafted solver is {best.label}")
+    return start.with_base(best), kept, compared
+
+
+def with_what_is_left(
+    problem: SamplingProblem,
+    exact: ExactSolution,
+    finalists: tuple[MeasuredCandidate, ...],
+    numbers: range,
+    pays: float,
+) -> tuple[MeasuredCandidate, ...]:
+    """Handcrafted solvers, where one of them is the result, on as many of the samples ``numbers`` as
+    ``pays`` evaluations solve; best first.
+    """
+    each = exact.table().nfe + sum(m.candidate.table.nfe + 1 for m in finalists)
+    numbers = numbers[: max(0, int(min(pays / each, len(numbers))))]
+    if not numbers:
+        return finalists
+    return measured_on(problem, exact.solve(numbers), finalists, numbers)
 
 
 def _smallest(stages: Sequence[AutoStage]) -> float:
