@@ -240,7 +240,7 @@ def test_bad_settings_are_refused() -> None:
     denoiser = problem()[1]
     for bad, words in (
         ({"bsae": "ipndm"}, "unknown setting 'bsae'"),
-        ({"base": "heun"}, "solver is 'heun'"),
+        ({"base": "heun"}, "base is 'heun'"),
         ({"base": "ddim", "order": 2}, "first order"),
         ({"loss": "l2"}, "loss is 'l2'"),
         ({"depth": 0}, "depth is 0"),

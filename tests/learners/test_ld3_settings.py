@@ -22,7 +22,7 @@ def test_bad_settings_are_refused() -> None:
     denoiser = float_problem()
     for bad, words in (
         ({"studnet": "unipc"}, "unknown setting 'studnet'"),
-        ({"student": "heun"}, "solver is 'heun'"),
+        ({"student": "heun"}, "student is 'heun'"),
         ({"loss": "vgg"}, "loss is 'vgg'"),
         ({"loss": "bottleneck"}, "feature tap"),
         ({"loss": "lpips"}, "lpips_weights"),

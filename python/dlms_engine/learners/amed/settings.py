@@ -12,6 +12,7 @@ from ...processes import Process
 from ...processes.grids import GRIDS, default_grid, named_grid
 from ...solvers import make_solver
 from ...solvers.table import SolverTable
+from ..training.coerce import check_choices, check_least
 from ..training.conclude import Keep, standard_tables
 from ..training.coordinates import CoordinatesName
 from ..training.start_times import GridSource, refine, start_times
@@ -78,21 +79,20 @@ class AmedSettings:
     keep: Keep = "best"
 
     def __post_init__(self) -> None:
-        if self.nfe < 1:
-            raise ValueError(f"nfe is {self.nfe}, expected at least 1")
+        check_choices(self)
+        check_least(
+            self, nfe=1, interpolation=0, endpoint_steps=1, validation_samples=1, validation_steps=1,
+            scale_dir=0, scale_time=0,
+        )  # fmt: skip
         if (self.nfe + int(self.uses_afs)) % 2:
             raise ValueError(
                 f"nfe is {self.nfe} with afs={self.uses_afs}: two evaluations a step, one less "
                 "with AFS, so an odd nfe needs afs=True and an even one afs=False"
             )
-        if self.restart not in ("auto", "teacher", "student"):
-            raise ValueError(f"restart is {self.restart!r}, expected 'auto', 'teacher', 'student'")
         if self.teacher is not None and self.teacher not in TEACHERS:
             raise ValueError(f"teacher is {self.teacher!r}, expected one of {TEACHERS}")
         if not 0.0 <= self.endpoint_share <= 1.0:
             raise ValueError(f"endpoint_share is {self.endpoint_share}, expected 0 to 1")
-        if self.interpolation is not None and self.interpolation < 0:
-            raise ValueError(f"interpolation is {self.interpolation}, expected M >= 0")
         self.base()  # checks solver, order and prediction
 
     @property

@@ -7,7 +7,7 @@ from typing import Literal
 
 from ...processes import Process
 from ...solvers.table import SolverTable
-from ..training.coerce import check_choices
+from ..training.coerce import check_choices, check_least
 from ..training.conclude import standard_tables
 from ..training.coordinates import CoordinatesName
 from ..training.start_times import GridSource
@@ -82,9 +82,11 @@ class DlmsSettings:
     score: Literal["rmse", "features", "product"] = "rmse"
 
     def __post_init__(self) -> None:
-        if self.nfe < 1:
-            raise ValueError(f"nfe is {self.nfe}, expected at least 1")
         check_choices(self)
+        check_least(
+            self, nfe=1, order=1, endpoint_steps=1, validation_samples=1, validation_steps=1,
+            time_range=0, scale_range=0, time_gain=0, last_step_weight=0,
+        )  # fmt: skip
         if not 0.0 <= self.endpoint_share <= 1.0:
             raise ValueError(f"endpoint_share is {self.endpoint_share}, expected 0 to 1")
         combines = _COMBINES.get(self.init, self.prediction)

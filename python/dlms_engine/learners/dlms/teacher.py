@@ -18,6 +18,7 @@ from ...models.denoiser import Denoiser, per_sample
 from ...processes import Process
 from ...solvers.dpm_solver import multistep_sum
 from ...solvers.trace import Form
+from ..training.coerce import check_least
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class TeacherSettings:
     interpolation: int = 4
     order: int = 3
     keep_history: bool = True
+
+    def __post_init__(self) -> None:
+        check_least(self, "teacher_", interpolation=0, order=1)
+        if self.order > 3:
+            raise ValueError(f"teacher_order is {self.order}, expected 1..3")
 
 
 class Teacher:

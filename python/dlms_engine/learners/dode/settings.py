@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ...processes import EDM, Process, VPDiscrete, grids
 from ...solvers.table import Prediction
+from ..training.coerce import check_choices, check_least
 from ..training.conclude import Keep
 from ..training.start_times import GridSource, start_times
 
-_SOLVERS = ("ddim", "ipndm", "deis", "dpm_solver_pp", "dpm_solver", "edm")
 HIGHEST = {"ddim": 1, "ipndm": 4, "deis": 4, "dpm_solver_pp": 3, "dpm_solver": 3, "edm": 1}
 USUAL = {"ddim": 1, "ipndm": 4, "deis": 4, "dpm_solver_pp": 2, "dpm_solver": 2, "edm": 1}
 
@@ -64,16 +64,8 @@ class DodeSettings:
     keep: Keep = "best"
 
     def __post_init__(self) -> None:
-        _one_of("solver", self.solver, _SOLVERS)
-        _one_of("prediction", self.prediction, (None, "data", "noise"))
-        _one_of("formulation", self.formulation, ("difference", "sep", "all", "two"))
-        _one_of("alignment", self.alignment, ("interval", "official"))
-        _one_of("convention", self.convention, ("dimensionless", "x"))
-        for name in ("nfe", "scale", "batch", "chunk"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if not self.ridge >= 0:
-            raise ValueError(f"ridge is {self.ridge}, expected a number >= 0")
+        check_choices(self)
+        check_least(self, nfe=1, scale=1, batch=1, chunk=1, ridge=0)
         if self.order is not None and not 1 <= self.order <= HIGHEST[self.solver]:
             raise ValueError(
                 f"order is {self.order}, expected 1..{HIGHEST[self.solver]} for {self.solver}"
@@ -140,7 +132,8 @@ def student_grid(settings: DodeSettings, process: Process) -> Tensor:
     if settings.alignment == "official":
         return official_grid(process, settings.solver, settings.steps)
     default = "polynomial" if isinstance(process, EDM) else "time_uniform"
-    return start_times(process, settings.grid or default, settings.steps).grid
+    source = default if settings.grid is None else settings.grid
+    return start_times(process, source, settings.steps).grid
 
 
 def official_grid(process: Process, solver: str, steps: int) -> Tensor:
@@ -172,8 +165,3 @@ def official_grid(process: Process, solver: str, steps: int) -> Tensor:
         places = torch.linspace(levels - 1, 0, steps + 1, dtype=torch.float64, device="cpu").round()
         return (places + 1) / levels
     return torch.linspace(1.0, 1 / levels, steps + 1, dtype=torch.float64, device="cpu")
-
-
-def _one_of(name: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected one of {choices}")

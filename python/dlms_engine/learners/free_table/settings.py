@@ -8,6 +8,7 @@ from typing import Literal
 from ...solvers.common import Afs
 from ...solvers.table import Prediction
 from ..training.base_table import Base, BaseName
+from ..training.coerce import check_choices, check_least
 from ..training.conclude import Keep
 from ..training.start_times import GridSource
 
@@ -75,15 +76,11 @@ class FreeTableSettings:
     keep: Keep = "best"
 
     def __post_init__(self) -> None:
-        if self.nfe < 1:
-            raise ValueError(f"nfe is {self.nfe}, expected at least 1")
-        if self.loss not in ("endpoint", "trajectory"):
-            raise ValueError(f"loss is {self.loss!r}, expected 'endpoint' or 'trajectory'")
-        if self.depth is not None and self.depth < 1:
-            raise ValueError(f"depth is {self.depth}, expected None or at least 1")
-        for name, least in (("teacher_steps", 1), ("interpolation", 0), ("validation_samples", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        check_choices(self)
+        check_least(
+            self, nfe=1, depth=1, teacher_steps=1, interpolation=0, validation_samples=1,
+            validation_steps=1, times_lr=0, network_times_lr=0, weights_lr=0, last_step_weight=0,
+        )  # fmt: skip
         trained = (self.learn_times, self.learn_network_times, self.learn_weights, self.learn_state)
         if not any(trained):
             raise ValueError("nothing is learned: set one of the learn_... settings")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ...solvers import SOLVERS
+from ..training.coerce import check_choices
 from ..training.start_times import GridSource
 
 Metric = Literal["dev", "l2", "l1"]
@@ -59,10 +60,7 @@ class GitsSettings:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, expected one of {sorted(SOLVERS)}"
                 )
-        if self.metric not in ("dev", "l1", "l2"):
-            raise ValueError(f"metric is {self.metric!r}, expected 'dev', 'l1' or 'l2'")
-        if self.candidates not in ("all", "searched"):
-            raise ValueError(f"candidates is {self.candidates!r}, expected 'all' or 'searched'")
+        check_choices(self)
         if not self.gammas or not all(g > 0 for g in self.gammas):
             raise ValueError(f"gamma is {self.gamma!r}, expected positive numbers")
         if (self.nfe + int(self.afs)) % self._cost:

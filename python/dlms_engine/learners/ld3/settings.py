@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ...solvers.common import Afs
 from ..training.base_table import Base, BaseName
+from ..training.coerce import check_choices, check_least
 from ..training.conclude import Keep
 from ..training.losses import SampleLoss
 from ..training.start_times import GridSource
@@ -63,7 +65,7 @@ class Ld3Settings:
     nfe: int = 5
     student: BaseName = "unipc"
     order: int | None = None
-    variant: str = "bh1"
+    variant: Literal["bh1", "bh2"] = "bh1"
     afs: Afs = False
     init: GridSource = "uniform"
     coordinate: Coordinate | None = None
@@ -100,14 +102,12 @@ class Ld3Settings:
     keep: Keep = "best"
 
     def __post_init__(self) -> None:
-        for name in ("nfe", "train", "validation", "batch", "teacher_nfe", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+        check_choices(self)
+        check_least(self, nfe=1, train=1, validation=1, batch=1, teacher_nfe=1, patience=1)
+        check_least(self, gamma=0, radius=0, momentum=0, lr_times=0, lr_times_share=0, lr_noise=0)
         for name in ("lr", "clip", "decay"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
-        if self.radius is not None and self.radius < 0:
-            raise ValueError(f"radius is {self.radius}, expected None or a number >= 0")
         if self.decay > 1:
             raise ValueError(f"decay is {self.decay}, expected at most 1")
         if self.rounds < 0 or self.rounds_times < 0 or self.total_rounds < 1:
@@ -123,7 +123,7 @@ class Ld3Settings:
         """The student's solver."""
         first_order = self.student in ("euler", "ddim")
         order = None if first_order else (3 if self.order is None else self.order)
-        return Base(self.student, order, self.variant, self.afs)  # type: ignore[arg-type]
+        return Base(self.student, order, self.variant, self.afs)
 
     @property
     def steps(self) -> int:

@@ -33,8 +33,31 @@ def check_choices(settings: Any) -> None:
     resolved = get_type_hints(type(settings))
     for field in dataclasses.fields(settings):
         hint, value = resolved[field.name], getattr(settings, field.name)
-        if get_origin(hint) is Literal and value not in get_args(hint):
+        choices = _choices(hint)
+        if choices and value not in choices:
             raise ValueError(f"{field.name} is {value!r}, expected {expected(hint)}")
+
+
+def check_least(settings: Any, prefix: str = "", **least: float) -> None:
+    """Raises ValueError if a field of this dataclass is below its least value, or NaN; None is not.
+
+    Args:
+        prefix: goes before the fields' names in the message, as in ``teacher_order``.
+    """
+    for name, bound in least.items():
+        value = getattr(settings, name)
+        if value is not None and not value >= bound:
+            raise ValueError(f"{prefix}{name} is {value}, expected at least {bound}")
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    """All values of a hint that lists them, ``Literal[...]`` or that ``| None``; else ()."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    if get_origin(hint) not in (Union, types.UnionType):
+        return ()
+    parts = [(None,) if a is types.NoneType else _choices(a) for a in get_args(hint)]
+    return tuple(value for part in parts for value in part) if all(parts) else ()
 
 
 def expected(hint: Any) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .coerce import check_least
+
 
 @dataclass(frozen=True)
 class TrainerSettings:
@@ -36,8 +38,11 @@ class TrainerSettings:
 
     def __post_init__(self) -> None:
         for name in ("trajectories", "batch", "lr", "clip"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a positive number")
+        check_least(self, warmup=0, validate_every=0)
+        if not all(half_life > 0 for half_life in self.ema_kimg):
+            raise ValueError(f"ema_kimg is {self.ema_kimg}, expected positive half-lives")
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"decay is {self.decay!r}, expected 'constant' or 'cosine'")
 

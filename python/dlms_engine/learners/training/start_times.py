@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -33,8 +34,20 @@ def start_times(process: Process, source: GridSource, steps: int) -> StartTimes:
             static table (LD3, GITS, free_table, ...); a table; or ``steps + 1`` decreasing times.
 
     Raises:
-        ValueError: unknown name, wrong number of times, or a table of another process.
+        ValueError: unknown name, wrong number of times, times that start elsewhere than the process
+            (exact solutions and validations do), or a table of another process.
     """
+    times = _read(process, source, steps)
+    first = float(times.grid[0])
+    if not math.isclose(first, process.t_max, rel_tol=1e-6):
+        raise ValueError(
+            f"grid starts at {first:g}, but {process!r} at {process.t_max:g}: start there, or make the "
+            f"process with t_max={first:g}"
+        )
+    return times
+
+
+def _read(process: Process, source: GridSource, steps: int) -> StartTimes:
     if isinstance(source, (str, Path)) and str(source).endswith(".safetensors"):
         table = policy_of(load_solver(source)).static_table()
         if table is None:
