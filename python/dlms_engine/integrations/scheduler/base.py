@@ -143,9 +143,9 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
             options = {**adopted.pop("solver_options", {}), **(kwargs.get("solver_options") or {})}
             kwargs |= {"solver_options": options} if options else {}
             config = adopted
-        if isinstance(config, dict) and not isinstance(
-            load_source(kwargs.get("solver", "ddim")), str
-        ):
+        # clipping in a config of another solver is not meant for a learned one
+        theirs = isinstance(config, dict) and config.get("solver") != SOLVER_FILE
+        if theirs and not isinstance(load_source(kwargs.get("solver", "ddim")), str):
             config = {k: v for k, v in config.items() if k not in ("clip_sample", "thresholding")}
         return super().from_config(config, return_unused_kwargs, **kwargs)
 

@@ -143,6 +143,7 @@ class StartRows:
         packed: ``[rows, 6 + depth]`` float64.
         c_in: scale of the network's input at every evaluation, the given state's scale included.
         alpha, sigma: ``[rows]`` at the network's times (for clipping data predictions).
+        scale: the given state's, part of row 0; an analytical first step has one.
     """
 
     packed: Tensor
@@ -151,6 +152,7 @@ class StartRows:
     sigma: Tensor
     depth: int
     prediction: Literal["data", "noise"]
+    scale: float = 1.0
 
 
 def make_plan(rows: Rows, model: NoiseModel, begin: int) -> StartRows:
@@ -164,4 +166,6 @@ def make_plan(rows: Rows, model: NoiseModel, begin: int) -> StartRows:
         c_skip=c_skip, c_out=pre.c_out, a=a, c_in_next=torch.ones_like(a), guidance=1.0, b=rows.b
     )
     alpha, sigma = model.process.alpha(rows.times), model.process.sigma(rows.times)
-    return StartRows(packed, tuple(c_in.tolist()), alpha, sigma, rows.depth, rows.prediction)
+    return StartRows(
+        packed, tuple(c_in.tolist()), alpha, sigma, rows.depth, rows.prediction, rows.scale
+    )

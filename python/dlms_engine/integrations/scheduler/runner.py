@@ -135,8 +135,14 @@ class Runner:
             )
         if self._policy is not None and self._model.kind == "edm":
             raise ValueError(
-                "per-sample solvers are not supported on EDM pipelines: use accelerate"
+                "per-sample solvers are not supported on EDM pipelines: use the static table, "
+                "solver.table(denoiser, noise)"
             )
+        for key in ("clip_sample", "thresholding"):
+            if self._policy is not None and self._config[key]:
+                raise ValueError(
+                    f"{key} is True: a solver with rows of its own for every sample does not clip"
+                )
         told = timesteps is not None or (
             sigmas is not None and not is_default(vector(sigmas, "sigmas"))
         )

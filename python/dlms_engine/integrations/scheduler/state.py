@@ -57,10 +57,10 @@ class State:
         x, ring, backend = self._ready(sample)
         row = self._rows[n] if row is None else row.to(x.dtype).contiguous()
         f = _network_dtype(output, sample, x.dtype)
-        if torch.is_grad_enabled() and (f.requires_grad or x.requires_grad):
-            return self._differentiable(f, x, ring, row, n).to(sample.dtype)
         if clip is not None:
             f, row = self._clipped(n, f, x, row, clip, keep_noise)
+        if torch.is_grad_enabled() and (f.requires_grad or x.requires_grad):
+            return self._differentiable(f, x, ring, row, n).to(sample.dtype)
         latents = torch.empty_like(f)
         backend(f, None, x, ring, row, latents)
         if self._correctors is not None and n >= self._correctors.first:
@@ -123,17 +123,18 @@ class State:
     ) -> tuple[Tensor, Tensor]:
         """The row with its m formed here, from the clipped data prediction."""
         plan = self.plan
+        scale = plan.scale if n == 0 else 1.0  # the row's first columns hold it already
         m = row[..., 0] * x + row[..., 1] * f.to(x.dtype)
         if plan.prediction == "data" and keep_noise:
             # x' = alpha' clip(m) + sigma' (x - alpha m) / sigma, written as a x + b m'
-            a, b = float(plan.packed[n, layout.A]), float(plan.packed[n, layout.B])
+            a, b = float(plan.packed[n, layout.A]) / scale, float(plan.packed[n, layout.B])
             kept = float(plan.alpha[n]) * a
             m = (clip(m) * (b + kept) - m * kept) / b
         elif plan.prediction == "data":
             m = clip(m)
         else:
-            alpha, sigma = float(plan.alpha[n]), float(plan.sigma[n])
-            m = (x - alpha * clip((x - sigma * m) / alpha)) / sigma
+            alpha, sigma, state = float(plan.alpha[n]), float(plan.sigma[n]), scale * x
+            m = (state - alpha * clip((state - sigma * m) / alpha)) / sigma
         row = row.clone()
         row[..., 0], row[..., 1] = 0.0, 1.0
         return m, row
