@@ -183,6 +183,12 @@ def test_lean_costs_what_it_says_and_at_most_1500(process: Process) -> None:
     assert start.calls == p.denoiser.network.samples
     assert start.calls <= cost(process, nfe, "lean") + 4 * 4 * 96 * (start.proof.steps > 24)
     assert cost(process, nfe, "lean") <= 1500
+    contest = Contest(process, nfe, "lean", again=1e9)
+    assert (
+        contest.cost + contest.more
+        <= 1500
+        < contest.cost + Contest(process, nfe, "full", again=1e9).more
+    )
 
 
 def _figures(start: Start) -> list[object]:

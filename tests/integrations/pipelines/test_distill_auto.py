@@ -42,6 +42,7 @@ def test_what_the_budget_holds_is_said(seconds: float, more: bool, monkeypatch: 
     line = distill.budget_line(denoiser, shape, AutoSettings(4))
     assert f"{600 / seconds:,.0f}" in line
     assert ("nothing will be trained" in line) == more
+    assert ("where a few samples hold the error" in line) == (not more)
 
 
 def test_nothing_rescales_the_first_input_where_the_pipeline_cannot() -> None:

@@ -21,10 +21,10 @@ from typing import Any, cast
 import torch
 
 from ...learners import distill
-from ...learners.auto import AutoSettings, effort_of, search_limit
+from ...learners.auto import AutoSettings, effort_of, search_again, search_limit
 from ...learners.auto.budget import parse_budget
 from ...learners.registry import learner
-from ...learners.start import SamplingProblem, cost, seconds_of_one, start_effort
+from ...learners.start import Contest, SamplingProblem, seconds_of_one, start_effort
 from ...models.denoiser import Denoiser, find_module
 from ...models.tap import FeatureTap
 from ...support.files import read_text
@@ -110,13 +110,17 @@ def budget_line(denoiser: Denoiser, shape: tuple[int, ...], settings: AutoSettin
         seconds = seconds_of_one(SamplingProblem(denoiser, shape))
     effort = effort_of(settings) or start_effort(seconds)
     most = search_limit(settings, lambda: seconds)
-    start = cost(denoiser.process, settings.nfe, effort, most)
+    again = search_again(settings, most)
+    contest = Contest(denoiser.process, settings.nfe, effort, most=most, again=again)
+    start, whole = contest.cost, contest.cost + round(contest.more)
     limit = parse_budget(settings.budget)
     holds = min(limit.calls, limit.seconds / max(seconds, 1e-9))
     line = (
         f"one evaluation of one sample takes {seconds:.3g} s: the budget, {settings.budget}, holds "
-        f"about {holds:,.0f}; measuring the handcrafted solvers takes up to {start:,} of them"
+        f"about {holds:,.0f}; measuring the handcrafted solvers takes about {start:,} of them"
     )
+    if whole > start:
+        line += f", up to {whole:,} where a few samples hold the error"
     if start <= holds:
         return line
     minutes = start * seconds / 60

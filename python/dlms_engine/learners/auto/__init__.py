@@ -44,7 +44,7 @@ from .shares import (
 from .table import GeneralTable, bases
 from .verdict import judge
 
-__all__ = ["AUTO", "Auto", "AutoSettings", "effort_of", "search_limit"]
+__all__ = ["AUTO", "Auto", "AutoSettings", "effort_of", "search_again", "search_limit"]
 
 TRIAL = 3
 """Iterations of each base before the better one goes on."""

@@ -20,6 +20,7 @@ from .store import keep_start, kept_start
 __all__ = [
     "Candidate",
     "Conditions",
+    "Contest",
     "Effort",
     "ExactSolution",
     "MeasuredCandidate",

@@ -87,7 +87,7 @@ class Contest:
         effort: ``"full"`` is the largest search of every solver that ``most`` evaluations of one sample
             pay for, or a lean one.
         again: evaluations of one sample that all may take, ``more`` included; None is ``AGAIN`` times a
-            finite ``most``.
+            finite ``most``; of a lean effort at most ``MOST_LEAN``.
 
     Attributes:
         candidates: all of them that the effort looks at.
@@ -116,6 +116,8 @@ class Contest:
             self._fits(process, LEAN, "lean", afs, MOST_LEAN)
         if again is None:
             again = AGAIN * most if math.isfinite(most) else 0.0
+        if effort == "lean":
+            again = min(again, MOST_LEAN)
         self.more = max(0.0, again - self.cost)
 
     def _fits(
