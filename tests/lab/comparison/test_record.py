@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import cli_model
 import pytest
@@ -11,9 +12,13 @@ import torch
 from dlms_engine import solvers
 from dlms_engine.lab.comparison import session
 from dlms_engine.lab.comparison.measure import Entry, Measurer
-from dlms_engine.lab.comparison.record import RecordSettings, record
-from dlms_engine.lab.comparison.result import best
-from dlms_engine.lab.comparison.store import Store, digest
+from dlms_engine.lab.comparison.record import RecordSettings, evaluate_one, record
+from dlms_engine.lab.comparison.result import Sizes, best
+from dlms_engine.lab.comparison.store import Store, digest, model_digest, network_digest
+from dlms_engine.lab.evaluation.own_features import PixelFeatures
+from dlms_engine.learners.start.problem import SamplingProblem
+from dlms_engine.models.denoiser import Denoiser
+from dlms_engine.processes import EDM
 
 pytest.importorskip("torchmetrics")
 NFE = 3
@@ -68,6 +73,69 @@ def test_other_seeds_or_solvers_are_not_taken_from_the_cache(tmp_path: Path) -> 
     assert numbers(measurer(tmp_path).measure("m", entries(), SEEDS)) == first
     assert numbers(measurer(tmp_path).measure("m", entries()[::-1], SEEDS)) == first[::-1]
     assert numbers(measurer(tmp_path).measure("m", entries(), range(1, 11))) != first
+
+
+def half(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return 0.5 * x
+
+
+def third(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return x / 3
+
+
+WEIGHTS = torch.nn.Conv2d(3, 3, 1)
+
+
+class Weighed(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = WEIGHTS
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor, label: Any = None) -> torch.Tensor:
+        out: torch.Tensor = self.inner(x) if label is None else self.inner(x) + label
+        return out
+
+
+GUIDED = {"unconditional": {"label": torch.zeros(1, 1, 1, 1)}}
+MODELS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "half": (half, {"prediction": "data"}),
+    "third": (third, {"prediction": "data"}),
+    "usual": (Weighed(), {}),
+    "data": (Weighed(), {"prediction": "data"}),
+    "sigma_data": (Weighed(), {"sigma_data": 1.0}),
+    "time": (Weighed(), {"time_input": "t"}),
+    "scale": (Weighed(), {"time_input": "t", "time_scale": 1000}),
+    "thresholded": (Weighed(), {"dynamic_thresholding": 0.9}),
+    "guided": (Weighed(), {"guidance_scale": 2.0, **GUIDED}),
+    "more": (Weighed(), {"guidance_scale": 3.0, **GUIDED}),
+}
+
+
+def test_a_network_wrapped_otherwise_is_another_model() -> None:
+    """The caches of ``evaluate`` and ``compare`` know a model by it; planted: the weights say nothing."""
+    process, digests, weights = EDM(), {}, {}
+    for name, (network, given) in MODELS.items():
+        problem = SamplingProblem(Denoiser(network, process, **given), (3, 4, 4))
+        digests[name] = model_digest(problem)
+        weights[name] = network_digest(network)
+        assert model_digest(problem) == digests[name]
+    assert len(set(digests.values())) == len(MODELS)
+    assert len(set(weights.values())) == 2
+    # what is usual is not said: results of before are found again
+    assert digests["usual"] == weights["usual"]
+
+
+def test_evaluate_measures_again_what_is_wrapped_otherwise(tmp_path: Path) -> None:
+    table = solvers.handcrafted(EDM(), NFE)[0][1]
+    sizes = Sizes(samples=4, exact_samples=4, exact_nfe=8, screen_samples=0)
+    found = [
+        evaluate_one(
+            Denoiser(network, EDM(), "data"), PixelFeatures((3, 4, 4)), None, (3, 4, 4),
+            Entry("solver", table), tmp_path, sizes, distances=False, progress=False,
+        )["rmse"]
+        for network in (half, third, half)
+    ]  # fmt: skip
+    assert found[0] == found[2] != found[1]
 
 
 def test_damaged_or_foreign_cache_counts_as_absent(tmp_path: Path) -> None:

@@ -150,6 +150,17 @@ def test_the_digest_sees_every_tensor_and_large_ones_in_places():
     assert run_identity(model, {}) != base
 
 
+@pytest.mark.parametrize(
+    "other", [{"time_input": "t"}, {"time_input": "sigma"}, {"dynamic_thresholding": 0.99}]
+)
+def test_a_network_called_otherwise_is_another_run(other):
+    network, process = nn.Linear(2, 2), dlms.processes.EDM()
+    base, same, changed = (
+        run_identity(dlms.Denoiser(network, process, **given), {}) for given in ({}, {}, other)
+    )
+    assert base == same != changed
+
+
 def hold(path, ready, done):
     with files.only_one(path):
         ready.set()

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ...learners import distill
-from ...learners.start.problem import Conditions, read_conditions
+from ...learners.start.problem import Conditions, SamplingProblem, read_conditions
 from ...learners.training.identity import conditions_digest
 from ...models.denoiser import Denoiser
 from ...policies.distilled import load_solver
@@ -23,7 +23,7 @@ from ...support.files import only_one, write_text
 from .budget import Calls, affordable, counted
 from .contestants import Contestant
 from .result import Cost
-from .store import network_digest
+from .store import model_digest
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Distilled:
 class Workshop:
     """Distils contestants on one model and keeps solver files with their costs in ``folder``.
 
-    A file made with other settings, another budget or another network is made again. What was
+    A file made with other settings, another budget or another model is made again. What was
     interrupted starts over: a contestant takes minutes, and its cost is counted in one piece.
 
     Attributes:
@@ -78,8 +78,8 @@ class Workshop:
 
     @cached_property
     def _model(self) -> str:
-        """Of the weights: hashed once, not for every contestant and count."""
-        return network_digest(self.denoiser.network)
+        """Hashed once, not for every contestant and count."""
+        return model_digest(SamplingProblem(self.denoiser, self.shape, self.conditions))
 
     def distilled(self, contestant: Contestant, nfe: int, seed: int = 0) -> Distilled:
         """The solver of ``nfe`` evaluations, trained on the noise of ``seed``.
@@ -95,7 +95,8 @@ class Workshop:
             held = _read(facts_path)
             if path.exists() and held.get("key") == key:
                 policy = load_solver(path).policy
-                return Distilled(policy, **held["cost"])
+                if policy.process == self.denoiser.process:
+                    return Distilled(policy, **held["cost"])
             found = self._make(contestant, nfe, seed, path)
             write_text(facts_path, json.dumps({"key": key, "cost": found.cost}, indent=1))
         return found

@@ -24,7 +24,7 @@ from ...solvers.table import SolverTable
 from ...support.parallel import World
 from ...support.transfer import to_host
 from ..evaluation.frechet import FeatureSums, feature_sums
-from .store import Store, digest, network_digest
+from .store import Store, digest, model_digest, network_digest
 
 SAVE_SECONDS = 20.0
 SUMMED = ("total", "outer", "error", "compared")
@@ -121,7 +121,7 @@ class Measurer:
         process = denoiser.process
         start = torch.tensor(process.t_max, dtype=torch.float64)
         self._scale = float(process.sigma(start))
-        self._model: list[str | None] = [network_digest(denoiser.network), network_digest(features)]
+        self._model: list[str | None] = [model_digest(self._problem), network_digest(features)]
         if given is not None:
             self._model.append(conditions_digest(given))
 

@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ...learners.start.problem import SamplingProblem
+from ...learners.training.identity import unusual_wrapping
 from ...support.files import replacing
+from ...support.transfer import host_numbers
 
 _FORMAT = "dlms_engine.record/1"
 
@@ -71,3 +74,31 @@ def network_digest(network: object) -> str:
     if isinstance(network, nn.Module):
         return digest(dict(network.state_dict()), type(network).__name__)
     return digest({}, type(network).__name__)
+
+
+def model_digest(problem: SamplingProblem) -> str:
+    """Digest of a model but for its process and conditions: of the weights, and of how they are wrapped.
+
+    A network without weights is known by its answers, to three digits.
+    """
+    denoiser = problem.denoiser
+    network, facts = denoiser.network, unusual_wrapping(denoiser)
+    if not (isinstance(network, nn.Module) and network.state_dict()):
+        facts["answers"] = _answers(problem)
+    weights = network_digest(network)
+    return f"{weights} {digest({}, facts)}" if facts else weights
+
+
+@torch.no_grad()
+def _answers(problem: SamplingProblem) -> list[str]:
+    """Data predictions of two samples at three noise levels: mean and mean square."""
+    numbers, process = range(2), problem.process
+    found: list[str] = []
+    for share in (0.1, 0.5, 0.9):
+        t = process.t_min + share * (process.t_max - process.t_min)
+        alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
+        x = problem.noise(numbers) * (sigma / float(process.sigma(process.t_max))) + 0.5 * alpha
+        times = torch.full((len(numbers),), t, dtype=torch.float64, device=x.device)
+        out = problem.predict(x, times, numbers).double()
+        found += [f"{number:.2e}" for number in host_numbers([out.mean(), out.square().mean()])]
+    return found

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..._version import __version__
-from ...models.denoiser import Denoiser
+from ...models.denoiser import Denoiser, usual_prediction
+from ...models.preconditioning import NamedTime
 
 WHOLE = 65_536
 """Tensors with at most this many elements are read whole."""
@@ -24,20 +25,46 @@ def run_identity(denoiser: Denoiser, conditions: Mapping[str, Any]) -> dict[str,
 
     Args:
         denoiser: its network's weights (those of large tensors at ``SAMPLED`` places), process,
-            prediction and guidance.
+            prediction, time input, guidance and thresholding.
         conditions: what the network is given beside state and time.
     """
     process = json.dumps(denoiser.process.config(), sort_keys=True, default=str)
     return {
         "network": _network(denoiser.network),
         "process": process if len(process) < 200 else _text(process),
+        **_wrapping(denoiser),
+        "conditions": _values(conditions),
+        "version": __version__,
+    }
+
+
+def unusual_wrapping(denoiser: Denoiser) -> dict[str, Any]:
+    """How the network is wrapped where that is not the usual for its process, as JSON values.
+
+    With the weights, the process and the conditions it says what a model answers: for keys of caches.
+    """
+    usual = {"prediction": usual_prediction(denoiser.network_process), "sigma_data": 0.5}
+    wrapping = _wrapping(denoiser)
+    if denoiser.prediction != "edm":
+        del wrapping["sigma_data"]  # nothing reads it
+    return {name: value for name, value in wrapping.items() if value != usual.get(name)}
+
+
+def _wrapping(denoiser: Denoiser) -> dict[str, Any]:
+    return {
         "prediction": denoiser.prediction,
         "sigma_data": denoiser.sigma_data,
         "guidance_scale": denoiser.guidance_scale,
         "unconditional": _values(denoiser.unconditional),
-        "conditions": _values(conditions),
-        "version": __version__,
+        "time_input": _time_input(denoiser._time_input),
+        "dynamic_thresholding": denoiser.dynamic_thresholding,
     }
+
+
+def _time_input(given: Any) -> str | None:
+    if isinstance(given, NamedTime):
+        return f"{given.scale:g} * {given.name}"
+    return None if given is None else str(getattr(given, "__qualname__", type(given).__qualname__))
 
 
 def conditions_digest(conditions: Any) -> str | None:
