@@ -106,8 +106,23 @@ bool export_tensor(py::handle object, DLTensor* raw) {
   return false;
 }
 
+// Of sizes and strides: a view of the same memory may have others, or a new tensor there.
+uint64_t layout_of(const DLTensor& raw) {
+  uint64_t digest = static_cast<uint64_t>(raw.ndim);
+  const auto mix = [&digest](int64_t number) {
+    digest = (digest ^ static_cast<uint64_t>(number)) * 0x9E3779B97F4A7C15ull;
+    digest ^= digest >> 32;
+  };
+  for (int d = 0; d < raw.ndim; ++d) {
+    mix(raw.shape[d]);
+    mix(raw.strides == nullptr ? -1 : raw.strides[d]);
+  }
+  return digest;
+}
+
 void take_place(const DLTensor& raw, TensorPlace* out) {
   out->data = static_cast<char*>(raw.data) + raw.byte_offset;
+  out->layout = layout_of(raw);
   out->dtype = raw.dtype.code | raw.dtype.bits << 8 | static_cast<uint32_t>(raw.dtype.lanes) << 16;
   out->device = {static_cast<int>(raw.device.device_type), raw.device.device_id};
 }

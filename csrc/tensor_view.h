@@ -28,9 +28,10 @@ struct TensorView {
   bool has_shape(const int64_t* expected, int n) const;
 };
 
-// Where the memory of a tensor is, any dtype and device.
+// Where the memory of a tensor is and how it lies there, any dtype and device.
 struct TensorPlace {
   void* data = nullptr;
+  uint64_t layout = 0;        // digest of sizes and strides
   uint32_t dtype = 0;         // DLPack's code, bits and lanes
   std::pair<int, int> device; // DLPack's type, and index
 };

@@ -20,7 +20,8 @@ namespace dlms {
 class MovingParts {
  public:
   virtual ~MovingParts() = default;
-  // Writes where a tensor lies. False: it has no memory of its own, or is a parameter elsewhere.
+  // Writes where a tensor lies and its layout. False: it has no memory of its own, or is a
+  // parameter elsewhere.
   virtual bool place(PyObject* tensor, bool parameter) = 0;
   // Writes a number, text or bytes. False: it is something else.
   virtual bool plain(PyObject* item) = 0;

@@ -67,10 +67,12 @@ bool Writer::place(PyObject* item, bool parameter) {
   if (!place_of(item, &place)) return false;
   struct {
     const void* data;
+    uint64_t layout;
     uint32_t dtype;
     int32_t type, index, unused; // no padding: every byte counts
-  } const packed = {place.data, place.dtype, place.device.first, place.device.second, 0};
-  static_assert(sizeof packed == sizeof(void*) + 16, "padding would be compared");
+  } const packed = {
+      place.data, place.layout, place.dtype, place.device.first, place.device.second, 0};
+  static_assert(sizeof packed == sizeof(void*) + 24, "padding would be compared");
   moving.put(packed);
   return !parameter || place.device == device_;
 }

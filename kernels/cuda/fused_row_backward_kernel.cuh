@@ -5,10 +5,13 @@
 //
 //   G      = g_x + c_in * g_i                     gradient of x_next, all paths
 //   M      = g_m + b_0 * G                        gradient of m
-//   dF     = c_out * M                            grad_f = dF - guidance * dF, grad_f_cond =
-//   guidance * dF grad_x = a * G + c_skip * M grad_ring[slot - k] = b_k * G (k >= 1),
-//   grad_ring[slot] = 0 grad_row = sums of M x, M F, G x, g_i x_next, dF (f_cond - f), 0, G m, G
-//   m_{n-1}, ...
+//   dF     = c_out * M
+//
+//   grad_f = dF - guidance * dF                   without a second branch dF
+//   grad_f_cond = guidance * dF
+//   grad_x = a * G + c_skip * M
+//   grad_ring[slot - k] = b_k * G                 k >= 1; grad_ring[slot] = 0
+//   grad_row = sums of M x, M F, G x, g_i x_next, dF (f_cond - f), 0, G m, G m_{n-1}, ...
 //
 // The sums run in double, without atomics, in three fixed stages: a tile of one sample (lanes, warp
 // shuffles, warps in order), the tiles of a sample, and, for a row that all samples share, the

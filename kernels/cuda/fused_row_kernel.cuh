@@ -15,7 +15,7 @@
 namespace dlms::cuda {
 
 // Blocks a multiprocessor at least, which bounds the registers of a thread: 64 for 4, 80 for 3.
-// Two- byte networks have eight elements a thread.
+// Networks of two bytes a number have eight elements a thread.
 template <class F>
 constexpr int kBlocks = sizeof(F) == 2 ? 3 : 4;
 

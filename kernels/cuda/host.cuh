@@ -87,7 +87,8 @@ inline void check_like_x(const char* op, const char* name, const Tensor& t, cons
       " must be on the device of x, cuda:", x.get_device_index());
 }
 
-// Checks x, ring and row and returns the sizes. ring must be [depth, *x.shape], 1 <= depth <= 20.
+// Checks x, ring and row and returns the sizes. ring must be [depth, *x.shape], 1 <= depth <=
+// kMaxDepth.
 inline Sizes check_state(const char* op, const Tensor& x, const Tensor& ring, const Tensor& row) {
   STD_TORCH_CHECK(x.is_cuda(), op, ": x must be a CUDA tensor");
   STD_TORCH_CHECK(x.dim() >= 1, op, ": x must have a batch dimension");

@@ -42,6 +42,9 @@ class Adapted(nn.Linear):
         self.processor = Processor(1.0)
         self.b1 = 1.1
         self.table = torch.zeros(2)
+        self.memory = torch.zeros(4, 2)
+        self.rows = self.memory[:2]
+        self.register_buffer("part", self.memory[:2])
         self.skipped = {1, "up"}
         self.recent = collections.deque([1, 2])
         self.factor = np.float32(1.0)

@@ -16,6 +16,8 @@ from torch import nn
 from dlms_engine.engine.cuda_graph_cache import GraphCache, graph_key
 from dlms_engine.engine.cuda_graph_fallback import PythonCache, python_key
 from dlms_engine.engine.native import native
+from dlms_engine.models.denoiser import Denoiser
+from dlms_engine.processes import EDM
 
 pytestmark = pytest.mark.usefixtures("graph_backend")
 
@@ -94,6 +96,17 @@ def test_invalidate_one_network_or_all():
     assert len(cache) == 1
     cache.clear()
     assert len(cache) == 0 and cache.nbytes == 0
+
+
+def test_invalidate_the_network_inside_of_denoisers():
+    cache, network = GraphCache(), nn.Identity()
+    denoisers = [Denoiser(each, EDM(), "data") for each in (network, network, nn.Identity())]
+    keys = [graph_key(each, X)[0] for each in denoisers]
+    for each in keys:
+        cache.runs.claim(each)
+        cache.runs.put(each, each, object(), 5)
+    cache.invalidate(network)
+    assert [each in cache for each in keys] == [False, False, True]
 
 
 def test_what_was_invalidated_while_it_was_made_is_not_kept():

@@ -92,7 +92,7 @@ def graph_key(
 
     Seen are the shapes, dtypes and devices of `inputs` (their values are copied in); `options`;
     precision and autocast modes; and of `network` and `modules`, with all that they contain, where
-    parameters, buffers and other tensors lie, plain attributes (numbers, texts, containers of them:
+    parameters, buffers and other tensors lie and with which sizes, plain attributes (numbers, texts, containers of them:
     LoRA scales, active adapters, FreeU), hooks, attention processors and other objects with their
     plain attributes. In-place updates of tensors keep the key, as the graph sees them.
 
@@ -245,12 +245,17 @@ class GraphCache:
     def invalidate(self, network: Any = None) -> None:
         """Drops the graphs of `network` (None: of every network) and what is known of failures.
 
+        `network` is a denoiser, or the network inside of denoisers: the graphs of all of them go.
         To be called after a change that the key cannot see (``graph_key`` lists what it sees): a
         Python global, an object inside an object inside a module, code that was replaced in place.
         """
-        number = 0 if network is None else _tokens.get(network)
-        if number is not None:
-            self.runs.invalidate(number)
+        if network is None:
+            return self.clear()
+        with _tokens_lock:
+            known = list(_tokens.items())
+        for owner, number in known:
+            if owner is network or getattr(owner, "network", None) is network:
+                self.runs.invalidate(number)
 
     def clear(self) -> None:
         """Drop every graph and every failure."""

@@ -31,7 +31,7 @@ def _settings(value: Any, tensors: bool, depth: int = 0) -> Any:
     if isinstance(value, (torch.dtype, torch.device, FunctionType, BuiltinFunctionType, type)):
         return value
     if isinstance(value, Tensor):
-        return (value.data_ptr(), value.dtype) if tensors else None
+        return _place(value) if tensors else None
     if depth < 6 and isinstance(value, (tuple, list)):
         return tuple(_settings(v, tensors, depth + 1) for v in value)
     if depth < 6 and isinstance(value, Mapping):
@@ -48,6 +48,12 @@ def _settings(value: Any, tensors: bool, depth: int = 0) -> Any:
     if depth < 2 and not type(value).__module__.startswith(("torch", "builtins", "_")):
         return type(value), _settings(attributes(value), tensors, depth + 1)
     return type(value)
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies and how: a view of the same memory may have other sizes."""
+    strides = tensor.stride() if tensor.layout == torch.strided else ()
+    return tensor.data_ptr(), tensor.shape, strides, tensor.dtype
 
 
 def attributes(value: Any) -> dict[str, Any]:
