@@ -119,10 +119,12 @@ def preconditioned(alpha, sigma, data, NETWORK: tl.constexpr, NOISE: tl.constexp
         norm = alpha * alpha + sigma * sigma
         c_skip = sigma / norm if NOISE else alpha / norm
         c_out = alpha / norm if NOISE else -sigma / norm
-    else:  # flow
+    else:  # flow, reverse_flow
         norm = alpha + sigma
         c_skip = 1.0 / norm
         c_out = alpha / norm if NOISE else -sigma / norm
+        if NETWORK == 5:
+            c_out = -c_out
     return c_skip, c_out, c_in
 
 

@@ -69,3 +69,12 @@ def test_samples_that_are_not_finite_are_reported_once_with_the_evaluation(backe
     with caplog.at_level(logging.WARNING, "dlms_engine"):
         quiet(NOISE)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_samples_that_are_not_finite_are_reported_whatever_the_noise_lies_like(backend, caplog):
+    """The run that finds the evaluation was refused noise that is not contiguous."""
+    denoiser = Denoiser(lambda x, t: x * torch.inf, PROCESS, "data")
+    noise = NOISE.to(memory_format=torch.channels_last)
+    Sampler(denoiser, TABLE, backend=backend)(noise)
+    assert "not finite from evaluation 1 of" in caplog.text

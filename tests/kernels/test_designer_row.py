@@ -16,6 +16,8 @@ from kernel_cases import assert_no_worse_than_eager
 
 from dlms_engine import processes
 from dlms_engine.engine.sampler import seeded_noise
+from dlms_engine.models.preconditioning import PREDICTIONS
+from dlms_engine.ops import designer_row
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def test_orders_steps_and_first_steps(device, steps, order, afs, prediction):
 
 
 @pytest.mark.parametrize("prediction", ["data", "noise"])
-@pytest.mark.parametrize("network", ["edm", "data", "noise", "velocity", "flow"])
+@pytest.mark.parametrize("network", ["edm", "data", "noise", "velocity", "flow", "reverse_flow"])
 @pytest.mark.parametrize(
     "process",
     [EDM, processes.VP(), processes.VP.fitted(0.002, 80.0), processes.Cosine(), DISCRETE],
@@ -42,7 +44,11 @@ def test_processes_and_networks(device, process, network, prediction):
     check(device, make_policy(process, prediction=prediction), make_denoiser(process, network))
 
 
-@pytest.mark.parametrize("network", ["data", "velocity", "flow"])
+def test_a_number_for_every_prediction_of_a_network():
+    assert set(designer_row.NETWORK_CODES) == set(PREDICTIONS)
+
+
+@pytest.mark.parametrize("network", ["data", "velocity", "flow", "reverse_flow"])
 def test_rectified_flow(device, network):
     """From t = 1, where alpha is zero."""
     flow = processes.RectifiedFlow()

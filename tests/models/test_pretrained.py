@@ -86,6 +86,8 @@ def test_both_kinds_come_back_as_they_were_trained(exporter: Any, tmp_path: Path
         assert model.denoiser.prediction == process
         assert model.shape == (3, 8, 8) and model.classes == tuple(CLASSES)
         assert torch.equal(model.labels("flag", "face"), torch.tensor([2, 0]))
+        elsewhere = pretrained.read(folder, "meta").labels("flag")
+        assert elsewhere.device.type == "meta", "the network's device"
         rounded = network.bfloat16().float()
         raw = model.denoiser.network_output(x, torch.tensor(0.3), class_labels=labels)
         torch.testing.assert_close(raw, rounded(x, torch.full((2,), 0.3), labels))

@@ -48,6 +48,8 @@ def obstacle(device: torch.device) -> str | None:
         return f"CUDA graphs need tensors on an NVIDIA GPU, these are on {device}"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing; it may capture on its own (mode='reduce-overhead')"
+    if capture.CAPTURING.mine:
+        return "another run is being captured; this one becomes part of it"
     if torch.cuda.is_current_stream_capturing():
         return "the current stream is already capturing; the run becomes part of that graph"
     return None
@@ -157,14 +159,18 @@ def _capture(cache: GraphCache, key: Any, this: Runnable) -> tuple[Tensor | None
             _require_right(output, this)
         if this.loop is not None and cache.loop == "auto":
             _prefer_loop(run, this)
+        # The first run of a network may have filled in attributes that are part of the key.
+        settled, _ = this.key()
     except GraphCaptureError as exc:
         cache.runs.fail(key, str(exc), isinstance(exc, UnsettledNetworkError))
         return None, str(exc)
+    except torch.OutOfMemoryError as exc:  # beside the graph; the plain run has more room
+        reason = f"the run cannot be captured: {explain(exc)}"
+        cache.runs.fail(key, reason, False)
+        return None, reason
     except BaseException:
-        cache.runs.release(key)
+        cache.runs.release(key)  # or whoever comes next would wait for ever
         raise
-    # The first run of a network may have filled in attributes that are part of the key.
-    settled, _ = this.key()
     cache.runs.put(key, settled, run, run.nbytes)
     cache.runs.measured(settled, run.plain_seconds, run.graph_seconds)
     return output, None

@@ -92,9 +92,9 @@ def graph_key(
 
     Seen are the shapes, dtypes and devices of `inputs` (their values are copied in); `options`;
     precision and autocast modes; and of `network` and `modules`, with all that they contain, where
-    parameters, buffers and other tensors lie and with which sizes, plain attributes (numbers, texts, containers of them:
-    LoRA scales, active adapters, FreeU), hooks, attention processors and other objects with their
-    plain attributes. In-place updates of tensors keep the key, as the graph sees them.
+    parameters, buffers and other tensors lie and with which sizes, plain attributes (numbers, texts,
+    containers of them: LoRA scales, active adapters, FreeU), hooks, attention processors and other
+    objects with their plain attributes. In-place updates of tensors keep the key, as the graph sees them.
 
     Args:
         network: owner of the graph; ``GraphCache.invalidate(network)`` drops it.

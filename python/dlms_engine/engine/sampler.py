@@ -202,7 +202,8 @@ class Sampler(Versioned, nn.Module):
         if bar is not None:
             bar.close()
         if not self._warned_not_finite and not self._is_finite(x):
-            self._tell_where(noise.to(place, self.dtype, copy=True), conditions)
+            again = noise.to(place, self.dtype, copy=True, memory_format=torch.contiguous_format)
+            self._tell_where(again, conditions)
         return (x, torch.stack(states)) if return_trajectory else x
 
     def _is_finite(self, x: Tensor) -> bool:
@@ -331,7 +332,10 @@ class Sampler(Versioned, nn.Module):
             if "plan/rows" in given:
                 plan = TableRows(given["plan/rows"], given["plan/c_noise"], given["plan/c_in"])
             steps = self._steps(given["x"], rebuild(given), plan)
-            return self._run_plain(steps, given["x"], network_dtype, backend, None)
+            sample = self._run_plain(steps, given["x"], network_dtype, backend, None)
+            # Of a capture it would be memory of the graph, which other runs overwrite.
+            self.denoiser.calls.tap.keep(None)
+            return sample
 
         learned: tuple[Any, ...] = () if self._table is not None else (self.policy,)
         if self.correctors is not None:

@@ -152,7 +152,10 @@ class Denoiser(Versioned, nn.Module):
 
     @property
     def bottleneck(self) -> Tensor:
-        """Raw output of the tapped module in this thread's last call, conditional half only."""
+        """Raw output of the tapped module in this thread's last call, conditional half only.
+
+        RuntimeError: there is none, as after a sampler's run on a GPU, which may be a graph's.
+        """
         tensor = self._tap.value
         if tensor is None:
             raise RuntimeError(no_bottleneck(self.features))

@@ -46,7 +46,7 @@ class PretrainedModel(NamedTuple):
     classes: tuple[str, ...]
 
     def labels(self, *names: str) -> Tensor:
-        """``class_labels`` int64 ``[len(names)]``.
+        """``class_labels`` int64 ``[len(names)]``, where the network lies.
 
         Raises:
             ValueError: no such class.
@@ -54,7 +54,8 @@ class PretrainedModel(NamedTuple):
         unknown = [name for name in names if name not in self.classes]
         if unknown:
             raise ValueError(f"classes {unknown} are not among {', '.join(self.classes) or 'none'}")
-        return torch.tensor([self.classes.index(name) for name in names])
+        numbers = [self.classes.index(name) for name in names]
+        return torch.tensor(numbers, device=self.denoiser.device)
 
 
 def load(

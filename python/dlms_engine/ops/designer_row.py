@@ -29,7 +29,7 @@ CONSTANTS = 11
 """float64: time_range, scale_range, time_gain, unused, four rates, three of the process."""
 
 PROCESS_CODES = ("edm", "vp", "rectified_flow", "cosine", "vp_discrete")
-NETWORK_CODES = ("edm", "data", "noise", "velocity", "flow")
+NETWORK_CODES = ("edm", "data", "noise", "velocity", "flow", "reverse_flow")
 LEVELS = ("log", "time", "index")
 """What c_noise is: ln(sigma / alpha) / 4, the time, or the level's index of a discrete process."""
 
