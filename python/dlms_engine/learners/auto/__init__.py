@@ -42,7 +42,7 @@ from .shares import (
     training_share,
 )
 from .table import GeneralTable, bases
-from .verdict import judge
+from .verdict import Judge
 
 __all__ = ["AUTO", "Auto", "AutoSettings", "effort_of", "search_again", "search_limit"]
 
@@ -264,9 +264,9 @@ class Auto:
         self.stages.append(AutoStage(name, policy, int(spent[name][0]), spent[name][1]))
 
     def chosen(self, start: Start, exact: ExactSolution) -> DistilledSolver:
-        start, best, compared = judge(
+        start, best, compared = Judge(
             self.problem, start, exact, self.stages, self.settings, self.budget, self.say
-        )
+        ).verdict()
         report = report_of(start, exact, self.stages, best, compared, self.budget)
         for line in report_lines(report):
             self.say(line)

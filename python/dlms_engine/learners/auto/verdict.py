@@ -16,72 +16,113 @@ from .shares import FINALISTS, MORE, OTHERS, PILOT, sample_cost
 from .tail import Comparison, compare_with_base
 
 
-def finalists_of(start: Start, settings: AutoSettings) -> tuple[MeasuredCandidate, ...]:
-    """The best of the search's last round; the given base alone where there is one."""
-    last = start.ranking[0].samples
-    every = [m for m in start.ranking if m.samples == last and math.isfinite(m.rmse)]
-    return tuple(every[:FINALISTS]) if settings.base == "best" else ()
+class Judge:
+    """Chooses among ``stages``; the first becomes the best handcrafted solver that is found.
 
-
-def judge(
-    problem: SamplingProblem,
-    start: Start,
-    exact: ExactSolution,
-    stages: list[AutoStage],
-    settings: AutoSettings,
-    budget: Budget,
-    say: Callable[[str], None],
-) -> tuple[Start, AutoStage, Comparison | None]:
-    """The start with the best handcrafted solver in front, the stage that is kept, and how it compares
-    with that solver; ``stages[0]`` becomes it. None where it is kept itself.
+    Args:
+        start: the search for the best handcrafted solver; its last round names the finalists.
+        stages: base first, the simpler before the more complex.
+        say: is called with a line of text.
     """
-    ranked = finalists_of(start, settings)
 
-    def held_out() -> range:
-        each = sample_cost(settings.nfe, len(stages), exact.table().nfe)
-        samples = settings.held_out
-        while samples > PILOT and samples * each > max(budget.left(), 0.1 * budget.calls):
+    def __init__(
+        self,
+        problem: SamplingProblem,
+        start: Start,
+        exact: ExactSolution,
+        stages: list[AutoStage],
+        settings: AutoSettings,
+        budget: Budget,
+        say: Callable[[str], None],
+    ) -> None:
+        self.problem, self.start, self.exact, self.stages = problem, start, exact, stages
+        self.settings, self.budget, self.say = settings, budget, say
+        self.finalists = finalists_of(start, settings)
+
+    def verdict(self) -> tuple[Start, AutoStage, Comparison | None]:
+        """The start with the best handcrafted solver in front, the stage that is kept, and how it
+        compares with that solver; None where it is kept itself.
+        """
+        numbers, target, ranked = self._measured()
+        new = range(numbers.stop, numbers.stop + MORE * len(numbers))
+        others = [m.candidate.table for m in ranked[1 : 1 + OTHERS]]
+        kept, compared = self._kept(others, numbers, new)
+        if kept is self.stages[0] and len(ranked) > 1 and self.budget.share() < 1:
+            pays = self.budget.left() - len(numbers) * (self.settings.nfe + 1)  # another base
+            more = with_what_is_left(self.problem, self.exact, ranked, new, pays)
+            if more[0].candidate.label != ranked[0].candidate.label:
+                kept.policy = more[0].candidate.table
+                measure_stages(self.problem, target, [kept], numbers)
+            ranked = more
+        return self._with_best(ranked), kept, compared
+
+    def _measured(self) -> tuple[range, Tensor, tuple[MeasuredCandidate, ...]]:
+        """Held-out samples, their exact ends, and the finalists, best first, all stages measured."""
+        # On a few first: all of them are solved once, as exactly as the smallest error asks for.
+        numbers = self._held_out()
+        if len(numbers) > 4 * PILOT and self.budget.share() < 1:
+            self._measure(numbers[:PILOT])
+            self.exact.prove(_smallest(self.stages))
+            numbers = self._held_out()
+        target, ranked = self._measure(numbers)
+        if self.budget.share() < 1 and len(numbers) * self._cost() < self.budget.left():
+            assert self.exact.proof is not None
+            steps = self.exact.proof.steps
+            if self.exact.prove(_smallest(self.stages)).steps != steps:
+                target, ranked = self._measure(numbers)
+        return numbers, target, ranked
+
+    def _cost(self) -> int:
+        return sample_cost(self.settings.nfe, len(self.stages), self.exact.table().nfe)
+
+    def _held_out(self) -> range:
+        """As many as the budget pays for."""
+        samples = self.settings.held_out
+        pays = max(self.budget.left(), 0.1 * self.budget.calls)
+        while samples > PILOT and samples * self._cost() > pays:
             samples -= max(1, samples // 8)
         return range(HELD_OUT_FIRST, HELD_OUT_FIRST + samples)
 
-    def measure(numbers: range) -> tuple[tuple[MeasuredCandidate, ...], Tensor]:
-        target = exact.solve(numbers)
-        found = measured_on(problem, target, ranked, numbers) if ranked else ()
-        if found:
-            stages[0].policy = found[0].candidate.table
-        measure_stages(problem, target, stages, numbers)
-        return found, target
+    def _measure(self, numbers: range) -> tuple[Tensor, tuple[MeasuredCandidate, ...]]:
+        target = self.exact.solve(numbers)
+        ranked = self.finalists
+        if ranked:
+            ranked = measured_on(self.problem, target, ranked, numbers)
+            self.stages[0].policy = ranked[0].candidate.table
+        measure_stages(self.problem, target, self.stages, numbers)
+        return target, ranked
 
-    # On a few first: all of them are solved once, as exactly as the smallest error asks for.
-    numbers = held_out()
-    if len(numbers) > 4 * PILOT and budget.share() < 1:
-        measure(numbers[:PILOT])
-        exact.prove(_smallest(stages))
-        numbers = held_out()
-    found, target = measure(numbers)
-    again = len(numbers) * sample_cost(settings.nfe, len(stages), exact.table().nfe)
-    if budget.share() < 1 and again < budget.left():
-        assert exact.proof is not None
-        steps = exact.proof.steps
-        if exact.prove(_smallest(stages)).steps != steps:
-            found, target = measure(numbers)
-    new = range(numbers.stop, numbers.stop + MORE * len(numbers))
-    others = [m.candidate.table for m in found[1 : 1 + OTHERS]]
-    kept, compared = _kept(problem, exact, stages, others, numbers, new)
-    if kept is stages[0] and len(found) > 1 and budget.share() < 1:
-        pays = budget.left() - len(numbers) * (settings.nfe + 1)  # to measure another base
-        more = with_what_is_left(problem, exact, found, new, pays)
-        if more[0].candidate.label != found[0].candidate.label:
-            kept.policy = more[0].candidate.table
-            measure_stages(problem, target, [kept], numbers)
-        found = more
-    if not found:
-        return start, kept, compared
-    best = found[0].candidate
-    if best.label != start.best.label:
-        extra = found[0].samples - ranked[0].samples
-        say(f"with {extra} samples more the best handcrafted solver is {best.label}")
-    return start.with_base(best), kept, compared
+    def _kept(
+        self, others: Sequence[SolverTable], held: range, new: range
+    ) -> tuple[AutoStage, Comparison | None]:
+        """The choice, if it is nearer on the samples ``new`` too; else the one without it."""
+        assert self.exact.proof is not None
+        left, base = list(self.stages), self.stages[0]
+        while True:
+            best = choose_stage(left, self.exact.proof.disagreement)
+            if best is base:
+                return best, None
+            pair = (base, best)
+            compared = compare_with_base(self.problem, self.exact, pair, others, held, new)
+            if compared.ratio > 1:
+                return best, compared
+            left = [stage for stage in left if stage is not best]
+
+    def _with_best(self, ranked: Sequence[MeasuredCandidate]) -> Start:
+        if not ranked:
+            return self.start
+        best = ranked[0].candidate
+        if best.label != self.start.best.label:
+            extra = ranked[0].samples - self.finalists[0].samples
+            self.say(f"with {extra} samples more the best handcrafted solver is {best.label}")
+        return self.start.with_base(best)
+
+
+def finalists_of(start: Start, settings: AutoSettings) -> tuple[MeasuredCandidate, ...]:
+    """The best of the search's last round; none where the base is given."""
+    last = start.ranking[0].samples
+    every = [m for m in start.ranking if m.samples == last and math.isfinite(m.rmse)]
+    return tuple(every[:FINALISTS]) if settings.base == "best" else ()
 
 
 def with_what_is_left(
@@ -103,24 +144,3 @@ def with_what_is_left(
 
 def _smallest(stages: Sequence[AutoStage]) -> float:
     return math.sqrt(min(float(stage.squares.mean()) for stage in stages))
-
-
-def _kept(
-    problem: SamplingProblem,
-    exact: ExactSolution,
-    stages: Sequence[AutoStage],
-    others: Sequence[SolverTable],
-    held: range,
-    new: range,
-) -> tuple[AutoStage, Comparison | None]:
-    """The choice, if it is nearer on the samples ``new`` too; else the one without it."""
-    assert exact.proof is not None
-    left = list(stages)
-    while True:
-        best = choose_stage(left, exact.proof.disagreement)
-        if best is stages[0]:
-            return best, None
-        compared = compare_with_base(problem, exact, (stages[0], best), others, held, new)
-        if compared.ratio > 1:
-            return best, compared
-        left = [stage for stage in left if stage is not best]
