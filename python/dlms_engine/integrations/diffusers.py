@@ -72,7 +72,6 @@ class DLMSScheduler(EngineScheduler):
         *(kind.name for kind in KarrasDiffusionSchedulers if "SDE" not in kind.name),
         "FlowMatchEulerDiscreteScheduler",
     ]
-    order = 1  # step() calls per timestep, not the order of accuracy
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -208,7 +207,10 @@ class DLMSScheduler(EngineScheduler):
             self._watch,
         )
         steps = len(runner.timesteps)
-        self._runs.begin(SchedulerRun(runner.timesteps.to(device), runner.sigmas, steps, runner))
+        run = SchedulerRun(runner.timesteps.to(device), runner.sigmas, steps, runner)
+        given = timesteps is not None or sigmas is not None
+        run.order = 1 if given else self._order(num_inference_steps, steps)
+        self._runs.begin(run)
 
     def set_begin_index(self, begin_index: int = 0) -> None:
         """The first step of the loop (image-to-image starts late)."""

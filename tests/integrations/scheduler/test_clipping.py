@@ -105,21 +105,52 @@ def test_clipping_that_was_asked_for_is_saved(tmp_path: Any) -> None:
     assert DLMSScheduler.from_config(handcrafted.config, solver=table).config.clip_sample is False
 
 
-def test_rows_of_every_sample_refuse_to_clip() -> None:
-    """They ran unclipped, whatever the config said."""
+def per_sample() -> DesignerPolicy:
     process = DLMSScheduler(**CONFIG).noise_model.process
     settings = DesignerSettings(
         steps=3, order=2, afs=False, features=4, coordinate="linear", prediction="data"
     )
     weights = torch.zeros(3, 2, dtype=torch.float64)
     weights[:, 0] = 1.0
-    policy = DesignerPolicy(Designer(settings, process, grids.time_uniform(process, 3), weights))
-    network = nn.Module()
-    network.mid_block = nn.Identity()
-    scheduler = DLMSScheduler(**CONFIG, solver=policy, clip_sample=True)
-    scheduler.watch(network)
+    return DesignerPolicy(Designer(settings, process, grids.time_uniform(process, 3), weights))
+
+
+class Network(nn.Module):
+    """``[B, 3, 4, 4]``; its bottleneck has four places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid_block = nn.Identity()
+        self.times: list[Tensor] = []
+
+    def forward(self, sample: Tensor, timestep: Any) -> Tensor:
+        self.times.append(torch.as_tensor(timestep))
+        self.mid_block(sample[:, :, :2, :2])
+        return 0.5 * torch.tanh(sample)
+
+
+def test_rows_of_every_sample_refuse_to_clip() -> None:
+    """They ran unclipped, whatever the config said."""
+    scheduler = DLMSScheduler(**CONFIG, solver=per_sample(), clip_sample=True)
+    scheduler.watch(Network())
     with pytest.raises(ValueError, match="clip_sample is True"):
         scheduler.set_timesteps(3)
-    plain = DLMSScheduler(**CONFIG, solver=policy)
-    plain.watch(network)
+    plain = DLMSScheduler(**CONFIG, solver=per_sample())
+    plain.watch(Network())
     plain.set_timesteps(3)
+
+
+def test_samples_that_are_gone_leave_no_times_behind() -> None:
+    """After latents of another shape the rows are nominal ones, and so are the network's times."""
+    scheduler, network = DLMSScheduler(**CONFIG, solver=per_sample()), Network()
+    scheduler.watch(network)
+    scheduler.set_timesteps(3)
+    x = noise().float()
+    for n, t in enumerate(scheduler.timesteps):
+        out = network(x, t)
+        x = scheduler.step(out, t, x, return_dict=False)[0]
+        if n == 0:  # the batch loses a sample; the second call still has times of its own
+            assert scheduler._watch.ratio is not None
+            x = x[:1]
+            scheduler._watch.ratio = scheduler._watch.ratio[:1]
+    assert network.times[2].ndim == 0 and float(network.times[2]) == float(scheduler.timesteps[2])

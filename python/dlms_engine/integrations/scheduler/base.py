@@ -87,6 +87,23 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
         self._run().num_inference_steps = value
 
     @property
+    def order(self) -> int:
+        """Steps of the loop for each of ``num_inference_steps``, not the order of accuracy.
+
+        Two for solvers of two evaluations a step, by which image-to-image pipelines find the step
+        they begin with; one where the caller gave times or sigmas, of which pipelines count the rows.
+        """
+        found = self._run().order
+        return self._order() if found is None else found
+
+    def _order(self, steps: int | None = None, rows: int = 0) -> int:
+        if not isinstance(self._source, str):
+            return 1
+        each = SOLVERS[self._source].evaluations_per_step
+        # a first step at infinite lambda_ and a last one to sigma = 0 may cost one evaluation each
+        return each if steps is None or rows >= each * steps - 1 else 1
+
+    @property
     def _step_index(self) -> int | None:
         return self._run().step_index
 
@@ -209,11 +226,17 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
 
     @property
     def noise_model(self) -> NoiseModel:
-        """Process, prediction and time unit this config describes."""
-        model: NoiseModel | None = self.__dict__.get("_noise_model")
-        if model is None:
-            model = NoiseModel.from_config(self.config, self.__dict__.get("alphas_cumprod"))
-            self.__dict__["_noise_model"] = model
+        """Process, prediction and time unit this config describes, as it is now.
+
+        Pipelines and callers change a scheduler's config (``register_to_config``) and its
+        ``alphas_cumprod`` between runs; either is another object then.
+        """
+        held = (self._internal_dict, self.__dict__.get("alphas_cumprod"))
+        kept: tuple[Any, Any, NoiseModel] | None = self.__dict__.get("_noise_model")
+        if kept is not None and kept[0] is held[0] and kept[1] is held[1]:
+            return kept[2]
+        model = NoiseModel.from_config(self.config, held[1])
+        self.__dict__["_noise_model"] = (*held, model)
         return model
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -227,6 +229,11 @@ class NoiseModel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoiseModel:
         return self  # immutable
+
+    @functools.cached_property
+    def key(self) -> str:
+        """Equal for equal processes, whatever configs they come from."""
+        return json.dumps(self.process.config(), sort_keys=True)
 
     def timestep(self, t: Tensor) -> Tensor:
         """float64: the network's time input at process time ``t``."""

@@ -28,7 +28,7 @@ from .plan import (
 )
 from .source import SolverLike, Source
 from .state import State
-from .tables import named_table, process_key, solver_options
+from .tables import named_table, solver_options
 from .times import Times, run_times, vector
 from .watch import Watch
 
@@ -58,6 +58,7 @@ class Runner:
     ) -> None:
         self._config = config
         self._model = model
+        self._steps = steps
         self._watch = watch
         self._policy: Policy | None = None
         self.correctors: Correctors | None = None
@@ -104,9 +105,7 @@ class Runner:
         options = solver_options(
             self._name, c["solver_order"], c["lower_order_final"], c["solver_options"], steps
         )
-        return named_table(
-            self._name, self._model.process, grid, options, process_key(self._model.kind, c)
-        )
+        return named_table(self._name, self._model.process, grid, options, self._model.key)
 
     def _named(self, steps: int | None, timesteps: Any, sigmas: Any, mu: float | None) -> Rows:
         assert self._name is not None
@@ -116,6 +115,8 @@ class Runner:
         self._times = run_times(self._config, self._model, self._name, count, timesteps, sigmas, mu)
         grid = self._times.grid
         if self._times.stride is not None and count == steps:
+            if self._config["solver_options"]:
+                self._table(grid, len(grid) - 1)  # refuses what DDIM does not take
             return strided_rows(self._model, grid, self._times.stride)
         return table_rows(self._table(grid, len(grid) - 1))
 
@@ -160,9 +161,10 @@ class Runner:
     def prepare(self, index: int) -> None:
         """Makes the rows of a run that starts at step ``index``; early, so that step() need not."""
         if index >= self._whole.count:
+            least = 1 / (self._steps or self._whole.count)  # of steps of two rows, perhaps
             raise ValueError(
                 f"no step is left: the run begins after step {index} of {self._whole.count}; raise "
-                f"strength to {1 / self._whole.count:.3g} or more (or lower denoising_start), or ask for "
+                f"strength to {least:.3g} or more (or lower denoising_start), or ask for "
                 "more num_inference_steps"
             )
         if index < 0:
@@ -183,6 +185,8 @@ class Runner:
             )
         if index:
             self._policy = None  # its first steps are gone: its nominal rows go on
+            if self._watch is not None:
+                self._watch.reset()  # and so do their times
             self._without_correctors(index)
         self._state = State(self._plan, self.correctors)
 

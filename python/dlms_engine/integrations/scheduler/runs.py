@@ -19,6 +19,7 @@ class SchedulerRun:
         runner: rows, levels, latents and history; None before the first ``set_timesteps``.
         step_index: of the next step; None before the first.
         thread: who took the first step.
+        order: as ``DLMSScheduler.order``; None before the first ``set_timesteps``.
     """
 
     timesteps: Tensor
@@ -28,6 +29,7 @@ class SchedulerRun:
     step_index: int | None = None
     begin_index: int | None = None
     thread: int | None = None
+    order: int | None = None
 
 
 class SchedulerRuns:

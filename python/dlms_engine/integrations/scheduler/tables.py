@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from ...processes import Process
 from ...solvers import SOLVERS, make_solver
-from ...solvers.common import Node, Run
+from ...solvers.common import Node, Run, check_order
 from ...solvers.ipndm import multistep
 from ...solvers.quadrature import lagrange_weights
 from ...solvers.table import SolverTable
@@ -32,7 +31,7 @@ def named_table(
 
     Args:
         options: of the maker, plus ``order`` and ``lower_order_final`` where they apply.
-        key: identifies ``process``; None does not remember.
+        key: identifies ``process`` (``NoiseModel.key``); None does not remember.
 
     Raises:
         ValueError: unknown name or option.
@@ -90,6 +89,7 @@ def deis_log(
     ``lower_order_final`` the last steps have orders ..., 2, 1. A last step to sigma = 0 is first
     order: log(sigma / alpha) is infinite there.
     """
+    order = check_order(order, 4)
     run = Run(process, grid, default_store="noise")
     index = {id(node): i for i, node in enumerate(run.nodes)}
 
@@ -106,20 +106,3 @@ def deis_log(
         return found + [torch.zeros_like(found[0])] * (len(history) - use)
 
     return run.table(multistep(run, order, weights), "deis", order=order, variant="logrho")
-
-
-PROCESS_KEYS = (
-    "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas",
-    "rescale_betas_zero_snr", "sigma_min", "sigma_max", "snr_shift_scale",
-)  # fmt: skip
-
-
-def process_key(kind: str, config: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Tells the processes of two configs apart."""
-    return (kind, *(_hashable(config.get(name)) for name in PROCESS_KEYS))
-
-
-def _hashable(value: Any) -> Any:
-    return (
-        value if value is None or isinstance(value, (int, float, str, bool)) else str(list(value))
-    )
