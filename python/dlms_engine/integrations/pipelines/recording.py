@@ -27,6 +27,7 @@ from .calls import (
     take_apart,
     tolerance,
 )
+from .first_input import UNSCALED, UNSEEN, scaled_first
 from .forms import Packing, match, output_columns
 from .program import Columns, Program, SlotRecord
 from .reading import nearest
@@ -34,10 +35,6 @@ from .situation import situation
 
 MOST_SLICES = 64
 FEWEST_NUMBERS = 8  # of a slice for every weight
-UNSCALED = (
-    "this solver has an analytical first step, which rescales the network's first input, but the "
-    "pipeline joins other things to it without calling scale_model_input: use a solver without it"
-)
 
 
 class Recorder:
@@ -56,6 +53,7 @@ class Recorder:
         """A new run: ``set_timesteps`` was called and made ``runner``."""
         self._expected = runner
         self._rescaled = False
+        self._unscaled: set[int] = set()
         self._runner: Any = None
         self._pending: list[tuple[int, tuple[Any, ...], dict[str, Any], Any]] = []
         self._slots: dict[Slot, SlotRecord] = {}
@@ -77,12 +75,14 @@ class Recorder:
         as_given = pytree.tree_map(lambda leaf: leaf, (args, kwargs))  # networks empty lists
         around = situation(self.modules[number]) if self._expected is not None else ()
         factor = 1.0 if self._rows or self._expected is None else self._expected.unscaled_factor()
-        if factor == 1.0:
-            output = original(*args, **kwargs)
-        else:  # an analytical first step, in a pipeline that does not let the scheduler scale
-            self._rescaled = True
-            scaled_args, scaled_kwargs = scaled_first(args, kwargs, factor)
-            output = original(*scaled_args, **scaled_kwargs)
+        if factor != 1.0:  # the pipeline does not let the scheduler scale, or not yet
+            scaled = scaled_first(args, kwargs, factor)
+            if scaled is None:
+                self._unscaled.add(number)
+            else:
+                self._rescaled = True
+                args, kwargs = scaled
+        output = original(*args, **kwargs)
         if self.reason is None:
             self._pending.append((number, *as_given, output))
             self._around.setdefault(number, []).append(around)
@@ -178,6 +178,9 @@ class Recorder:
                 )
         if self._rescaled and any(form.dim is not None for form in forms.values()):
             raise ValueError(UNSCALED)
+        first, number = len(self._rows) == 1, call.slot.module
+        if first and number in self._unscaled and self._runner.unscaled_factor() != 1.0:
+            raise ValueError(UNSEEN.format(self.names[number]))
         self._slots[call.slot] = SlotRecord(
             spec=call.spec,
             paths=call.paths,
@@ -285,16 +288,3 @@ class Recorder:
             current = record.first[i]
             for n in used:
                 current = values.setdefault(n, current)
-
-
-def scaled_first(
-    args: tuple[Any, ...], kwargs: dict[str, Any], factor: float
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with the sample, whatever it is called, times ``factor``."""
-    if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-        return ((args[0] * factor).to(args[0].dtype), *args[1:]), kwargs
-    for name in ("sample", "hidden_states"):
-        value = kwargs.get(name)
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return args, {**kwargs, name: (value * factor).to(value.dtype)}
-    return args, kwargs
