@@ -187,3 +187,13 @@ def test_processes_differ_by_their_numbers() -> None:
 def test_bad_arguments(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
+
+
+def test_a_line_through_zero_has_a_time_without_noise() -> None:
+    """VP with beta_min = 0: the time of sigma = 0 was 0 / 0."""
+    for beta_min in (0.0, 0.1):
+        line = VP(beta_d=20.0, beta_min=beta_min)
+        assert float(line.inverse_sigma(0.0)) == 0.0
+        assert float(line.inverse_sigma(line.sigma_over_alpha(0.3))) == pytest.approx(
+            0.3, abs=1e-14
+        )

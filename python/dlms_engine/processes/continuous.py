@@ -131,7 +131,7 @@ class VP(Process):
 
     def _from_integral(self, integral: Tensor) -> Tensor:
         root = torch.sqrt(self.beta_min**2 + 2 * self.beta_d * integral)
-        if self.beta_min >= 0:  # the other form of the same root would cancel
+        if self.beta_min > 0:  # the other form of the same root would cancel
             return 2 * integral / (root + self.beta_min)
         return (root - self.beta_min) / self.beta_d
 

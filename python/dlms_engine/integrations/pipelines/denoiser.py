@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...models.denoiser import Denoiser
+from ...processes.base import config_summary
 from ...support.files import replacing
 from ..diffusers import DLMSScheduler
 from ..scheduler.noise import NoiseModel
@@ -66,7 +67,8 @@ class PipelineDenoiser(Denoiser):
         told = [noise, *network.conditions()]
         told += [p.detach().reshape(-1)[:16] for p in network.parameters()]
         call = network.call
-        model = f"{steps} {self.guidance_scale} {self.process!r} {call.guidance_2} {call.boundary}"
+        model = f"{steps} {self.guidance_scale} {call.guidance_2} {call.boundary}"
+        model += f" {config_summary(self.process.config())} {self.prediction} {self.sigma_data}"
         model += f" {call.guidance} {[one.weights for one in call.calls]}"
         total = hashlib.sha256(model.encode())
         for tensor in told:

@@ -27,6 +27,7 @@ from .step_calls import NetworkCall, StepCalls, join
 _log = logging.getLogger("dlms_engine")
 _FORMAT = "dlms_engine.prompts/4"
 GROUP = 8  # prompts encoded together
+ENCODERS = ("text_encoder", "image_encoder", "vae")  # components a call's arguments are made by
 Prove = Callable[[StepCalls, dict[str, Any]], None]
 
 
@@ -128,22 +129,36 @@ def capture(recording: Recording, arguments: dict[str, Any]) -> StepCalls:
 
 
 def _fingerprint(pipe: Any, arguments: dict[str, Any]) -> str:
-    """Changes with the prompts, the arguments and the text encoders' weights."""
+    """Changes with the prompts, the arguments, images among them, and the encoders' weights."""
     total = hashlib.sha256(f"{type(pipe).__name__} {boundary_of(pipe)}".encode())
     for name in sorted(arguments):
         total.update(name.encode())
-        value = arguments[name]
-        if isinstance(value, Tensor):
-            total.update(value.detach().float().contiguous().cpu().numpy().tobytes())
-        else:
-            total.update(repr(value).encode())
+        for part in _bytes_of(arguments[name]):
+            total.update(part)
     for name, part in sorted(pipe.components.items()):
-        if not name.startswith("text_encoder") or not isinstance(part, nn.Module):
+        if not name.startswith(ENCODERS) or not isinstance(part, nn.Module):
             continue
         for key, value in part.named_parameters():
             some = value.detach().reshape(-1)[:16].float().cpu().tolist()
             total.update(f"{name}.{key}{tuple(value.shape)}{some}".encode())
     return total.hexdigest()
+
+
+def _bytes_of(value: Any) -> Iterator[bytes]:
+    """All of an argument: ``repr`` leaves out the middle of an array, and an image's pixels."""
+    if isinstance(value, Tensor):
+        yield value.detach().float().contiguous().cpu().numpy().tobytes()
+    elif isinstance(value, (list, tuple)):
+        yield f"{type(value).__name__} {len(value)}".encode()
+        for part in value:
+            yield from _bytes_of(part)
+    elif callable(getattr(value, "tobytes", None)):  # of NumPy or PIL
+        shape = getattr(value, "shape", getattr(value, "size", ""))
+        kind = getattr(value, "dtype", getattr(value, "mode", ""))
+        yield f"{type(value).__name__} {shape} {kind}".encode()
+        yield value.tobytes()
+    else:
+        yield repr(value).encode()
 
 
 def _write(path: Path, key: str, found: StepCalls) -> None:
