@@ -7,6 +7,7 @@ namespace py = pybind11;
 namespace dlms {
 namespace {
 
+constexpr int kCpu = 1;   // kDLCPU
 constexpr int kCuda = 2;  // kDLCUDA
 constexpr int kDepth = 6; // nested containers of an attribute
 
@@ -63,8 +64,8 @@ void Writer::mapping(PyObject* object, int depth) {
 }
 
 bool Writer::place(PyObject* item, bool parameter) {
-  TensorPlace place;
-  if (!place_of(item, &place)) return false;
+  RawTensor place;
+  if (!raw_tensor(item, &place)) return false;
   struct {
     const void* data;
     uint64_t layout;
@@ -74,6 +75,8 @@ bool Writer::place(PyObject* item, bool parameter) {
       place.data, place.layout, place.dtype, place.device.first, place.device.second, 0};
   static_assert(sizeof packed == sizeof(void*) + 24, "padding would be compared");
   moving.put(packed);
+  // The host reads it where it launches a kernel: a graph has frozen the number.
+  if (place.ndim == 0 && place.device.first == kCpu) moving.put(place.data, place.bytes);
   return !parameter || place.device == device_;
 }
 

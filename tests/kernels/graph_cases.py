@@ -42,6 +42,7 @@ class Adapted(nn.Linear):
         self.processor = Processor(1.0)
         self.b1 = 1.1
         self.table = torch.zeros(2)
+        self.strength = torch.tensor(0.5)
         self.memory = torch.zeros(4, 2)
         self.rows = self.memory[:2]
         self.register_buffer("part", self.memory[:2])

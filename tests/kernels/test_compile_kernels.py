@@ -266,3 +266,22 @@ def said_of_faulty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_faulty_triton_kernel_would_be_found(said_of_faulty, fault):
     """Without `mul`, with libdevice's product, without a bound on the registers."""
     assert WORDS[fault] in said_of_faulty[fault]
+
+
+def runs_on(architectures: str, capability: int) -> bool:
+    """Whether a library built for a CMAKE_CUDA_ARCHITECTURES runs on a GPU, by machine code or by PTX."""
+    for entry in architectures.split(";"):
+        number, _, kind = entry.partition("-")
+        machine = int(number) // 10 == capability // 10 and int(number) <= capability
+        if (kind != "virtual" and machine) or (kind != "real" and int(number) <= capability):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 103, 120, 121])
+def test_the_library_runs_on_every_gpu_that_torch_does(capability):
+    """It had no code for Turing and Blackwell, where "auto" takes it, too."""
+    text = (ROOT / "CMakeLists.txt").read_text(encoding="utf-8")
+    found = re.search(r'set\(DLMS_CUDA_ARCHITECTURES "([^"]+)"', text)
+    assert found is not None and runs_on(found[1], capability)
+    assert runs_on("80-real;90-real", capability) == (80 <= capability <= 90), "as it was"

@@ -103,6 +103,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "rows of a tensor attribute": lambda net: setattr(net[0], "rows", net[0].memory[:3]),
     "strides of a tensor attribute": lambda net: setattr(net[0], "rows", net[0].memory[:2].t()),
     "rows of a buffer": lambda net: setattr(net[0], "part", net[0].memory[:3]),
+    "number on the host": lambda net: net[0].strength.fill_(0.7),
     "hook": lambda net: net[0].register_forward_hook(lambda *_: None),
     "new attribute": lambda net: setattr(net[0], "extra", 1),
     "another class": lambda net: setattr(net[0], "__class__", type("Patched", (Adapted,), {})),

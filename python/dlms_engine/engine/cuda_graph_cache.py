@@ -94,7 +94,8 @@ def graph_key(
     precision and autocast modes; and of `network` and `modules`, with all that they contain, where
     parameters, buffers and other tensors lie and with which sizes, plain attributes (numbers, texts,
     containers of them: LoRA scales, active adapters, FreeU), hooks, attention processors and other
-    objects with their plain attributes. In-place updates of tensors keep the key, as the graph sees them.
+    objects with their plain attributes. In-place updates of tensors keep the key, as the graph sees
+    them; single numbers on the CPU, which kernels get as arguments, count by value.
 
     Args:
         network: owner of the graph; ``GraphCache.invalidate(network)`` drops it.
