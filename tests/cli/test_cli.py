@@ -145,6 +145,27 @@ def test_distill_draws_the_loss(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert facts["plot"] == str(plot) and plot.stat().st_size > 1000
 
 
+def test_a_curve_that_cannot_be_drawn_does_not_end_a_distillation(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A short run of auto has no history: its outcome was not said, and the exit code was 1."""
+    pytest.importorskip("matplotlib")
+    from dlms_engine.cli.outcome import curve_drawn
+
+    plot, output = tmp_path / "loss.png", tmp_path / "s.safetensors"
+    assert curve_drawn([], plot, "auto", output) is None and "nothing to draw" in caplog.text
+    assert curve_drawn([{"loss": 1.0}], None, "auto", output) is None and not plot.exists()
+    assert curve_drawn([{"loss": 1.0}], plot, "auto", output) == plot and plot.exists()
+
+
+def test_the_demo_refuses_what_it_cannot_draw_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    said = complaint(capsys, "demo", "--model", "cli_model:plane", "--folder", tmp_path / "out")
+    assert "cannot draw" in said and "'cli_model:plane'" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

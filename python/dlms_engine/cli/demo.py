@@ -60,10 +60,15 @@ def demo(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"folder is {folder}, which is a file: choose another --folder")
     folder.mkdir(parents=True, exist_ok=True)
-    from ..lab.plots import check_plot
+    from ..lab.plots import check_plot, is_image
 
     check_plot(folder / "samples.png")
     name, loaded = demo_model(model, device)
+    if not is_image(loaded.shape):
+        raise ValueError(
+            f"model {model!r} has samples of shape {loaded.shape}, which the demo cannot draw: use dlms "
+            "distill and dlms evaluate"
+        )
     say: Callable[[str], None] = (lambda _text: None) if as_json else typer.echo
     if fresh:
         for path in _written(folder, name, nfe):

@@ -14,7 +14,7 @@ from . import pipeline as pipelines
 from .checks import check_seed, check_solver_output, refuse_beside
 from .common import JsonOption, NfeOption, SetOption, emit, leads, parse_settings
 from .model import ConditionsOption, DeviceOption, ModelOption, load_model, of_model, samples_name
-from .outcome import outcome_lines, start_value
+from .outcome import curve_drawn, outcome_lines, start_value
 
 
 def distill_command(
@@ -146,14 +146,7 @@ def distill_command(
     for name in () if begin is None else begin.settings:  # which may have been measured
         found["settings"][name] = solver.settings[name]
     written(lambda: configs.write_beside(output, found), f"{output} is written, but")
-    if plot is not None:
-        from ..lab.plots import loss_curve
-
-        title, curve = f"{method}, {nfe} evaluations", plot
-        written(
-            lambda: loss_curve(solver.history, curve, step="update", title=title),
-            f"{output} is written, but",
-        )
+    drawn = curve_drawn(solver.history, plot, f"{method}, {nfe} evaluations", output)
     emit(
         {
             "solver": output,
@@ -163,7 +156,7 @@ def distill_command(
             "initial": start_value(method, solver.history),
             "best": solver.best,
             "seconds": seconds,
-            "plot": plot,
+            "plot": drawn,
         },
         as_json,
         [

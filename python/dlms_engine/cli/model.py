@@ -122,13 +122,10 @@ def samples_name(model: Model) -> str:
 
     Raw values, too, where the extra that writes pictures is not installed.
     """
+    from ..lab.plots import is_image
+
     pictures = is_image(model.shape) and importlib.util.find_spec("PIL") is not None
     return "samples.png" if pictures else "samples.safetensors"
-
-
-def is_image(shape: tuple[int, ...]) -> bool:
-    """Whether samples can be drawn: ``[C, H, W]`` with one channel or three."""
-    return len(shape) == 3 and shape[0] in (1, 3)
 
 
 def condition_rows(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger("dlms_engine")
 
 MEASURES = {
     "rmse": "endpoint RMSE to the exact solution",
@@ -36,6 +40,21 @@ def start_value(method: str, history: Sequence[Mapping[str, Any]]) -> float | No
             if name and isinstance(entry.get(name), int | float):
                 return float(entry[name])
     return None
+
+
+def curve_drawn(
+    history: Sequence[Mapping[str, Any]], plot: Path | None, title: str, output: Path
+) -> Path | None:
+    """Draws the loss curve; None where there is no ``plot``, or nothing to draw, which is a warning."""
+    if plot is None:
+        return None
+    from ..lab.plots import loss_curve
+
+    try:
+        return loss_curve(history, plot, step="update", title=title)
+    except (OSError, ValueError) as error:  # the training is done, its outcome is still to be said
+        _log.warning("%s is written, but %s is not: %s", output, plot, error)
+        return None
 
 
 def _number(value: float | None) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .common import emit, parse_settings
-from .outcome import outcome_lines, start_value
+from .outcome import curve_drawn, outcome_lines, start_value
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SOLVER_FILE = "dlms_solver.safetensors"
@@ -117,10 +117,6 @@ def distill_for_pipeline(
     if solver_file != output:
         scheduler.save_pretrained(output)
     solver: Any = scheduler.solver
-    if plot is not None:
-        from ..lab.plots import loss_curve
-
-        loss_curve(solver.history, plot, step="update", title=f"{method}, {nfe} evaluations")
     facts = {
         "solver": solver_file,
         "scheduler": None if solver_file == output else output,
@@ -131,7 +127,7 @@ def distill_for_pipeline(
         "best": solver.best,
         "cache": cache,
         "seconds": time.perf_counter() - started,
-        "plot": plot,
+        "plot": curve_drawn(solver.history, plot, f"{method}, {nfe} evaluations", output),
     }
     outcome = outcome_lines(method, solver.settings, solver.history, solver.best)
     emit(facts, as_json, _lines(facts, output, outcome))

@@ -28,7 +28,7 @@ from .common import (
     parse_numbers,
     parse_settings,
 )
-from .model import ConditionsOption, DeviceOption, ModelOption, condition_rows, is_image, load_model
+from .model import ConditionsOption, DeviceOption, ModelOption, condition_rows, load_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,9 +67,9 @@ def sample(
         refuse_beside(context, "beside --solver FILE", HANDCRAFTED)
     if output.suffix == ".safetensors":
         refuse_beside(context, "on raw values", ("columns",))
-    else:
-        from ..lab import plots
+    from ..lab import plots
 
+    if output.suffix != ".safetensors":
         plots.pillow()  # ahead of the work
     options = parse_settings(set_)
     import torch
@@ -77,7 +77,7 @@ def sample(
     from ..engine.sampler import Sampler
 
     held = load_model(model, device, conditions)
-    if output.suffix != ".safetensors" and not is_image(held.shape):
+    if output.suffix != ".safetensors" and not plots.is_image(held.shape):
         raise ValueError(
             f"output is {output}, but samples of shape {held.shape} are no pictures: name a "
             ".safetensors file"

@@ -214,6 +214,11 @@ def _curve(axes: Any, label: str, values: Mapping[int, float], **style: Any) -> 
     axes.plot(at, [values[nfe] for nfe in at], label=label, markersize=4, **style)
 
 
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether samples of ``shape`` can be drawn: ``[C, H, W]`` with one channel or three."""
+    return len(shape) == 3 and shape[0] in (1, 3)
+
+
 def to_uint8(images: Tensor) -> Tensor:
     """Images ``[B, C, H, W]`` in [-1, 1] -> uint8 ``[B, H, W, C]`` (C 1 or 3), rounded."""
     pixels = to_host(images).float().clamp(-1, 1).mul(127.5).add(127.5).round()

@@ -22,9 +22,13 @@ from dlms_engine.lab.comparison.contestants import BuildsOn, Contestant
 from dlms_engine.lab.comparison.measure import Entry, Measurer
 from dlms_engine.lab.comparison.page import draw, markdown, over_seeds, publish
 from dlms_engine.lab.comparison.result import Result
+from dlms_engine.lab.comparison.session import measuring
 from dlms_engine.lab.comparison.store import Store
+from dlms_engine.lab.evaluation.own_features import PixelFeatures
 from dlms_engine.lab.pages import number
+from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.distilled import DistilledSolver, load_solver
+from dlms_engine.processes import EDM
 from dlms_engine.support.files import only_one
 
 pytest.importorskip("torchmetrics")
@@ -96,6 +100,39 @@ def test_calls_are_those_of_the_network() -> None:
     assert calls.forward == 19, "counting goes on after the block"
     with pytest.raises(TypeError, match="expected a torch.nn.Module"), counted(lambda x, _: x):
         pass
+
+
+def test_calls_are_counted_whatever_form_the_output_has() -> None:
+    class Held(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"sample": 2 * x}
+
+    network = Held()
+    with counted(network) as calls:
+        network(torch.zeros(3, 2))
+        network(torch.zeros(2, 2, requires_grad=True))
+    assert (calls.forward, calls.backward) == (5, 2)
+
+
+def test_samples_that_are_no_images_are_compared_without_pictures(tmp_path: Path) -> None:
+    class Plane(torch.nn.Module):
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(x / (1 + sigma.reshape(-1, *[1] * (x.ndim - 1)) ** 2))
+
+    denoiser, shape = Denoiser(Plane(), EDM(), "data"), (2,)
+    features = PixelFeatures(shape)
+    settings = CompareSettings(nfes=(3,), **SIZES)
+    result = compare(denoiser, features, None, shape, [DODE], tmp_path, settings, progress=False)
+    assert {row["solver"] for row in result["rows"]} >= {"dode"}
+    assert not list(tmp_path.glob("samples-*.png"))
+    # nor are their values cut to those of images; planted: those of images are
+    far, farther = torch.full((2, *shape), 3.0), torch.full((2, *shape), 4.0)
+    for drawn, cut in ((shape, False), ((1, 1, 2), True)):
+        with measuring(
+            denoiser, features, drawn, tmp_path, None, batch=2, total=1, progress=False
+        ) as (measurer, _):
+            one, two = (measurer.sums(x).total for x in (far, farther))
+        assert torch.equal(one, two) == cut
 
 
 def test_affordable_spends_the_budget_and_not_more() -> None:

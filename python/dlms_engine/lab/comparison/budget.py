@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from ...models.tap import unwrap
 
 PROBES = (1, 3)
 """Batches at which the cost of a training is measured."""
@@ -50,8 +52,7 @@ def counted(network: Any, advance: Callable[[int], None] | None = None) -> Itera
         samples = inputs[0].shape[0]
         before = calls.total
         calls.forward += samples
-        answer = output if isinstance(output, Tensor) else getattr(output, "sample", output[0])
-        if torch.is_grad_enabled() and answer.requires_grad:
+        if torch.is_grad_enabled() and unwrap(output).requires_grad:
             calls.backward += samples
         if advance is not None:
             advance(calls.total - before)

@@ -118,10 +118,9 @@ class Measurer:
         self._store = store
         self.advance = advance
         self._width: int | None = None
-        process = denoiser.process
-        start = torch.tensor(process.t_max, dtype=torch.float64)
-        self._scale = float(process.sigma(start))
+        self._scale = float(denoiser.process.sigma(denoiser.process.t_max))
         self._model: list[str | None] = [model_digest(self._problem), network_digest(features)]
+        self._model += [] if clamp else ["not clamped"]
         if given is not None:
             self._model.append(conditions_digest(given))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -15,7 +15,7 @@ from ...models.denoiser import Denoiser
 from ...models.embedded import ReferenceStatistics
 from ...solvers.registry import label_of
 from ...support.parallel import World
-from ..plots import side_by_side
+from ..plots import is_image, side_by_side
 from .contestants import Contestant
 from .distilled import Workshop
 from .measure import Entry
@@ -29,7 +29,7 @@ class CompareSettings(Sizes):
 
     Attributes:
         budget: network calls (a pass of one sample in either direction) for each distillation.
-        shown: samples in the pictures.
+        shown: samples in the pictures; of samples that are no images there are none.
         training_seeds: seeds of the training noise; with several, each contestant is distilled
             once for each, and the table has the mean and its standard error.
         trajectories: start noises a distillation takes instead of what ``budget`` pays for; a
@@ -90,6 +90,8 @@ def compare(
             measure with ``evaluate --record`` instead.
     """
     settings = settings or CompareSettings()
+    if not is_image(shape):
+        settings = replace(settings, shown=0)
     labels = [contestant.label for contestant in contestants]
     if len(set(labels)) < len(labels):
         raise ValueError(f"contestants are {labels}, expected different names")

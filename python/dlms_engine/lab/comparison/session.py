@@ -21,6 +21,7 @@ from ...solvers import handcrafted
 from ...support.files import write_text
 from ...support.parallel import World
 from ..evaluation.frechet import label_of_features
+from ..plots import is_image
 from .measure import Entry, Measured, Measurer
 from .result import FORMAT, Floors, Result, ResultRow, Size, Sizes, row_of
 from .store import Store
@@ -129,6 +130,7 @@ def measuring(
                 batch=batch,
                 conditions=conditions,
                 advance=advance,
+                clamp=is_image(shape),
             ),
             bar,
         )

@@ -22,8 +22,8 @@ from ..start.nearer import nearer
 from ..training.conclude import standard_tables
 from .settings import GitsSettings
 
-JUDGED = 128
-"""Samples that grids are compared on."""
+JUDGED = range(1 << 23, (1 << 23) + 128)
+"""Numbers of the samples that grids are compared on, apart from those of the search."""
 
 
 def standard_students(process: Process, settings: GitsSettings) -> dict[str, SolverTable]:
@@ -48,12 +48,10 @@ def nearest_to_exact(
     tables = {**searched, **standard_students(problem.process, settings)}
     exact = ExactSolution(problem)
     exact.prove()
-    numbers = range(JUDGED)
-
-    ends = run_tables(problem, list(tables.values()), numbers)
+    ends = run_tables(problem, list(tables.values()), JUDGED)
 
     def errors() -> list[float]:
-        target = exact.solve(numbers)
+        target = exact.solve(JUDGED)
         return [require_finite(rmse(end, target), "the error of a grid") for end in ends]
 
     found = errors()
@@ -62,7 +60,7 @@ def nearest_to_exact(
     if exact.prove(min(found)).steps != steps:
         found = errors()
     rows = [{"grid": name, "rmse": error} for name, error in zip(tables, found, strict=True)]
-    names, target = list(tables), exact.solve(numbers)
+    names, target = list(tables), exact.solve(JUDGED)
 
     def best_of(places: range) -> int:
         return min(places, key=found.__getitem__)
