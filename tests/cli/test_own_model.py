@@ -12,6 +12,7 @@ from dlms_engine.cli.model import load_model
 from dlms_engine.cli.own_model import own_model
 
 MODELS = """
+import types
 import torch
 import dlms_engine as dlms
 
@@ -30,6 +31,7 @@ def only(): return denoiser()
 def four(): return denoiser(), SHAPE, None, 5
 def swapped(): return SHAPE, denoiser()
 def raw(): return network, SHAPE
+def held(): return types.SimpleNamespace(denoiser=denoiser(), shape=SHAPE)
 def flat(): return denoiser(), 48
 def text(): return denoiser(), "3x4"
 def fraction(): return denoiser(), (3, 4.5)
@@ -77,6 +79,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("own_models:four", "returned a tuple of 4, expected (denoiser, shape)"),
         ("own_models:swapped", "returned tuple first, expected (denoiser, shape)"),
         ("own_models:raw", "wrap the network, dlms_engine.Denoiser("),
+        ("own_models:held", "returned SimpleNamespace, expected (denoiser, shape)"),
         ("own_models:flat", "returned the shape 48, expected that of one sample"),
         ("own_models:text", "returned the shape '3x4', expected that of one sample"),
         ("own_models:fraction", "a size in shape is 4.5, expected an integer"),

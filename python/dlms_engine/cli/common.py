@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..support.values import json_value
 
 if TYPE_CHECKING:
     from ..processes import Process
@@ -148,7 +149,7 @@ def emit(facts: Mapping[str, Any], as_json: bool, lines: Sequence[str]) -> None:
     if not leads():
         return
     if as_json:
-        typer.echo(json.dumps(_jsonable(facts)))
+        typer.echo(json.dumps(json_value(facts)))
         return
     for line in lines:
         typer.echo(line)
@@ -164,14 +165,3 @@ def leads() -> bool:
     from ..support.parallel import World
 
     return World.current().rank == 0
-
-
-def _jsonable(value: Any) -> Any:
-    """Paths as text; numbers that JSON has no word for as null."""
-    if isinstance(value, Mapping):
-        return {str(key): _jsonable(held) for key, held in value.items()}
-    if isinstance(value, list | tuple):
-        return [_jsonable(held) for held in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value

@@ -22,7 +22,8 @@ TOOLS = ("cli", "demo", "dev", "docs", "lint", "test")
 def doctor(as_json: JsonOption = False) -> None:
     """Show what is installed and compiled, and what to do about each part that is missing.
 
-    Exit status 0 where the compiled parts of the CPU are there, 1 where one of them is not.
+    Exit status 1 where a compiled part that this machine needs is missing: those of the CPU, and the CUDA
+    operators where torch sees a GPU.
     """
     facts = installation()
     emit(facts, as_json, _lines(facts))

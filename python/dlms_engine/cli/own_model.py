@@ -16,7 +16,7 @@ def own_model(spec: str) -> Any:
     """What the function of ``spec``, ``module:function``, returned: a tuple of two or three, or a Model.
 
     Returns:
-        ``(denoiser, shape, conditions)``, checked; anything that has a ``denoiser`` as it is.
+        ``(denoiser, shape, conditions)``, checked; a ``Model`` as it is.
 
     Raises:
         ValueError: no such module or function, either raised, or it returned something else.
@@ -38,7 +38,9 @@ def own_model(spec: str) -> Any:
         found = function()
     except Exception as error:
         raise ValueError(f"model {spec!r}: {_told(error)}") from error
-    return found if hasattr(found, "denoiser") else _checked(spec, found)
+    from .model import Model
+
+    return found if isinstance(found, Model) else _checked(spec, found)
 
 
 def file_hint(spec: str) -> str:

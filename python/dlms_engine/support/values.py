@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import os
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -16,6 +18,15 @@ def is_finite_number(value: object) -> bool:
 def json_number(value: Any) -> Any:
     """``value``, or None for a float that is not finite, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def json_value(value: Any) -> Any:
+    """``value`` with numbers that JSON does not have as None and paths as text, at any depth."""
+    if isinstance(value, Mapping):
+        return {str(key): json_value(held) for key, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(held) for held in value]
+    return str(value) if isinstance(value, os.PathLike) else json_number(value)
 
 
 def require_finite(value: float, what: str) -> float:

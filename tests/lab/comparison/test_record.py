@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import torch
 from dlms_engine import solvers
 from dlms_engine.lab.comparison import session
 from dlms_engine.lab.comparison.measure import Entry, Measurer
+from dlms_engine.lab.comparison.page import markdown
 from dlms_engine.lab.comparison.record import RecordSettings, evaluate_one, record
 from dlms_engine.lab.comparison.result import Sizes, best
+from dlms_engine.lab.comparison.run import CompareSettings
 from dlms_engine.lab.comparison.store import Store, digest, model_digest, network_digest
 from dlms_engine.lab.evaluation.own_features import PixelFeatures
 from dlms_engine.learners.start.problem import SamplingProblem
@@ -136,6 +141,29 @@ def test_evaluate_measures_again_what_is_wrapped_otherwise(tmp_path: Path) -> No
         for network in (half, third, half)
     ]  # fmt: skip
     assert found[0] == found[2] != found[1]
+
+
+def test_the_file_of_results_is_json_whatever_a_solver_does(tmp_path: Path) -> None:
+    held = cli_model.tiny()
+    assert held.features is not None
+    table = solvers.handcrafted(held.denoiser.process, NFE)[0][1]
+    broken = Entry("broken", dataclasses.replace(table, b=table.b + 1e30))
+    sizes = CompareSettings((NFE,), 4, 4, 0, 8, 8, 4, shown=0)
+    with session.measuring(
+        held.denoiser, held.features, held.shape, tmp_path, None, batch=4, total=1, progress=False
+    ) as (measurer, bar):
+        kept = session.Session(measurer, bar, held.reference, sizes, tmp_path / "record.json")
+        kept.add(kept.row(broken, "full"))
+    assert not math.isfinite(kept.result()["rows"][0]["rmse"])  # planted
+
+    def word(found: str) -> None:
+        raise AssertionError(f"{found} is no JSON")
+
+    rows = json.loads((tmp_path / "record.json").read_text(), parse_constant=word)["rows"]
+    assert rows[0]["rmse"] is None and rows[0]["to_accurate"] is None
+    read = {**kept.result(), "rows": [*rows, {**rows[0], "solver": "learned", "learned": True,
+            "base": "broken", "rmse": 0.0}]}  # fmt: skip
+    assert "| **learned** |" in markdown(read)  # type: ignore[arg-type]
 
 
 def test_damaged_or_foreign_cache_counts_as_absent(tmp_path: Path) -> None:

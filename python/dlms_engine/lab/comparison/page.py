@@ -134,7 +134,8 @@ def _cells(row: ResultRow, rows: Sequence[ResultRow]) -> list[str]:
     if "refused" in row:
         return [*named, "-", "-", "-", row["refused"], "", "", ""]
     base = base_of(row, rows)
-    ratio = "" if base is None else f"{base['rmse'] / row['rmse']:.2f}"
+    own, other = figure(row, "rmse"), None if base is None else figure(base, "rmse")
+    ratio = f"{other / own:.2f}" if own and other is not None else ""
     calls = f"{row['forward'] + row['backward']:,}" if "forward" in row else ""
     seconds = f"{row['seconds']:.0f}" if "seconds" in row else ""
     figures = [_figure_of(row, key) for key in ("rmse", "excess_accurate", "excess_data")]

@@ -20,6 +20,7 @@ from ...processes import Process
 from ...solvers import handcrafted
 from ...support.files import write_text
 from ...support.parallel import World
+from ...support.values import json_value
 from ..evaluation.frechet import label_of_features
 from ..plots import is_image
 from .measure import Entry, Measured, Measurer
@@ -78,10 +79,10 @@ class Session:
     def add(self, *rows: ResultRow) -> None:
         self._rows.extend(rows)
         if self.measurer.world.rank == 0:
-            write_text(self._file, json.dumps(self.result(), indent=1))
+            write_text(self._file, json.dumps(json_value(self.result()), indent=1))
 
     def result(self) -> Result:
-        """What there is, as JSON reads it back."""
+        """What there is; what is not finite is null in the file."""
         return {
             "format": FORMAT,
             "settings": json.loads(json.dumps(asdict(self._sizes))),

@@ -22,6 +22,7 @@ from ...models.denoiser import Denoiser
 from ...policies.distilled import load_solver
 from ...support.files import only_one, write_text
 from ...support.parallel import World
+from ...support.values import json_value
 from ..comparison.budget import counted
 from ..comparison.measure import Entry, Measured, Measurer
 from ..comparison.result import Floors, distance
@@ -129,7 +130,9 @@ class Reproduction:
             for nfe, row in self.cells():
                 spent, planned = bar.n, self.estimate.cell(nfe, row)
                 rows.append(self._row(nfe, row, exact, floors, bar))
-                write_text(self.folder / f"{self.stem}.json", json.dumps(result, indent=1))
+                write_text(
+                    self.folder / f"{self.stem}.json", json.dumps(json_value(result), indent=1)
+                )
                 bar.update(max(0, planned - (bar.n - spent)))
         return result
 
