@@ -10,9 +10,12 @@ import torch
 from mixture_network import mixture_denoiser
 
 from dlms_engine.learners import LEARNERS, distill
+from dlms_engine.learners.ld3.objective import Ld3
+from dlms_engine.learners.ld3.settings import Ld3Settings
 from dlms_engine.learners.registry import resolved
 from dlms_engine.learners.settings import hints
 from dlms_engine.learners.training.coerce import check_choices, check_least
+from dlms_engine.support.parallel import World
 
 
 def listed(hint: Any) -> bool:
@@ -92,6 +95,21 @@ def test_a_grid_that_starts_elsewhere_is_refused(method: str) -> None:
     with pytest.raises(ValueError, match=r"grid starts at \d+, but .* at 80: start there"):
         given |= {GRIDS[method]: times, "shape": (16,), "progress": False}
         distill(mixture_denoiser(), method, nfe=4, **given)
+
+
+def test_auto_in_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them did the whole work and wrote the same files; by a budget of time with other results."""
+    monkeypatch.setattr(World, "current", classmethod(lambda cls: cls(1, 2)))
+    with pytest.raises(ValueError, match="'auto' runs in one process, and here are 2"):
+        distill(mixture_denoiser(), nfe=4, shape=(16,), progress=False)
+
+
+def test_grids_without_a_finite_loss_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Ld3Settings(nfe=4, loss="l2", init="best")
+    learner = Ld3(mixture_denoiser(), settings)
+    assert learner.choose_start(lambda _: 1.0) == "polynomial"
+    with pytest.raises(FloatingPointError, match="the loss on every handcrafted grid is nan"):
+        learner.choose_start(lambda _: float("nan"))
 
 
 def test_dode_takes_times_as_a_tensor() -> None:

@@ -88,7 +88,7 @@ def load_model(spec: str, device: str | None = None, conditions: Path | None = N
             f"model is {spec!r}, expected {', '.join(map(repr, names))} or module:function"
             f"{file_hint(spec)}"
         )
-    own = own_model(spec)
+    own = own_model(spec, Model)
     found = own if isinstance(own, Model) else Model(own[0], own[1], conditions=own[2])
     if place is not None:
         found.denoiser.to(place)

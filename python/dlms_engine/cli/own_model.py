@@ -12,11 +12,14 @@ from .errors import own_line
 RETURNS = "(denoiser, shape) or (denoiser, shape, conditions)"
 
 
-def own_model(spec: str) -> Any:
-    """What the function of ``spec``, ``module:function``, returned: a tuple of two or three, or a Model.
+def own_model(spec: str, whole: type | tuple[type, ...] = ()) -> Any:
+    """What the function of ``spec``, ``module:function``, returned: a tuple of two or three.
+
+    Args:
+        whole: what it may return as well.
 
     Returns:
-        ``(denoiser, shape, conditions)``, checked; a ``Model`` as it is.
+        ``(denoiser, shape, conditions)``, checked; of the type ``whole`` as it is.
 
     Raises:
         ValueError: no such module or function, either raised, or it returned something else.
@@ -38,9 +41,7 @@ def own_model(spec: str) -> Any:
         found = function()
     except Exception as error:
         raise ValueError(f"model {spec!r}: {_told(error)}") from error
-    from .model import Model
-
-    return found if isinstance(found, Model) else _checked(spec, found)
+    return found if isinstance(found, whole) else _checked(spec, found)
 
 
 def file_hint(spec: str) -> str:

@@ -86,7 +86,8 @@ def distill(
 
     Raises:
         ValueError: unknown method or setting, values out of range, or a network that does not answer
-            the same twice, or not the same in another batch; ``capture`` without a GPU.
+            the same twice, or not the same in another batch; ``capture`` without a GPU; ``auto`` in
+            several processes.
         ImportError: ``tensorboard`` is requested and missing.
         FloatingPointError: the network's outputs are not finite.
         RuntimeError: another process is distilling into ``output``.
@@ -95,6 +96,12 @@ def distill(
     """
     entry = learner(method)
     nfe, seed = whole_number(nfe, "nfe"), seed_number(seed)
+    world = World.current()
+    if method == "auto" and world.size > 1:
+        raise ValueError(
+            f"method 'auto' runs in one process, and here are {world.size}, which would all do the same "
+            "and write the same files: start it without torchrun, or take another method"
+        )
     resolved(method, nfe, settings, trajectories=trajectories)  # refuses what is wrong at once
     conditions = read_conditions(one_of_two(conditions, cond))
     identity = {} if output is None else run_identity(denoiser, named_conditions(conditions))
@@ -103,7 +110,6 @@ def distill(
     if method != "auto":
         denoiser, conditions = conditioned(denoiser, conditions, method), None
     path = None if output is None else Path(output)
-    world = World.current()
     shown = progress and world.rank == 0
     watched = tensorboard is not None and world.rank == 0
     options = RunOptions(

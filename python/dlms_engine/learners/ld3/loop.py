@@ -116,7 +116,7 @@ class Ld3Loop:
             ):  # several ranks stop at several places: the last round's counts
                 self._store.rewind()
                 kept = try_to_save(self._store.save, self.state.updates)
-            if kept and self._store.path is not None:
+            if kept and self._store.path is not None and self._store.path.exists():
                 _log.warning("interrupted: %s is saved, resume continues it", self._store.path)
             raise
         finally:

@@ -18,6 +18,7 @@ from ...models.denoiser import Denoiser
 from ...processes import grids
 from ...solvers import make_solver
 from ...solvers.table import SolverTable
+from ...support.values import require_finite
 from ..training.losses import SampleLoss, resolve_kind, sample_loss
 from ..training.start_times import start_times
 from .grid import LearnedGrid
@@ -132,6 +133,8 @@ class Ld3:
             loss = mean(self.measure)
             if math.isfinite(loss):
                 found.append((loss, name, grid))
+        if not found:
+            require_finite(math.nan, "the loss on every handcrafted grid")
         _, name, grid = min(found, key=lambda item: item[0])
         self._load_grid(grid)
         return name
