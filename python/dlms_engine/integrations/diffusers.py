@@ -230,10 +230,17 @@ class DLMSScheduler(EngineScheduler):
 
     @property
     def init_noise_sigma(self) -> float:
-        """Standard deviation of the start noise: 1, or that of EDM's first level."""
+        """Standard deviation of the start noise: 1, or that of EDM's first level.
+
+        A learned solver may begin below the config's ``sigma_max``.
+        """
         if kind_of(self.config) != "edm":
             return 1.0
-        return float((self.noise_model.process.t_max**2 + 1) ** 0.5)
+        if isinstance(self._source, str):
+            highest = self.noise_model.process.t_max
+        else:
+            highest = float(policy_of(self._source).t_start)
+        return float((highest**2 + 1) ** 0.5)
 
     # -- the loop --------------------------------------------------------------------------------
 

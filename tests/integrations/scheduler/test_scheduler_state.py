@@ -218,6 +218,22 @@ def test_a_table_runs_as_in_the_sampler(maker: str, afs: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
+def test_noise_of_a_solver_that_begins_below_the_configs_highest_level() -> None:
+    """The noise was that of ``sigma_max``, 700, and the solver's first level 80."""
+    config = diffusers.EDMEulerScheduler(sigma_max=700.0).config
+    process = processes.EDM(0.002, 80.0)
+    table = solvers.ipndm(process, grids.polynomial(process, 4))
+    scheduler = DLMSScheduler.from_config(config, solver=table)
+    assert scheduler.init_noise_sigma == (80.0**2 + 1) ** 0.5
+    network = Wiggle()
+    found = in_pipeline(scheduler, network, 4)
+    expected = Sampler(Denoiser(network, process, "edm"), table)(noise(batch=3) * 80.0)
+    assert (found - expected).abs().max() < 1e-3 * expected.abs().max()
+    # planted fault: a handcrafted solver begins at the config's level
+    handcrafted = DLMSScheduler.from_config(config, solver="ipndm")
+    assert handcrafted.init_noise_sigma == (700.0**2 + 1) ** 0.5
+
+
 def test_afs_is_refused_where_the_pipeline_does_not_scale() -> None:
     p = process()
     table = solvers.ddim(p, grids.time_uniform(p, 5), afs=True)

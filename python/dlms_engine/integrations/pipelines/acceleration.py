@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ...engine.cuda_graph_cache import GraphCache
 from ..scheduler.runner import Runner
+from .callers_errors import is_callers
 from .calls import NotReplayed, caches
 from .dry_run import DryRun, StandIns
 from .interception import Interception, subclass
@@ -220,7 +221,7 @@ class Acceleration:
             return self._timed(kind, session, pipe, args, kwargs)
         except Exception as exc:
             named = self._own is not None and isinstance(self._own.solver, str)
-            if not named or pipe.scheduler is not self._own:
+            if not named or pipe.scheduler is not self._own or is_callers(exc, self._arguments):
                 raise
             rewind()
             result = self._with_own_scheduler(pipe, args, kwargs)  # raises what diffusers raises
