@@ -133,6 +133,7 @@ class WholeLoop:
             str(self.program.slices),
             str(self._shapes()),
             str(self.scales),
+            str([self._left_out(n - begin) for n in range(begin, end)]),
         )
         plain = tuple(sorted((name, repr(value)) for name, value in self.inputs.plain.items()))
         learned = [] if self.correctors is None else [self.correctors]
@@ -153,6 +154,14 @@ class WholeLoop:
         first, second, rest = float(row[0]), float(row[1]) if len(row) > 2 else 0.0, row[2:]
         plain = branches == 2 and not bool(rest.any()) and abs(first + second - 1) < 1e-12
         return second if plain else None
+
+    def _left_out(self, n: int) -> tuple[bool, bool]:
+        """Whether the one branch is taken as it is, and whether the latents have no weight.
+
+        A captured run is without those operations: other weights of that kind are another run.
+        """
+        row = self.weights[n].tolist()
+        return row[0] == 1.0 and not any(row[1:]), not row[-1]
 
     def _copies(self, slot: Slot) -> int:
         columns = self.program.slots[slot].columns
@@ -217,17 +226,17 @@ class WholeLoop:
         if self.scales[n] is not None:
             first, second = (b.to(self.side).contiguous() for b in branches)
             return first, second
-        plain, slices = self.weights[n].tolist(), self.program.slices
+        (alone, no_latents), slices = self._left_out(n), self.program.slices
         if slices:
             table = weights[n, : len(branches) * slices].reshape(-1, slices)
             factors = [along_slices(row, x) for row in table]
         else:
             factors = [weights[n, k] for k in range(len(branches))]
-        if len(branches) == 1 and plain[0] == 1.0 and not any(plain[1:]):
+        if len(branches) == 1 and alone:
             return branches[0].to(self.side).contiguous(), None
         mixed = branches[0].to(self.dtype) * factors[0]
         for factor, branch in zip(factors[1:], branches[1:], strict=True):
             mixed = mixed + branch.to(self.dtype) * factor
-        if plain[-1]:
+        if not no_latents:
             mixed = mixed + x * weights[n, -1]
         return mixed.to(self.side).contiguous(), None
