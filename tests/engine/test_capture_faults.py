@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
 from cli_model import TinyNetwork
-from standin_driver import StandinCapture
+from standin_driver import Graph, StandinCapture
 from torch import Tensor, nn
 
 from dlms_engine import Denoiser, Sampler, grids, ops, processes, solvers
-from dlms_engine.engine import cuda_graph, cuda_graph_run, sampler
-from dlms_engine.engine.cuda_graph import Runnable, run_captured
+from dlms_engine.engine import cuda_graph, cuda_graph_capture, cuda_graph_run, sampler
+from dlms_engine.engine.captured_calls import captured_calls
+from dlms_engine.engine.cuda_graph import Runnable, StaleGraphError, run_captured
 from dlms_engine.engine.cuda_graph_cache import GraphCache
-from dlms_engine.engine.cuda_graph_capture import CAPTURING
+from dlms_engine.engine.cuda_graph_capture import CAPTURING, StepLoop
 
 X = torch.arange(3.0)
 EDM = processes.EDM()
@@ -81,3 +84,63 @@ def test_no_bottleneck_stays_in_a_graphs_memory(captured: StandinCapture, monkey
         held._run_graph(x, torch.float32, ops.select("eager"), {})
     with pytest.raises(RuntimeError, match="no bottleneck"):
         _ = denoiser.bottleneck
+
+
+def test_graphs_are_dropped_when_their_runs_are_over(captured: StandinCapture, monkeypatch):
+    """Unmapping their memory (expandable segments) waits for the stream of the captures alone."""
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: order.append("wait"))
+    monkeypatch.setattr(GraphCache, "clear", lambda cache: order.append("drop"))
+    with captured_calls(Denoiser(nn.Identity(), EDM, "data")):
+        assert not order
+    assert order == ["wait", "drop"]
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_deterministic_algorithms_do_not_fill_what_a_graph_reads(monkeypatch):
+    """They fill new memory; recorded in a graph, that would follow the copies of the inputs."""
+    inputs, before = {"x": torch.zeros(1000)}, torch.utils.deterministic.fill_uninitialized_memory
+    assert inputs["x"].new_empty(1000).isnan().all(), "what torch does by itself"
+    assert not cuda_graph_capture._buffers(inputs)["x"].isnan().all()
+    assert torch.utils.deterministic.fill_uninitialized_memory == before
+
+    def recorded(pool: object, device: object, work: Callable[[], Any]) -> tuple[Graph, Any]:
+        made = work()
+        return Graph(0), made
+
+    monkeypatch.setattr(cuda_graph_capture, "_fresh_pool", lambda device: None)
+    monkeypatch.setattr(cuda_graph_capture, "_record_into", recorded)
+    monkeypatch.setattr(cuda_graph_capture, "pool_bytes", lambda pool: 0)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    loop = StepLoop(lambda given: None, lambda given, carried, number: None, "x", ())
+    _, number, count = cuda_graph_capture.record_loop(loop, inputs, torch.device("cpu"))
+    filled = torch.iinfo(torch.int32).max
+    assert not (number == filled).all() or not (count == filled).all()
+
+
+@pytest.mark.parametrize("spoilt", [[], [1]], ids=["both", "one alone"])
+def test_numbers_that_are_not_finite_are_no_difference_where_the_plain_run_has_them(
+    captured: StandinCapture, spoilt: list[int]
+):
+    """Samples that overflow were told to be those of a graph that is out of date."""
+    network, cache = nn.Identity(), GraphCache(verify=1)
+
+    def body(given: Mapping[str, Tensor]) -> Tensor:
+        out = given["x"] / torch.tensor([0.0, 1.0, 2.0])
+        out[spoilt if captured.replaying else []] = torch.inf
+        return out
+
+    x = torch.ones(3)
+    run_captured(cache, network, (), body, {"x": x})
+    if not spoilt:
+        assert run_captured(cache, network, (), body, {"x": x})[0] == torch.inf
+        return
+    with pytest.raises(StaleGraphError, match="finite"):
+        run_captured(cache, network, (), body, {"x": x})

@@ -8,6 +8,12 @@ import torch
 from torch import nn
 
 from dlms_engine import Denoiser, Sampler, grids, processes, solvers
+from dlms_engine.policies.amed import AmedPolicy
+from dlms_engine.policies.amed_formulas import AmedBase
+from dlms_engine.policies.amed_predictor import AmedPredictor
+from dlms_engine.policies.corrector import CorrectedPolicy, Corrector, CorrectorSettings
+from dlms_engine.policies.designer import Designer, DesignerSettings
+from dlms_engine.policies.dlms import DesignerPolicy
 
 PROCESS = processes.EDM()
 TABLE = solvers.dpm_solver_pp(PROCESS, grids.polynomial(PROCESS, 5), order=2)
@@ -78,3 +84,32 @@ def test_samples_that_are_not_finite_are_reported_whatever_the_noise_lies_like(b
     noise = NOISE.to(memory_format=torch.channels_last)
     Sampler(denoiser, TABLE, backend=backend)(noise)
     assert "not finite from evaluation 1 of" in caplog.text
+
+
+def learned(kind):
+    """A sampler on a network elsewhere, before its first run there."""
+    grid = grids.polynomial(PROCESS, 2)
+    weights = torch.tensor([[1.0, 0.0], [0.5, 0.5]], dtype=torch.float64)
+    settings = DesignerSettings(2, 2, afs=False, features=0)
+    corrector = Corrector(CorrectorSettings("image", 3, 1))
+    policy = {
+        "dlms": lambda: DesignerPolicy(Designer(settings, PROCESS, grid, weights)),
+        "amed": lambda: AmedPolicy(AmedPredictor(bottleneck=False), AmedBase(), PROCESS, grid),
+        "corrected": lambda: CorrectedPolicy(TABLE, corrector),
+    }[kind]()
+    sampler = Sampler(Denoiser(nn.Identity(), PROCESS, "data"), policy)
+    return sampler, sampler.correctors or getattr(policy, "designer", None) or policy.predictor
+
+
+@pytest.mark.parametrize("kind", ["dlms", "amed", "corrected"])
+def test_what_is_moved_in_inference_mode_can_be_changed_later(kind):
+    """The first run moves it; outside of inference mode its tensors take no numbers and no gradients."""
+    sampler, module = learned(kind)
+    with torch.inference_mode():
+        if sampler.correctors is not None:
+            sampler._placed_correctors(torch.device("meta"))
+        else:
+            sampler.policy.place(torch.device("meta"))
+    assert next(module.parameters()).device.type == "meta"
+    module.load_state_dict(module.state_dict())
+    module.requires_grad_(True)

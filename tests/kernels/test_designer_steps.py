@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
-from designer_cases import DISCRETE, EDM, both, check, make_denoiser, make_policy, sampler
+from designer_cases import DISCRETE, EDM, Given, both, check, make_denoiser, make_policy, sampler
 from gpu import triton_device
 from test_capturable import NoHostCopies
 from torch import Tensor, nn
@@ -44,6 +46,27 @@ def test_torch_operations_wherever_nobody_asked_for_a_gpus_kernels():
     x, policy = torch.zeros(2, 1), make_policy()
     assert isinstance(sampler("cpu", "auto", policy)._steps(x, {}), PolicySteps)
     assert designer_row.select_designer("triton", torch.device("meta")) is None
+
+
+class Preconditioned(Given):
+    def preconditioning(self, t: Tensor, prediction: Literal["data", "noise"] = "data"):
+        return super().preconditioning(t, prediction)
+
+
+class Levelled(Given):
+    def _noise_level(self, t: Tensor) -> Tensor:
+        return super()._noise_level(2 * t)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Preconditioned, Levelled])
+def test_torch_operations_for_a_denoiser_with_coefficients_of_its_own(device, kind):
+    x, policy = torch.zeros(2, 1, device=device), make_policy()
+    usual = make_denoiser(EDM, "edm")
+    for own, steps in ((Given, DesignerSteps), (kind, PolicySteps)):
+        usual.__class__ = own
+        made = policy_steps(usual.to(device), policy, x, torch.float32, {}, "triton")
+        assert type(made) is steps
 
 
 @torch.no_grad()

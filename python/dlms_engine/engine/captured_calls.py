@@ -59,6 +59,8 @@ def captured_calls(denoiser: Denoiser) -> Iterator[CapturedCalls]:
         yield calls
     finally:
         denoiser.calls.through = None
+        # Unmapping memory (expandable segments) waits for the stream of the captures alone.
+        torch.cuda.synchronize(denoiser.device)
         calls.graphs.clear()
         torch.cuda.empty_cache()
 

@@ -196,7 +196,8 @@ def record_loop(
         carried.append(loop.first(dict(buffers)))
         # Not zeros: the graph would clear them in every run, the number of steps among them, after
         # that was copied in. ``loop_graph`` sets the step's number to 0.
-        numbers = torch.empty(2, 1, dtype=torch.int32, device=device)
+        with _unfilled():
+            numbers = torch.empty(2, 1, dtype=torch.int32, device=device)
         return numbers[0], numbers[1]
 
     first, (number, count) = _record_into(pool, device, begin)
@@ -208,10 +209,25 @@ def record_loop(
 
 
 def _buffers(inputs: Inputs, per_step: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    return {
-        name: t.new_empty((MAX_STEPS, *t.shape[1:]) if name in per_step else t.shape)
-        for name, t in inputs.items()
-    }
+    with _unfilled():
+        return {
+            name: t.new_empty((MAX_STEPS, *t.shape[1:]) if name in per_step else t.shape)
+            for name, t in inputs.items()
+        }
+
+
+@contextmanager
+def _unfilled() -> Iterator[None]:
+    """New memory is not written to, also with deterministic algorithms.
+
+    They fill it with NaN, and a graph would do that in every run, after the inputs were copied in.
+    """
+    setting: Any = torch.utils.deterministic  # its attribute is a property
+    filled, setting.fill_uninitialized_memory = setting.fill_uninitialized_memory, False
+    try:
+        yield
+    finally:
+        setting.fill_uninitialized_memory = filled
 
 
 def _fresh_pool(device: torch.device) -> Any:

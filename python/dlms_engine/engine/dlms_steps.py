@@ -84,8 +84,7 @@ def policy_steps(
 ) -> Steps:
     """Steps of ``policy``: with the kernel where it is available and does the same, else in torch."""
     kernels = designer_row.select_designer(backend, x.device)
-    own = denoiser.network_process is denoiser.process
-    if kernels is not None and own and takes(policy):
+    if kernels is not None and _usual(denoiser) and takes(policy):
         policy.place(x.device)
         try:
             return DesignerSteps(denoiser, policy, kernels, x, dtype, conditions)
@@ -96,6 +95,16 @@ def policy_steps(
                 raise
             designer_row.refuse(exc)
     return PolicySteps(denoiser, policy, policy.start(x.shape[0], x.device), dtype, conditions)
+
+
+def _usual(denoiser: Denoiser) -> bool:
+    """Whether its coefficients are those that the kernel computes: no subclass has others."""
+    kind = type(denoiser)
+    return (
+        denoiser.network_process is denoiser.process
+        and kind.preconditioning is Denoiser.preconditioning
+        and kind._noise_level is Denoiser._noise_level
+    )
 
 
 def takes(policy: Any) -> bool:

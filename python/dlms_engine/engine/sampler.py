@@ -263,7 +263,8 @@ class Sampler(Versioned, nn.Module):
     def _placed_correctors(self, device: torch.device) -> Correctors | None:
         """The correctors, moved to ``device`` if they lie elsewhere; None without any."""
         if self.correctors is not None and next(self.correctors.parameters()).device != device:
-            self.correctors.to(device)
+            with torch.inference_mode(False):  # kept for runs outside of it
+                self.correctors.to(device)
         return self.correctors
 
     def _captures(self, device: torch.device, watched: bool) -> bool:

@@ -90,7 +90,8 @@ class AmedPolicy:
     def place(self, device: torch.device) -> None:
         """Moves the predictor to ``device`` if it lies elsewhere."""
         if self.predictor.fc_r.weight.device != device:
-            self.predictor.to(device)
+            with torch.inference_mode(False):  # kept for runs outside of it
+                self.predictor.to(device)
 
     def start(self, batch: int, device: torch.device) -> AmedRun:
         self.place(device)

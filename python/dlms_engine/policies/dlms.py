@@ -86,7 +86,8 @@ class DesignerPolicy:
                 f"the designer is on {self.designer.grid.device}, the state on {device}: move the "
                 "sampler there before it is compiled"
             )
-        self.designer.to(device)
+        with torch.inference_mode(False):  # kept for runs outside of it
+            self.designer.to(device)
 
     def start(self, batch: int, device: torch.device) -> DesignerRun:
         self.place(device)
