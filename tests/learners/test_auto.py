@@ -18,6 +18,7 @@ from dlms_engine.learners.auto import AutoSettings
 from dlms_engine.learners.auto.budget import Budget, parse_budget
 from dlms_engine.learners.auto.choose import HELD_OUT_FIRST, AutoStage, choose_stage, end_of, ratio
 from dlms_engine.learners.auto.gauss_newton import GaussNewton, Targets
+from dlms_engine.learners.auto.report import report_lines, write_report
 from dlms_engine.learners.auto.shares import (
     PILOT,
     sample_cost,
@@ -320,3 +321,26 @@ def test_a_sharper_exact_solution_for_the_choice_keeps_to_the_budget() -> None:
     solver = distill(p.denoiser, nfe=6, shape=(2,), budget="120k", progress=False)
     assert solver.report is not None
     assert 100_000 < solver.report["calls"] < 1.03 * 120_000
+
+
+def test_a_stage_that_is_not_finite_neither_ends_a_run_nor_is_drawn(tmp_path: Path) -> None:
+    """The picture of the report raised, after the training and ahead of the solver's file."""
+    pytest.importorskip("matplotlib")
+    import matplotlib
+
+    stages = [
+        {"name": name, "rmse": rmse, "standard_error": None, "samples": 8, "calls": 1, "seconds": 0.0,
+         "frechet": 1.0}
+        for name, rmse in (("base", 0.5), ("table", None))
+    ]  # fmt: skip
+    report = {
+        "nfe": 3, "base": "ddim/polynomial", "chosen": "base", "rmse": 0.5, "ratio": 1.0,
+        "ratio_interval": [1.0, 1.0], "stages": stages,
+        "ranking": [{"solver": "ddim/polynomial", "rmse": 0.5, "standard_error": None}],
+        "exact": {"solver": "unipc", "grid": "polynomial", "steps": 48, "disagreement": 0.0,
+                  "against": 0.5, "holds": True},
+    }  # fmt: skip
+    backend = matplotlib.get_backend()
+    write_report(tmp_path / "x.safetensors", report)
+    assert (tmp_path / "x.report.png").exists() and report_lines(report)
+    assert matplotlib.get_backend() == backend

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from dlms_engine.learners.start import (
 )
 from dlms_engine.learners.start.contest import Contest
 from dlms_engine.learners.start.search import Start
+from dlms_engine.learners.start.store import keep_start, kept_start
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow, VPDiscrete, grids
 from dlms_engine.solvers import dpm_solver_pp, unipc
@@ -232,6 +234,21 @@ def test_a_kept_start_that_measured_less_is_made_once_more(tmp_path: Path) -> No
     assert "32 samples" in next(line for line in lines if "once more" in line)
     calls = p.calls
     assert samples(most=7_000) == 64 and p.calls - calls < 20
+
+
+def test_a_kept_start_is_json_where_a_solver_is_not_finite(tmp_path: Path) -> None:
+    """Python's Infinity is no JSON, and other readers refuse it."""
+    path, p = tmp_path / "x.start.json", problem(EDM())
+    start, _ = find_start(p, 2, effort="lean")
+    worst = dataclasses.replace(start.ranking[-1], rmse=math.inf, error=math.nan)
+    keep_start(path, p, dataclasses.replace(start, ranking=(*start.ranking[:-1], worst)))
+
+    def refuse(word: str) -> float:
+        raise AssertionError(word)
+
+    json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    found = kept_start(path, p, 2)
+    assert found is not None and found.ranking[-1].rmse == math.inf
 
 
 def test_conditions_give_every_sample_its_own(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...support.files import replacing
+from ...support.values import json_value
 from ..start import ExactSolution, Start
 from .budget import Budget
 from .choose import AutoStage, beyond_doubt
@@ -48,16 +49,8 @@ def report_of(
         "calls": budget.calls,
         "seconds": budget.seconds,
     }
-    return finite(report)  # type: ignore[no-any-return]
-
-
-def finite(value: Any) -> Any:
-    """JSON has no word for what is not finite: None, such as the standard error of one sample."""
-    if isinstance(value, dict):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    plain: dict[str, Any] = json_value(report)
+    return plain
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
@@ -101,7 +94,7 @@ def _passed_over(report: dict[str, Any]) -> list[str]:
     stages = {stage["name"]: stage for stage in report["stages"]}
     chosen = stages[report["chosen"]]
     least = min(stages.values(), key=lambda each: _number(each["rmse"]))
-    if least["name"] == chosen["name"] or least["rmse"] >= chosen["rmse"]:
+    if least["name"] == chosen["name"] or _number(least["rmse"]) >= _number(chosen["rmse"]):
         return []
     known = report["exact"]["disagreement"]
     if not beyond_doubt(chosen["rmse"], least["rmse"], known):
@@ -114,7 +107,7 @@ def _passed_over(report: dict[str, Any]) -> list[str]:
 
 
 def _number(value: float | None) -> float:
-    """What ``finite`` made None is infinite again."""
+    """What is None in the report, as it was not finite."""
     return math.inf if value is None else value
 
 
@@ -124,16 +117,18 @@ def write_report(output: Path, report: dict[str, Any]) -> None:
     with replacing(path) as partial:
         partial.write_text(json.dumps(report, indent=1), encoding="utf-8")
     try:
-        import matplotlib
+        draw_report(report, output.with_suffix(".report.png"))
     except ImportError:
         _log.info("no picture of the report: matplotlib is not installed")
-        return
-    matplotlib.use("Agg", force=False)
-    draw_report(report, output.with_suffix(".report.png"))
 
 
 def draw_report(report: dict[str, Any], path: Path) -> None:
-    """The handcrafted ranking and the stages in one picture, RMSE with two standard errors."""
+    """The handcrafted ranking and the stages in one picture, RMSE with two standard errors; what has no
+    finite RMSE is left out.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     from matplotlib.figure import Figure
 
     rows = [
@@ -148,8 +143,9 @@ def draw_report(report: dict[str, Any], path: Path) -> None:
         "correctors": "tab:olive",
     }
     for stage in report["stages"]:
-        colour = colours.get(stage["name"], "tab:orange")
-        rows.append((stage["name"], stage["rmse"], stage["standard_error"] or 0.0, colour))
+        if stage["rmse"] is not None:
+            colour = colours.get(stage["name"], "tab:orange")
+            rows.append((stage["name"], stage["rmse"], stage["standard_error"] or 0.0, colour))
     figure = Figure(figsize=(7, 0.35 * len(rows) + 1), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from ...support.files import write_text, written
 from ...support.transfer import host_numbers
+from ...support.values import json_value
 from ..training.identity import conditions_digest
 from .contest import Candidate, handcrafted_candidates
 from .exact import Proof
@@ -29,7 +31,7 @@ def keep_start(path: Path | None, problem: SamplingProblem, start: Start, afs: b
         return
     described = {"format": _FORMAT, **_key(problem, start.nfe, afs), **start.record()}
     described["answers"] = _answers(problem)
-    text = json.dumps(described, indent=1)
+    text = json.dumps(json_value(described), indent=1)
     written(lambda: write_text(path, text), "the start is not kept")
 
 
@@ -58,9 +60,8 @@ def _start(found: dict[str, Any], problem: SamplingProblem) -> Start:
     ranking = []
     for row in found["ranking"]:
         candidate: Candidate = labels[row["solver"]]
-        ranking.append(
-            MeasuredCandidate(candidate, row["rmse"], row["standard_error"], row["samples"])
-        )
+        rmse, error = (math.inf if row[k] is None else row[k] for k in ("rmse", "standard_error"))
+        ranking.append(MeasuredCandidate(candidate, rmse, error, row["samples"]))
     proof = {k: v for k, v in found["exact"].items() if k != "holds"}
     return Start(found["nfe"], tuple(ranking), Proof(**proof), found["calls"], found["seconds"])
 
