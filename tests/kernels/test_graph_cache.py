@@ -84,6 +84,25 @@ def test_a_coarse_failure_holds_whatever_the_modules_hold():
     assert cache.failure(graph_key(net, X, (1,))[0]) is None
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("kind", ["script", "trace"])
+def test_weights_of_a_scripted_network_that_move_change_the_key(kind, inside):
+    """They lie in C++; the graph of before read memory that was free."""
+    layer = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)).eval()
+    made = torch.jit.script(layer) if kind == "script" else torch.jit.trace(layer, torch.ones(2, 2))
+    net = nn.Sequential(made, nn.ReLU()) if inside else made
+    denoiser = Denoiser(net, EDM(), "data")
+    net(torch.ones(2, 2))  # the first call fills in attributes
+    before = graph_key(denoiser, X)[0]
+    with torch.no_grad():
+        next(net.parameters()).add_(1)
+    net(torch.ones(2, 2))
+    assert graph_key(denoiser, X)[0] == before
+    net.double()
+    assert graph_key(denoiser, X)[0] != before
+
+
 def test_invalidate_one_network_or_all():
     cache, nets = GraphCache(), [nn.Linear(1, 1) for _ in range(2)]
     keys = [graph_key(net, X)[0] for net in nets]

@@ -81,6 +81,22 @@ def _modes() -> tuple[Any, ...]:
     )
 
 
+def _scripted(owner: Any) -> tuple[Any, ...]:
+    """What a scripted or traced network, or part of a network, holds: its attributes do not show it."""
+    network = getattr(owner, "network", owner)
+    parts = getattr(network, "__dict__", {}).get("_modules")
+    children = parts.values() if isinstance(parts, dict) else ()
+    return tuple(
+        (
+            id(part),
+            getattr(part, "training", None),
+            *((t.data_ptr(), t.shape, t.dtype) for t in (*part.parameters(), *part.buffers())),
+        )
+        for part in (network, *children)
+        if isinstance(part, torch.jit.ScriptModule)
+    )
+
+
 def graph_key(
     network: Any,
     inputs: Mapping[str, Tensor],
@@ -112,7 +128,7 @@ def graph_key(
     answer: tuple[Any, str] = make(
         token(network),
         inputs if isinstance(inputs, dict) else dict(inputs),
-        (options, _modes()),
+        (options, _modes(), _scripted(network)),
         (network, *modules),
         network not in _restless if tensor_attributes is None else tensor_attributes,
     )
