@@ -17,7 +17,7 @@ from dlms_engine import Sampler, distill, load_solver
 from dlms_engine.learners.auto import AutoSettings
 from dlms_engine.learners.auto.budget import Budget, parse_budget
 from dlms_engine.learners.auto.choose import HELD_OUT_FIRST, AutoStage, choose_stage, end_of, ratio
-from dlms_engine.learners.auto.gauss_newton import GaussNewton, Targets
+from dlms_engine.learners.auto.gauss_newton import STEP, GaussNewton, Targets
 from dlms_engine.learners.auto.report import report_lines, write_report
 from dlms_engine.learners.auto.shares import (
     PILOT,
@@ -37,6 +37,7 @@ from dlms_engine.learners.start import (
 )
 from dlms_engine.learners.start.rounds import AGAIN
 from dlms_engine.models.denoiser import Denoiser
+from dlms_engine.policies.dlms import step_coefficients
 from dlms_engine.processes import EDM, VP, Process, RectifiedFlow, VPDiscrete
 
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -82,6 +83,52 @@ def test_times_out_of_order_make_no_table() -> None:
     moved = form.zero()
     moved[form.groups["grid"]][0] = 5.0
     assert form.table(moved) is None
+
+
+@pytest.mark.parametrize("process", PROCESSES, ids=lambda p: p.name)
+def test_every_parameter_moves_every_base(process: Process) -> None:
+    """From alpha = 0, as flows and zero-terminal-SNR models begin, moving the first network time made
+    iPNDM and DEIS store noise, whose step has no size there: weights were NaN, the fit took no step,
+    and the result was the base.
+    """
+    kinds = {c.solver: c for c in handcrafted_candidates(process, 3, afs=False)}
+    for candidate in kinds.values():
+        form = GeneralTable(candidate)
+        for i in range(form.size):
+            ways = [form.zero(), form.zero()]
+            ways[0][i], ways[1][i] = STEP, -STEP
+            tables = [table for table in map(form.table, ways) if table is not None]
+            assert tables, (candidate.label, i)
+            assert all(bool(t.a.isfinite().all() and t.b.isfinite().all()) for t in tables)
+
+
+def test_the_size_of_a_noise_step_from_pure_noise_is_not_finite() -> None:
+    """Planted: what the test above would find if noise were stored there."""
+    start, end = (torch.tensor([t], dtype=torch.float64) for t in (1.0, 0.5))
+    for prediction, finite in (("noise", False), ("data", True)):
+        _, unit = step_coefficients(RectifiedFlow(), prediction, start, end)
+        assert bool(unit.isfinite().all()) == finite
+
+
+def test_a_parameter_that_breaks_the_run_stays_and_the_others_are_fitted() -> None:
+    """One network output that is not finite made the whole step NaN."""
+    base = next(c for c in handcrafted_candidates(EDM(), 3) if c.label == "ipndm2/time_uniform")
+    mixture = Mixture(EDM())
+    known = base.table.times.float()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        off = (t[:, None] - known[1]).abs()
+        moved = (off > 1e-6 * known[1]) & (off < 0.01 * known[1])  # another time near the second
+        return torch.where(moved, torch.nan, mixture(x, t))
+
+    p = SamplingProblem(Denoiser(network, EDM(), "data"), (2,))
+    exact = ExactSolution(SamplingProblem(Denoiser(mixture, EDM(), "data"), (2,)))
+    fit = GaussNewton(p, GeneralTable(base), Targets(exact), 64)
+    normal = fit.linearise(fit.form.zero(), 64)
+    still = torch.diag(normal.matrix) == 0
+    assert bool(normal.matrix.isfinite().all()) and 0 < int(still.sum()) < fit.form.size
+    before, after, moved = fit._iterate(fit.form.zero(), 64)
+    assert after < before and not moved[still].any() and moved[~still].any()
 
 
 def test_a_step_is_the_least_squares_step() -> None:

@@ -147,6 +147,15 @@ def test_two_solvers_on_one_grid_prove_nothing(process: Process) -> None:
     assert rmse(one, other) < rmse(one, truth) / 10  # planted: what they agree to on one grid
 
 
+def test_a_proof_refines_as_far_as_it_may(caplog: pytest.LogCaptureFixture) -> None:
+    """On a flow half of a budget of 20,000 evaluations went into a solution of 384 steps."""
+    exact = ExactSolution(problem(RectifiedFlow()))
+    first = exact.prove().steps
+    assert exact.prove(1e-9, most=first).steps == first and "NOT PROVED" not in caplog.text
+    assert exact.prove(1e-9, most=2 * first).steps == 2 * first  # planted
+    assert exact.prove(1e-9).steps > 2 * first and "NOT PROVED" in caplog.text
+
+
 def test_a_proof_that_cannot_be_had_says_so(caplog: pytest.LogCaptureFixture) -> None:
     """A network that answers at random has no solution to converge to."""
     generator = torch.Generator().manual_seed(0)

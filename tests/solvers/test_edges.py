@@ -193,6 +193,20 @@ def test_noise_form_falls_back_to_data_from_pure_noise() -> None:
         ipndm(RectifiedFlow(), grid, store="noise")
 
 
+@pytest.mark.parametrize("name", [n for n, s in SOLVERS.items() if "network_times" in s.options])
+def test_a_grid_from_pure_noise_keeps_data_whatever_time_the_network_is_told(name: str) -> None:
+    """With the first network time a little below 1 noise was stored, by weights that cancel."""
+    process = RectifiedFlow()
+    grid = grids.time_uniform(process, 4)
+    told = grid.clone()
+    told[0] -= 1e-3
+    table = make_solver(name, process, grid, network_times=told)
+    assert table.prediction == make_solver(name, process, grid).prediction
+    assert float(table.b.abs().max()) < 10
+    as_it_was = make_solver(name, process, grid, network_times=told, store="noise")  # planted
+    assert float(as_it_was.b.abs().max()) > 100
+
+
 def test_order_at_the_ends() -> None:
     """With lower_order_final the last row reads one output; to sigma = 0 it always does."""
     last = dpm_solver_pp(EDM(), grids.polynomial(EDM(), 6), order=3).b[-1]

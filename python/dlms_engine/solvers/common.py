@@ -73,7 +73,7 @@ class Run:
 
     Args:
         store: what the history holds; None takes ``default_store``, or ``"data"`` where noise
-            cannot be stored (an evaluation at alpha = 0).
+            cannot be stored (an evaluation at alpha = 0, of the grid or of the network's times).
         network_times: decoupled times ``[*batch, steps + 1]`` the network is called at; the last is
             not used. Coefficients stay those of ``grid``.
     """
@@ -103,7 +103,9 @@ class Run:
         self.called_at = called_at.expand(*batch, -1).unbind(-1)
         self.steps = len(self.nodes) - 1
         if store is None:
-            blind = self.afs is None and self._blind(self.called_at[0])
+            # Wherever the network is called, at alpha = 0 of the grid noise says nothing about data.
+            first = (grid[..., 0], self.called_at[0])
+            blind = self.afs is None and any(map(self._blind, first))
             store = "data" if blind else default_store
         self.trace = Trace(process, store, tuple(batch))
 

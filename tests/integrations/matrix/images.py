@@ -315,7 +315,8 @@ CASES: dict[str, Case] = {
         pix2pix, lambda: {**tiny.sd_inputs(), "image": PICTURE, "image_guidance_scale": 1.5}),
     "StableDiffusionXLPipeline": (tiny.sdxl, lambda: {**tiny.sdxl_inputs(), **SIZE}),
     "StableDiffusionXLImg2ImgPipeline": (
-        lambda: tiny.sdxl("Img2Img"), lambda: {**tiny.sdxl_inputs(), "image": PICTURE}),
+        lambda: tiny.sdxl("Img2Img"),
+        lambda: {**tiny.sdxl_inputs(), "image": PICTURE, "strength": 0.8}),
     "StableDiffusion3Pipeline": (tiny.sd3, tiny.sd3_inputs),
     "StableDiffusion3Img2ImgPipeline": (
         lambda: tiny.sd3("Img2Img"), lambda: {**tiny.sd3_inputs(), "image": PICTURE}),

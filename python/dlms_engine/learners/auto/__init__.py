@@ -24,7 +24,7 @@ from ..start import ExactSolution, SamplingProblem, Start, find_start, seconds_o
 from ..start.contest import candidate_of
 from .budget import SPEED_BATCH, Budget, parse_budget
 from .choose import AutoStage
-from .correct import fit_corrector
+from .correct import LEAST_SAMPLES, fit_corrector
 from .every_row import fit_every_row
 from .gauss_newton import SEARCHED, GaussNewton, Targets
 from .progress import RunCheckpoint
@@ -109,8 +109,9 @@ class Auto:
                 )
             )
         self.exact = exact
-        # learned errors are smaller than those of the start, and measured by the same solution
-        exact.prove(start.ranking[0].rmse / 3)
+        # Learned errors are smaller than those of the start, and measured by the same solution; where it
+        # would take what the training needs, the choice asks for it again.
+        exact.prove(start.ranking[0].rmse / 3, most=self.budget.left() / (2 * LEAST_SAMPLES))
         self.progress.align("start")
         self._stage("base", start.best.table)
         if self.progress.found is None:

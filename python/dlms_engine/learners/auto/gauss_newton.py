@@ -236,15 +236,21 @@ class GaussNewton:
         matrix = torch.zeros(size, size, dtype=torch.float64, device=device)
         gradient = torch.zeros(size, dtype=torch.float64, device=device)
         square = torch.zeros((), dtype=torch.float64, device=device)
+        broken = torch.zeros(size, dtype=torch.bool, device=device)
         scale = torch.tensor(steps, dtype=torch.float64, device=device)[:, None]
         targets = self.targets(count)
         for numbers, ends in chunks(self.problem, SharedRuns(tables), range(count)):
             ends = ends.flatten(1).double()
             residual = targets[numbers.start : numbers.stop].flatten().double() - ends[0]
             jacobian = (ends[1:] - ends[0]) / scale
+            finite = jacobian.isfinite().all(1, keepdim=True)
+            jacobian = torch.where(finite, jacobian, 0.0)  # a parameter that breaks the run stays
+            broken |= ~finite[:, 0]
             matrix += jacobian @ jacobian.T
             gradient += jacobian @ residual
             square += residual @ residual
+        matrix *= ~(broken[:, None] | broken)
+        gradient *= ~broken
         whole = torch.zeros(self.form.size, self.form.size, dtype=torch.float64, device="cpu")
         at = torch.tensor(parameters, device="cpu")
         *entries, square = to_host(torch.cat([matrix.flatten(), gradient, square[None]])).split(

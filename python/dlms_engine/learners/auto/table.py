@@ -91,7 +91,9 @@ class GeneralTable:
         return torch.zeros(self.size, dtype=torch.float64, device="cpu")
 
     def table(self, parameters: Tensor) -> SolverTable | None:
-        """The table of ``parameters``; None where the times are not in order any more."""
+        """The table of ``parameters``; None where the times are not in order any more, or a weight is
+        not finite.
+        """
         part = {name: parameters[where] for name, where in self.groups.items()}
         made = self._closed_form(part) if self._closed else self._frozen(part)
         if made is None:
@@ -102,9 +104,12 @@ class GeneralTable:
         columns = torch.tensor([k for _, k in self._places], device="cpu")
         b[rows, columns] += unit[rows] * part["outputs"]
         options: dict[str, Any] = {**table.options, "solver": table.name, "base": self.base.label}
+        a = table.a + state_unit * part["state"]
+        if not bool(a.isfinite().all() and b.isfinite().all()):
+            return None
         return dataclasses.replace(
             table,
-            a=table.a + state_unit * part["state"],
+            a=a,
             b=b,
             initial_scale=table.initial_scale * torch.exp(part["scale"].sum()),
             name="auto",

@@ -130,11 +130,15 @@ class ExactSolution:
         self.proof: Proof | None = None
         self._restored = 0  # steps up to which the evaluations are among those of a kept proof
 
-    def prove(self, error: float | None = None, *, share: float = EXACT_SHARE) -> Proof:
+    def prove(
+        self, error: float | None = None, *, share: float = EXACT_SHARE, most: float = math.inf
+    ) -> Proof:
         """Refines until two solvers differ by less than ``share * error``.
 
         Args:
             error: the smallest error to be measured; None stops at the first comparison.
+            most: steps that a solution may take beyond those it has; where these are too few, what is
+                reached counts, without a warning.
         """
         calls = self.problem.calls
         if self._pair is None:
@@ -144,7 +148,7 @@ class ExactSolution:
             between, coarser = self._compare(steps)
             disagreement = max(between, coarser)
             enough = error is None or disagreement <= share * error
-            if enough or 2 * steps > self._most:
+            if enough or 2 * steps > min(self._most, most):
                 break
             steps *= 2
         first, second = self._pair
@@ -154,7 +158,7 @@ class ExactSolution:
             first.solver, first.grid, steps, str(second), disagreement, coarser, against,
             len(self._numbers), spent,
         )  # fmt: skip
-        if not self.proof.holds:
+        if not self.proof.holds and 2 * steps > self._most:
             _log.warning("%s", self.proof.line())
         return self.proof
 
