@@ -102,6 +102,16 @@ def test_every_parameter_moves_every_base(process: Process) -> None:
             assert all(bool(t.a.isfinite().all() and t.b.isfinite().all()) for t in tables)
 
 
+def test_a_table_is_learned_from_a_flows_pure_noise() -> None:
+    """Every distillation of a flow's pipeline whose best solver is iPNDM or DEIS ended with its base."""
+    solver = distill(
+        problem(RectifiedFlow()).denoiser, nfe=3, shape=(2,), budget="60k", progress=False, afs=False,
+        base="ipndm2/time_uniform", corrector=False,
+    )  # fmt: skip
+    base, table = solver.report["stages"]
+    assert table["rmse"] < 0.7 * base["rmse"]
+
+
 def test_the_size_of_a_noise_step_from_pure_noise_is_not_finite() -> None:
     """Planted: what the test above would find if noise were stored there."""
     start, end = (torch.tensor([t], dtype=torch.float64) for t in (1.0, 0.5))
