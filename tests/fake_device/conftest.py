@@ -42,11 +42,11 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     from dlms_engine import solvers
     from dlms_engine.lab.comparison import session
     from dlms_engine.learners.auto import every_row, feature_phase
-    from dlms_engine.learners.start import ExactSolution, search
+    from dlms_engine.learners.start import ExactSolution, contest
 
     monkeypatch.setattr(every_row, "MOST_UPDATES", 8)
     monkeypatch.setattr(feature_phase, "UPDATES", 20)
     every = solvers.handcrafted
-    for module in (solvers, search, session):
+    for module in (solvers, contest, session):
         monkeypatch.setattr(module, "handcrafted", lambda *of, **kinds: every(*of, **kinds)[::8])
     monkeypatch.setitem(ExactSolution.__init__.__kwdefaults__, "most_steps", 24)

@@ -299,7 +299,9 @@ def test_never_worse_than_its_solver_on_a_standard_grid(process: Process) -> Non
         found = run_tables(p, [*ends.values(), *standard.values()], numbers)
         every, searched, *others = (rmse(end, exact.solve(numbers)) for end in found)
         assert every <= slack * min(others)
-        assert every < searched  # planted: the search alone is worse here
+        assert every <= searched
+        if process.name == "vp":
+            assert every < searched  # planted: the search alone is worse here
 
 
 @pytest.mark.parametrize(
