@@ -14,8 +14,10 @@ from analytic import GaussianMixture
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dlms_engine import processes
+from dlms_engine import Sampler, processes
 from dlms_engine.models.denoiser import PREDICTIONS, Denoiser, find_module, quantile
+from dlms_engine.processes import grids
+from dlms_engine.solvers import ddim
 
 PROCESSES = {
     "edm": processes.EDM(),
@@ -283,3 +285,28 @@ def test_hooks_without_their_finalizer_are_counted(monkeypatch: pytest.MonkeyPat
         tapped(network)
     gc.collect()
     assert hooks(network) == 3
+
+
+class _Stored(nn.Module):
+    """Computes in the dtype of its bias; the weight is kept in float8, as layerwise casting does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(4, dtype=torch.bfloat16), requires_grad=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        assert x.dtype == torch.bfloat16
+        return 0.5 * x * self.weight.to(x.dtype) + self.bias
+
+
+def test_weights_stored_in_float8_do_not_make_its_input_float8() -> None:
+    denoiser = Denoiser(_Stored(), processes.EDM(), "data")
+    assert denoiser.network_dtype == torch.bfloat16
+    table = ddim(denoiser.process, grids.polynomial(denoiser.process, 2))
+    samples = Sampler(denoiser, table).sample(range(3), (4,))
+    assert samples.dtype == torch.float32 and bool(samples.isfinite().all())
+    assert next(denoiser.parameters()).dtype == torch.float8_e4m3fn  # planted: the first of all
+    alone = nn.Module()
+    alone.weight = nn.Parameter(torch.ones(4).to(torch.float8_e4m3fn), requires_grad=False)
+    assert Denoiser(alone, processes.EDM(), "data").network_dtype is None

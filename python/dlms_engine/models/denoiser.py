@@ -195,11 +195,11 @@ class Denoiser(Versioned, nn.Module):
 
     @property
     def network_dtype(self) -> torch.dtype | None:
-        """Dtype of the network's parameters, None for a network without any."""
+        """Dtype of the network's parameters, None for a network without any, or with float8 alone."""
         if not isinstance(self.network, nn.Module):
             return None
         parameter = first_parameter(self.network)
-        return None if parameter is None else parameter.dtype
+        return None if parameter is None or parameter.dtype.itemsize == 1 else parameter.dtype
 
     def _noise_level(self, t: Tensor) -> Tensor:
         if self._time_input is not None:
