@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...learners.start.problem import SamplingProblem
+from ...learners.start.store import answers
 from ...learners.training.identity import unusual_wrapping
 from ...support.files import replacing
-from ...support.transfer import host_numbers
 
 _FORMAT = "dlms_engine.record/1"
 
@@ -84,21 +84,7 @@ def model_digest(problem: SamplingProblem) -> str:
     denoiser = problem.denoiser
     network, facts = denoiser.network, unusual_wrapping(denoiser)
     if not (isinstance(network, nn.Module) and network.state_dict()):
-        facts["answers"] = _answers(problem)
+        numbers = [number for pair in answers(problem) for number in pair]
+        facts["answers"] = [f"{number:.2e}" for number in numbers]
     weights = network_digest(network)
     return f"{weights} {digest({}, facts)}" if facts else weights
-
-
-@torch.no_grad()
-def _answers(problem: SamplingProblem) -> list[str]:
-    """Data predictions of two samples at three noise levels: mean and mean square."""
-    numbers, process = range(2), problem.process
-    found: list[str] = []
-    for share in (0.1, 0.5, 0.9):
-        t = process.t_min + share * (process.t_max - process.t_min)
-        alpha, sigma = float(process.alpha(t)), float(process.sigma(t))
-        x = problem.noise(numbers) * (sigma / float(process.sigma(process.t_max))) + 0.5 * alpha
-        times = torch.full((len(numbers),), t, dtype=torch.float64, device=x.device)
-        out = problem.predict(x, times, numbers).double()
-        found += [f"{number:.2e}" for number in host_numbers([out.mean(), out.square().mean()])]
-    return found

@@ -30,7 +30,7 @@ def keep_start(path: Path | None, problem: SamplingProblem, start: Start, afs: b
     if path is None:
         return
     described = {"format": _FORMAT, **_key(problem, start.nfe, afs), **start.record()}
-    described["answers"] = _answers(problem)
+    described["answers"] = answers(problem)
     text = json.dumps(json_value(described), indent=1)
     written(lambda: write_text(path, text), "the start is not kept")
 
@@ -46,7 +46,7 @@ def kept_start(
         key = _key(problem, nfe, afs)
         if found["format"] != _FORMAT or any(found[k] != v for k, v in key.items()):
             return None
-        if not _same(found["answers"], _answers(problem)):
+        if not _same(found["answers"], answers(problem)):
             _log.info("%s is of another model: measured anew", path)
             return None
         return _start(found, problem)
@@ -78,7 +78,8 @@ def _key(problem: SamplingProblem, nfe: int, afs: bool) -> dict[str, Any]:
     }
 
 
-def _answers(problem: SamplingProblem) -> list[list[float]]:
+@torch.no_grad()
+def answers(problem: SamplingProblem) -> list[list[float]]:
     """Means and mean squares of the data prediction at three noise levels: cheap, and another network
     or convention gives others. Conditions of later samples than the two show in the key alone.
     """
