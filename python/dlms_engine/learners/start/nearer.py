@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -25,6 +26,14 @@ def nearer(one: Tensor, other: Tensor, less: float = LESS) -> bool:
         return True
     gain = other.clamp_min(1e-300).log() - one.clamp_min(1e-300).log()
     return float(one.mean()) < less**2 * float(other.mean()) and wins(gain)
+
+
+def tied(squares: Mapping[str, Tensor]) -> list[str]:
+    """Of squared errors ``[B]`` by name: the smallest mean first, then all it is not surely below."""
+    means = {name: float(square.mean()) for name, square in squares.items()}
+    best = min(means, key=means.__getitem__)
+    others = (name for name in squares if name != best and math.isfinite(means[name]))
+    return [best, *(name for name in others if not wins(squares[name] - squares[best]))]
 
 
 def wins(gain: Tensor) -> bool:

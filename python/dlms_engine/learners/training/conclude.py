@@ -29,7 +29,7 @@ from ...support.transfer import to_host
 from ...support.values import json_number
 from ..options import RunOptions
 from ..start import SamplingProblem
-from ..start.nearer import nearer, rmse_of
+from ..start.nearer import nearer, rmse_of, tied
 from .noise import numbered_as_before, tell_first_sample
 from .validation import exact_solution
 
@@ -39,7 +39,7 @@ Keep = Literal["best", "learned"]
 EndOf = Callable[[Tensor, dict[str, Any]], Tensor]
 """(start states ``[B, ...]``, conditions) -> end states."""
 
-_SAMPLES, _BATCH = 64, 16
+_SAMPLES, _MORE, _BATCH = 64, 192, 16
 _FIRST = 1 << 22
 """Number of the first sample, apart from those of proof, start, training and validation."""
 _STEPS = 48
@@ -82,17 +82,17 @@ def standard_tables(
     return found
 
 
-class _Measure:
+class Measure:
     """Squared distances to the exact solution, one a sample."""
 
     def __init__(self, denoiser: Denoiser, problem: SamplingProblem) -> None:
         self._denoiser, self._problem = denoiser, problem
         self._targets: dict[int, Tensor] = {}
 
-    def squares(self, run: EndOf) -> Tensor:
-        """float64 ``[_SAMPLES]`` on the CPU; infinite where an end is not finite."""
+    def squares(self, run: EndOf, start: int = 0, stop: int = _SAMPLES) -> Tensor:
+        """float64 ``[stop - start]`` on the CPU; infinite where an end is not finite."""
         parts = []
-        for low in range(_FIRST, _FIRST + _SAMPLES, _BATCH):
+        for low in range(_FIRST + start, _FIRST + stop, _BATCH):
             numbers = range(low, low + _BATCH)
             conditions = self._problem.condition(numbers)
             noise = self._problem.noise(numbers)
@@ -103,6 +103,18 @@ class _Measure:
             difference = run(noise, conditions) - self._targets[low]
             parts.append(difference.double().square().flatten(1).mean(1))
         return to_host(torch.cat(parts)).nan_to_num(nan=math.inf)
+
+    def contest(self, learned: EndOf, bases: Mapping[str, EndOf]) -> dict[str, Tensor]:
+        """Squared distances of ``learned``, as "", and of each base that may be the nearest."""
+        runs = {"": learned, **bases}
+        found = {name: self.squares(run) for name, run in runs.items()}
+        near = tied(found)
+        if len(near) == 1:
+            return found
+        return {
+            name: torch.cat([found[name], self.squares(runs[name], _SAMPLES, _SAMPLES + _MORE)])
+            for name in dict.fromkeys(["", *near])
+        }
 
 
 @torch.no_grad()
@@ -119,18 +131,18 @@ def concluded(
     and ``teacher``, the number of ``samples``, and what was ``kept``.
     """
     problem = SamplingProblem(denoiser, shape, options.conditions or None, seed=options.seed)
-    measure = _Measure(denoiser, problem)
+    measure = Measure(denoiser, problem)
     with numbered_as_before(denoiser):
-        learned = measure.squares(_running(denoiser, solver.policy))
-        compared: dict[str, Any] = {
-            "samples": _SAMPLES,
-            "learned": rmse_of(learned),
-            "kept": "learned",
-        }
-        compared |= {"base": None, "base_rmse": None, "teacher": None}
-        if beside.bases:
-            runs = {name: _running(denoiser, table) for name, table in beside.bases.items()}
-            squares = {name: measure.squares(run) for name, run in runs.items()}
+        run = _running(denoiser, solver.policy)
+        runs = {name: _running(denoiser, table) for name, table in beside.bases.items()}
+        if beside.keep == "best":
+            squares = measure.contest(run, runs)
+        else:
+            squares = {name: measure.squares(each) for name, each in {"": run, **runs}.items()}
+        learned = squares.pop("")
+        compared: dict[str, Any] = {"samples": len(learned), "learned": rmse_of(learned)}
+        compared |= {"kept": "learned", "base": None, "base_rmse": None, "teacher": None}
+        if squares:
             name = min(squares, key=lambda name: rmse_of(squares[name]))
             base = squares[name]
             label = label_of(beside.bases[name], name.split("/")[0])
@@ -140,7 +152,7 @@ def concluded(
                 solver.policy = beside.bases[name]
                 solver.best |= {"score": rmse_of(base), "set": f"the base, {label}"}
         if beside.teacher is not None:
-            compared["teacher"] = rmse_of(measure.squares(beside.teacher))
+            compared["teacher"] = rmse_of(measure.squares(beside.teacher, stop=len(learned)))
     solver.best["compared"] = {key: json_number(value) for key, value in compared.items()}
     for line in compared_lines(compared, beside.finer):
         _log.warning("%s: %s", solver.method, line)
