@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from dlms_engine.cli.outcome import outcome_lines
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.learners import distill
 from dlms_engine.learners.start import ExactSolution, SamplingProblem, rmse
+from dlms_engine.learners.start.nearer import contest, tied
 from dlms_engine.learners.training.conclude import EndOf, Measure, standard_tables
 from dlms_engine.learners.training.validation import exact_solution
 from dlms_engine.models.denoiser import Denoiser
@@ -137,10 +139,19 @@ def test_bases_that_chance_could_have_put_first_are_run_on_more_samples() -> Non
 
         return run
 
-    found = measure.contest(end(0.3), {"a": end(0.1), "b": end(0.1001), "c": end(0.5)})
-    assert {name: len(square) for name, square in found.items()} == {"": 256, "a": 256, "b": 256}
-    found = measure.contest(end(0.1), {"a": end(0.3), "b": end(0.3001)})
-    assert {len(square) for square in found.values()} == {64}  # planted: nothing to decide
+    runs = {"": end(0.3), "a": end(0.1), "b": end(0.1001), "c": end(0.5)}
+
+    def measured(names: list[str], numbers: range) -> dict[str, torch.Tensor]:
+        return {name: measure.squares(runs[name], numbers) for name in names}
+
+    found, left = contest(runs, measured, 64, 256, [""])
+    sizes = {name: len(square) for name, square in found.items()}
+    assert sizes == {"": 256, "a": 256, "b": 256, "c": 64} and set(left) == {"a", "b"}
+    runs = {"": end(0.1), "a": end(0.3), "b": end(0.3001)}
+    found, left = contest(runs, measured, 64, 256, [""])
+    assert {len(square) for square in found.values()} == {64} and left == [""]  # nothing to decide
+    same = torch.rand(64, dtype=torch.float64)
+    assert tied({"a": same, "b": same.clone(), "c": same + math.inf}) == ["a"]
 
 
 def test_standard_tables_leave_out_what_does_not_fit() -> None:

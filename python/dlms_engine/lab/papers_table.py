@@ -186,7 +186,7 @@ def papers_page(cells: Mapping[str, Mapping[str, Any]], command: str, nfe: int) 
         "that nothing was trained or chosen on: base -> published algorithm -> **what `distill` "
         "returns**. The base is the method's own handcrafted solver on the best of all standard grids "
         "for that model (of DLMS its untrained start), by these samples; a base that is returned was "
-        "chosen on 64 others. Settings are the papers', at a tenth of "
+        "chosen on 64 to 1,024 others. Settings are the papers', at a tenth of "
         "their trajectories.",
         "",
         f"    {command}",
@@ -249,7 +249,7 @@ def _main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--page", type=Path)
     parser.add_argument("--nfe", type=int, default=5)
-    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--grounds", default=",".join(MIXTURES))
     parser.add_argument("--only", default="", help="part of the names of the methods to run")
     chosen = parser.parse_args()

@@ -44,6 +44,7 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         ),
         "more times inside each step (interpolation)",
         settings.keep,
+        training.trajectories // 2,
     )
     return concluded(solver, denoiser, shape, options, beside)
 

@@ -41,7 +41,8 @@ def _run(denoiser: Denoiser, shape: tuple[int, ...], options: RunOptions) -> Dis
         lambda: learner.free().detach(),
     )
     bases = settings.solver.standard(denoiser.process, settings.nfe)
-    return concluded(solver, denoiser, shape, options, Beside(bases, keep=settings.keep))
+    beside = Beside(bases, keep=settings.keep, most=training.trajectories // 2)
+    return concluded(solver, denoiser, shape, options, beside)
 
 
 def _begin(label: Label) -> dict[str, Any] | None:

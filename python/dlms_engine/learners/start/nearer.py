@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+import torch
 from torch import Tensor
 
 LESS = 0.9
@@ -29,11 +30,46 @@ def nearer(one: Tensor, other: Tensor, less: float = LESS) -> bool:
 
 
 def tied(squares: Mapping[str, Tensor]) -> list[str]:
-    """Of squared errors ``[B]`` by name: the smallest mean first, then all it is not surely below."""
+    """Of squared errors ``[B]`` by name: the smallest mean first, then all it is not surely below.
+
+    One that is equal to a nearer one in every sample is left out, as are those that are not finite.
+    """
     means = {name: float(square.mean()) for name, square in squares.items()}
-    best = min(means, key=means.__getitem__)
-    others = (name for name in squares if name != best and math.isfinite(means[name]))
-    return [best, *(name for name in others if not wins(squares[name] - squares[best]))]
+    first, *others = sorted(means, key=means.__getitem__)
+    found = [first]
+    for name in others:
+        open_ = math.isfinite(means[name]) and not wins(squares[name] - squares[first])
+        if open_ and not any(torch.equal(squares[name], squares[one]) for one in found):
+            found.append(name)
+    return found
+
+
+def contest(
+    names: Iterable[str],
+    measure: Callable[[list[str], range], Mapping[str, Tensor]],
+    first: int,
+    most: int,
+    always: Iterable[str] = (),
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Twice as many samples for those that are tied, until one is ahead or ``most`` would be exceeded.
+
+    Args:
+        names: who takes part.
+        measure: squared errors ``[B]`` by name, of those named on the samples of a range.
+        first: samples of the first round.
+        most: largest number of samples.
+        always: who is measured in every round.
+
+    Returns:
+        All squared errors, and the names of those that are left, the nearest first.
+    """
+    found = dict(measure(list(names), range(first)))
+    left, count = tied(found), first
+    while len(left) > 1 and 2 * count <= most:
+        again = measure(list(dict.fromkeys([*always, *left])), range(count, 2 * count))
+        found |= {name: torch.cat([found[name], more]) for name, more in again.items()}
+        left, count = tied({name: found[name] for name in left}), 2 * count
+    return found, left
 
 
 def wins(gain: Tensor) -> bool:

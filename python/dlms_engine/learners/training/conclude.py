@@ -29,7 +29,7 @@ from ...support.transfer import to_host
 from ...support.values import json_number
 from ..options import RunOptions
 from ..start import SamplingProblem
-from ..start.nearer import nearer, rmse_of, tied
+from ..start.nearer import contest, nearer, rmse_of
 from .noise import numbered_as_before, tell_first_sample
 from .validation import exact_solution
 
@@ -39,7 +39,7 @@ Keep = Literal["best", "learned"]
 EndOf = Callable[[Tensor, dict[str, Any]], Tensor]
 """(start states ``[B, ...]``, conditions) -> end states."""
 
-_SAMPLES, _MORE, _BATCH = 64, 192, 16
+_SAMPLES, _BATCH = 64, 16
 _FIRST = 1 << 22
 """Number of the first sample, apart from those of proof, start, training and validation."""
 _STEPS = 48
@@ -54,12 +54,14 @@ class Beside:
         teacher: the end of its teacher, for methods with one that is not the exact solution.
         finer: the setting that brings the teacher nearer to the solution.
         keep: "best", or "learned" whatever the base reaches.
+        most: samples that may be run to tell the nearest; half of those trained on cost less than they.
     """
 
     bases: Mapping[str, SolverTable] = field(default_factory=dict)
     teacher: EndOf | None = None
     finer: str = ""
     keep: Keep = "best"
+    most: int = 256
 
 
 def standard_tables(
@@ -89,10 +91,10 @@ class Measure:
         self._denoiser, self._problem = denoiser, problem
         self._targets: dict[int, Tensor] = {}
 
-    def squares(self, run: EndOf, start: int = 0, stop: int = _SAMPLES) -> Tensor:
-        """float64 ``[stop - start]`` on the CPU; infinite where an end is not finite."""
+    def squares(self, run: EndOf, numbers: range) -> Tensor:
+        """float64 ``[len(numbers)]`` on the CPU; infinite where an end is not finite."""
         parts = []
-        for low in range(_FIRST + start, _FIRST + stop, _BATCH):
+        for low in range(_FIRST + numbers.start, _FIRST + numbers.stop, _BATCH):
             numbers = range(low, low + _BATCH)
             conditions = self._problem.condition(numbers)
             noise = self._problem.noise(numbers)
@@ -104,17 +106,19 @@ class Measure:
             parts.append(difference.double().square().flatten(1).mean(1))
         return to_host(torch.cat(parts)).nan_to_num(nan=math.inf)
 
-    def contest(self, learned: EndOf, bases: Mapping[str, EndOf]) -> dict[str, Tensor]:
+    def contest(self, learned: EndOf, beside: Beside) -> dict[str, Tensor]:
         """Squared distances of ``learned``, as "", and of each base that may be the nearest."""
-        runs = {"": learned, **bases}
-        found = {name: self.squares(run) for name, run in runs.items()}
-        near = tied(found)
-        if len(near) == 1:
-            return found
-        return {
-            name: torch.cat([found[name], self.squares(runs[name], _SAMPLES, _SAMPLES + _MORE)])
-            for name in dict.fromkeys(["", *near])
-        }
+        tables = beside.bases.items()
+        runs = {"": learned, **{name: _running(self._denoiser, table) for name, table in tables}}
+
+        def measure(names: list[str], numbers: range) -> dict[str, Tensor]:
+            return {name: self.squares(runs[name], numbers) for name in names}
+
+        if beside.keep == "learned":
+            return measure(list(runs), range(_SAMPLES))
+        most = min(max(beside.most, 4 * _SAMPLES), 16 * _SAMPLES)
+        found, _ = contest(runs, measure, _SAMPLES, most, [""])
+        return {name: square for name, square in found.items() if len(square) == len(found[""])}
 
 
 @torch.no_grad()
@@ -133,12 +137,7 @@ def concluded(
     problem = SamplingProblem(denoiser, shape, options.conditions or None, seed=options.seed)
     measure = Measure(denoiser, problem)
     with numbered_as_before(denoiser):
-        run = _running(denoiser, solver.policy)
-        runs = {name: _running(denoiser, table) for name, table in beside.bases.items()}
-        if beside.keep == "best":
-            squares = measure.contest(run, runs)
-        else:
-            squares = {name: measure.squares(each) for name, each in {"": run, **runs}.items()}
+        squares = measure.contest(_running(denoiser, solver.policy), beside)
         learned = squares.pop("")
         compared: dict[str, Any] = {"samples": len(learned), "learned": rmse_of(learned)}
         compared |= {"kept": "learned", "base": None, "base_rmse": None, "teacher": None}
@@ -152,7 +151,7 @@ def concluded(
                 solver.policy = beside.bases[name]
                 solver.best |= {"score": rmse_of(base), "set": f"the base, {label}"}
         if beside.teacher is not None:
-            compared["teacher"] = rmse_of(measure.squares(beside.teacher, stop=len(learned)))
+            compared["teacher"] = rmse_of(measure.squares(beside.teacher, range(len(learned))))
     solver.best["compared"] = {key: json_number(value) for key, value in compared.items()}
     for line in compared_lines(compared, beside.finer):
         _log.warning("%s: %s", solver.method, line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,8 @@ _log = logging.getLogger("dlms_engine")
 _PROOFS: weakref.WeakKeyDictionary[Denoiser, Proof] = weakref.WeakKeyDictionary()
 FIRST_SEED = 900_000_000
 """Validation seeds, apart from those of training and of the published tables."""
+_BATCH = 16
+"""Samples at a time."""
 
 
 def exact_solution(denoiser: Denoiser, noise: Tensor, steps: int, **conditions: Any) -> Tensor:
@@ -105,9 +108,8 @@ class Validation:
             )
             seeds = range(FIRST_SEED, FIRST_SEED + self._samples)
             noise = seeded_noise(seeds, self._shape, sigma, device=self._denoiser.device)
-            solve = partial(exact_solution, self._denoiser, noise, self._steps, **self._conditions)
+            solve = partial(self._solve, noise)
             kept = getattr(self._denoiser, "kept_solution", None)  # a denoiser with a folder
-            tell_first_sample(self._denoiser, 0)
             self._pair = noise, (solve() if kept is None else kept(noise, self._steps, solve))
         return self._pair
 
@@ -115,13 +117,28 @@ class Validation:
     def measure(self, sampler: Sampler, conditions: dict[str, Any]) -> dict[str, float]:
         """``rmse``, ``features`` (mean squared feature distance) and the ``score``."""
         noise, exact = self.pair()
-        tell_first_sample(self._denoiser, 0)
-        found = sampler(noise, **conditions)
-        assert isinstance(found, Tensor)
-        figures = {"rmse": (found - exact).square().mean().sqrt()}
-        if self._distance is not None:
-            figures["features"] = self._distance(found, exact).mean()
+        squares, features = [], []
+        for part, state in self._parts(noise):
+            found = sampler(state, **conditions)
+            assert isinstance(found, Tensor)
+            squares.append((found - exact[part]).square().flatten(1).mean(1))
+            if self._distance is not None:
+                features.append(self._distance(found, exact[part]))
+        figures = {"rmse": torch.cat(squares).mean().sqrt()}
+        if features:
+            figures["features"] = torch.cat(features).mean()
         numbers = dict(zip(figures, host_numbers(list(figures.values())), strict=True))
         product = numbers["rmse"] * numbers.get("features", 0.0) ** 0.5
         numbers["score"] = product if self._score == "product" else numbers[self._score]
         return numbers
+
+    def _solve(self, noise: Tensor) -> Tensor:
+        solve = KeptSolution(self._denoiser, self._steps)
+        return torch.cat([solve(state, **self._conditions) for _, state in self._parts(noise)])
+
+    def _parts(self, noise: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Few samples at a time, as in training: 64 of a large model do not fit on its device."""
+        for low in range(0, len(noise), _BATCH):
+            tell_first_sample(self._denoiser, low)
+            part = slice(low, low + _BATCH)
+            yield part, noise[part]
