@@ -60,7 +60,14 @@ def test_one_command_from_a_pipeline_to_a_scheduler(
     assert facts["best"]["score"] <= facts["initial"]
     assert facts["best"]["set"] != "raw@0", "nothing was learned: the test would show nothing"
     written = {path.name for path in (folder / "solver").iterdir()}
-    assert written == {"scheduler_config.json", "dlms_solver.safetensors"}
+    config = "dlms_solver.config.json"
+    assert written == {"scheduler_config.json", "dlms_solver.safetensors", config}
+    asked = json.loads((folder / "solver" / config).read_text())
+    assert asked["pipeline"] == str(folder / "model") and asked["guidance_scale"] == 2.5
+    assert asked["nfe"] == 3 and asked["settings"]["lr"] > 0
+    again = ("distill", "--config", folder / "solver" / config, "--show-config", "--json")
+    assert run(*again) == 0
+    assert json.loads(capsys.readouterr().out)["settings"] == asked["settings"]
     scheduler = DLMSScheduler.from_pretrained(folder / "solver")
     assert scheduler.solver.nfe == 3 and scheduler.solver.method == "dlms"
     pipe = load_pipeline(folder / "model")
@@ -100,7 +107,7 @@ def test_an_interrupted_run_goes_on(
     name = "dlms_solver.safetensors"
     assert (folder / "solver" / name).read_bytes() == (folder / "whole" / name).read_bytes()
     written = {path.name for path in (folder / "solver").iterdir()}
-    assert written == {"scheduler_config.json", name}
+    assert written == {"scheduler_config.json", name, "dlms_solver.config.json"}
 
 
 @pytest.mark.slow

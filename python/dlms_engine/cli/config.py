@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..support.files import read_text, write_text
+from ..support.files import read_text, write_text, written
 
 _SETTINGS = "settings"
 _HELD = "dlms_engine.config"
@@ -141,3 +141,13 @@ def write_beside(output: Path, configuration: Mapping[str, Any]) -> Path:
     path = output.with_suffix(".config.json")
     write_text(path, json.dumps(configuration, indent=2) + "\n")
     return path
+
+
+def write_resolved(output: Path, configuration: dict[str, Any], solver: Any) -> None:
+    """``write_beside`` of what a run ended with: a base may have been measured. A failure is told."""
+    from ..learners.registry import learner
+
+    begin = learner(solver.method).begin
+    for name in () if begin is None else begin.settings:
+        configuration["settings"][name] = solver.settings[name]
+    written(lambda: write_beside(output, configuration), f"{output} is written, but")

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from ..support.files import written
 from . import config as configs
 from . import pipeline as pipelines
 from .checks import check_seed, check_solver_output, refuse_beside
@@ -81,7 +80,7 @@ def distill_command(
         if method != "auto":
             raise ValueError(f"--budget {budget}: method {method} takes --trajectories instead")
         settings["budget"] = budget
-    from ..learners.registry import learner, resolved
+    from ..learners.registry import resolved
     from ..support.parallel import restarted
 
     full = resolved(method, nfe, settings, trajectories=trajectories, seed=seed)
@@ -110,7 +109,7 @@ def distill_command(
         pipelines.distill_for_pipeline(
             asked, output, method=method, nfe=nfe, trajectories=trajectories, seed=seed,
             settings={**settings, "tensorboard": tensorboard, "capture": capture}, resume=resume,
-            overwrite=overwrite, plot=plot, as_json=as_json,
+            overwrite=overwrite, plot=plot, as_json=as_json, found=found,
         )  # fmt: skip
         return
     if output.exists() and not overwrite and not restarted():
@@ -142,10 +141,7 @@ def distill_command(
     seconds = time.perf_counter() - started
     if not leads():
         return
-    begin = learner(method).begin
-    for name in () if begin is None else begin.settings:  # which may have been measured
-        found["settings"][name] = solver.settings[name]
-    written(lambda: configs.write_beside(output, found), f"{output} is written, but")
+    configs.write_resolved(output, found, solver)
     drawn = curve_drawn(solver.history, plot, f"{method}, {nfe} evaluations", output)
     emit(
         {

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .common import emit, parse_settings
+from .common import emit, leads, parse_settings
+from .config import write_resolved
 from .outcome import curve_drawn, outcome_lines, start_value
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -86,8 +87,11 @@ def distill_for_pipeline(
     overwrite: bool,
     plot: Path | None,
     as_json: bool,
+    found: dict[str, Any],
 ) -> None:
     """Writes a solver file (OUTPUT ends in .safetensors) or a scheduler's directory.
+
+    The configuration ``found``, as the run resolved it, goes beside the solver file.
 
     Raises:
         ValueError: the output exists, the pipeline or its prompts cannot be used.
@@ -117,6 +121,8 @@ def distill_for_pipeline(
     if solver_file != output:
         scheduler.save_pretrained(output)
     solver: Any = scheduler.solver
+    if leads():
+        write_resolved(solver_file, found, solver)
     facts = {
         "solver": solver_file,
         "scheduler": None if solver_file == output else output,

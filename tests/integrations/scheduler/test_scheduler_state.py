@@ -104,6 +104,18 @@ def test_step_reads_no_value(solver: str, begin: int) -> None:
     assert scheduler.step_index == 12
 
 
+def test_a_time_that_the_run_does_not_have_is_said_to_be_taken_for_the_first(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    scheduler = DLMSScheduler(**CONFIG)
+    scheduler.set_timesteps(6)
+    times = scheduler.timesteps
+    assert [scheduler.index_for_timestep(t.clone()) for t in times] == list(range(6))
+    assert not caplog.text  # planted: known times, copied
+    assert scheduler.index_for_timestep(123456) == 0
+    assert "123456 is none of this run's 6" in caplog.text and "set_begin_index" in caplog.text
+
+
 def test_the_timestep_is_not_used_at_all_after_the_first_step() -> None:
     scheduler = DLMSScheduler(**CONFIG)
     expected = run(scheduler, noise(), 6)

@@ -21,6 +21,7 @@ from ...support.versioned import Versioned
 from .adopt import adopt, is_foreign
 from .flow_times import static_shift
 from .foreign_calls import without_missing
+from .indices import index_of
 from .noise import NoiseModel
 from .runner import Runner
 from .runs import SchedulerRun, SchedulerRuns
@@ -278,22 +279,11 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
         """Index of ``timestep``; a view into the schedule is found without reading its value.
 
         A foreign tensor on an accelerator is taken for the first step, because reading it would
-        wait for the device: pipelines that start elsewhere call ``set_begin_index``.
+        wait for the device: pipelines that start elsewhere call ``set_begin_index``. So is a time
+        that the schedule does not have, with a warning.
         """
         base = self.timesteps if schedule_timesteps is None else schedule_timesteps
-        if isinstance(timestep, Tensor):
-            if timestep.numel() == 1 and _shares_memory(timestep, base):
-                return int(timestep.storage_offset() - base.storage_offset())
-            if timestep.device.type != "cpu":
-                return 0
-            timestep = float(timestep.reshape(-1)[0])
-        values = base.tolist() if schedule_timesteps is not None or self._runner is None else None
-        known = values if values is not None else self._runner.host_timesteps  # type: ignore[union-attr]
-        return known.index(timestep) if timestep in known else 0
-
-
-def _shares_memory(timestep: Tensor, base: Tensor) -> bool:
-    own, other = timestep.untyped_storage(), base.untyped_storage()
-    return (
-        own.data_ptr() == other.data_ptr() and own.nbytes() == other.nbytes() and own.nbytes() > 0
-    )
+        known = None
+        if schedule_timesteps is None and self._runner is not None:
+            known = self._runner.host_timesteps
+        return index_of(timestep, base, known)
