@@ -92,6 +92,12 @@ def labelled() -> Model:
     return Model(denoiser, SHAPE, conditions={"label": torch.arange(3.0)})
 
 
+def unlabelled() -> tuple[Denoiser, tuple[int, ...]]:
+    """``labelled`` whose labels are left to ``--conditions``."""
+    held = labelled()
+    return held.denoiser, held.shape
+
+
 def plane() -> tuple[Denoiser, tuple[int, ...]]:
     """Points in the plane, which nobody can draw as a picture."""
 

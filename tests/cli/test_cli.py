@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from commands import answer, complaint, run
 from marks import slow
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dlms_engine import grids, processes, solvers
 from dlms_engine.cli import OLD_NAMES, main
@@ -114,6 +115,24 @@ def test_distil_sample_inspect_evaluate_agree(
     ]
     rmse = (ends[0].double() - ends[1].double()).square().mean().sqrt()
     assert found["rmse"] == pytest.approx(float(rmse), rel=1e-6)
+
+
+def test_the_command_that_is_shown_can_be_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A path with a space was two words in it, and ``--conditions`` was missing."""
+    monkeypatch.chdir(tmp_path)
+    save_file({"label": torch.arange(2.0)}, "two labels.safetensors")
+    model = ("--model", "cli_model:unlabelled", "--conditions", "two labels.safetensors")
+    arguments = ("distill", *model, "--nfe", 3, *QUICK, "--output", "my solver.safetensors")
+    assert run(*arguments) == 0
+    shown = capsys.readouterr().out.partition("try it: ")[2].splitlines()[0]
+    words = shlex.split(shown)
+    assert words[:2] == ["dlms", "sample"] and run(*words[1:], "--seeds", "0-1") == 0
+    # planted: what was shown before
+    planted = shown.replace("'my solver.safetensors'", "my solver.safetensors")
+    assert run(*shlex.split(planted)[1:], "--seeds", "0-1") == 2
+    assert run(*[word for word in words[1:] if word not in model[2:]], "--seeds", "0-1") == 1
 
 
 def test_inspect_shows_the_rows_of_a_table(
@@ -277,6 +296,26 @@ def test_demo_runs_resumes_and_draws(
     assert ("times closer to the accurate picture" in said) != nothing
 
 
+def test_the_demo_takes_no_solver_of_another_model(tmp_path: Path) -> None:
+    """A model that was changed under the same name was shown with the solver of the one before."""
+    from dlms_engine.cli import demo
+    from dlms_engine.learners.start import SamplingProblem
+    from dlms_engine.learners.start.store import keep_start
+    from dlms_engine.models.denoiser import Denoiser
+
+    model = load_model("cli_model:tiny")
+    problem = SamplingProblem(model.denoiser, model.shape, None)
+    start = demo._recommended(model, tmp_path, "mine:model", 3, "lean", progress=False)
+    path = demo._path(tmp_path, "mine:model", 3)
+    save_solver(path, start.best.table)
+    assert demo._kept(problem, tmp_path, "mine:model", 3) is not None
+    turned = Denoiser(lambda x, c: -model.denoiser.network(x, c), processes.EDM(), "edm")
+    other = SamplingProblem(turned, model.shape, None)
+    assert demo._kept(other, tmp_path, "mine:model", 3) is None
+    keep_start(path.with_suffix(".start.json"), other, start)  # planted: a ranking of the other
+    assert demo._kept(other, tmp_path, "mine:model", 3) is not None
+
+
 def test_demo_draws_what_was_learned(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     from dlms_engine.cli.demo import learning_errors
@@ -416,6 +455,13 @@ def test_old_names_of_options_are_not_offered(
         (("distill", "--output", "a", "--pipeline", ".", *TINY), "--model cli_model:tiny"),
         (("distill", "--output", "a.safetensors", "--seed", "-1"), "-1"),
         (("distill", "--output", "a.safetensors", "--seed", "18446744073709551616"), "1844674407"),
+        (("reproduce", "--data", "cifar10"), "--data cifar10"),
+        (("reproduce", "--estimate"), "without the name of a table"),
+        (
+            ("reproduce", "dlms-table1", "--model", "a:b", "--dtype", "float16"),
+            "--dtype float16 has no effect beside --model",
+        ),
+        (("export", "--output", "x.pt2", "--device", "cuda:x"), "device 'cuda:x' is unknown"),
         (("compare", "--seed", "-1"), "seed is '-1'"),
         (("compare", "--nfe", "three"), "nfe is 'three'"),
         (("evaluate", "--nfe", "3-4"), "nfe is 3-4, expected one number"),
@@ -436,7 +482,7 @@ def test_no_option_is_ignored(
     def refuse(*_args: object) -> None:
         raise AssertionError("a model was loaded")
 
-    for module in ("sample", "evaluate", "export", "distill", "compare"):
+    for module in ("sample", "evaluate", "export", "distill", "compare", "reproduce"):
         monkeypatch.setattr(f"dlms_engine.cli.{module}.load_model", refuse)
     assert words in complaint(capsys, *arguments)
     assert not list(tmp_path.iterdir())

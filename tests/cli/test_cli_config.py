@@ -76,6 +76,14 @@ def test_a_byte_order_mark_is_no_part_of_the_file(
     assert shown(capsys, "--config", held) == want
 
 
+def test_a_file_in_another_encoding_is_named(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_bytes("# für\nnfe: 3\n".encode("latin-1"))
+    said = complaint(capsys, "distill", "--config", file)
+    assert file.name in said and "no text in UTF-8" in said
+
+
 def test_the_command_line_wins(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     more = ("--nfe", 4, "--set", "lr=2e-3", "--set", "teacher.order=2")
     for arguments in (("--config", file, *more), (*more, "--config", file)):
@@ -84,6 +92,28 @@ def test_the_command_line_wins(file: Path, capsys: pytest.CaptureFixture[str]) -
         assert found["settings"]["lr"] == 2e-3 and found["settings"]["batch"] == 16
         teacher = {"interpolation": 1, "order": 2, "keep_history": False}
         assert found["settings"]["teacher"] == teacher
+
+
+def test_a_budget_among_the_settings_of_the_command_line_wins(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file's won over ``--set budget``."""
+    file.write_text("method: auto\nbudget: 2h\n", encoding="utf-8")
+    assert shown(capsys, "--config", file)["settings"]["budget"] == "2h"
+    said = ("--config", file, "--set", "budget=5m")
+    assert shown(capsys, *said)["settings"]["budget"] == "5m"
+    assert shown(capsys, *said, "--budget", "9m")["settings"]["budget"] == "9m"
+
+
+@pytest.mark.parametrize("call", ["[height=512]", "height=512", "{height: 512}"])
+def test_options_that_may_be_repeated_take_one_value_too(
+    call: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One value was "Value must be an iterable"."""
+    file.write_text(f"method: auto\npipeline: here\ncall: {call}\n", encoding="utf-8")
+    assert shown(capsys, "--config", file)["call"] == ["height=512"]
+    file.write_text(f"method: auto\nnfe: {call}\n", encoding="utf-8")  # planted: takes one number
+    assert "nfe" in complaint(capsys, "distill", "--config", file)
 
 
 def test_a_preset_gives_way_to_the_file(file: Path, capsys: pytest.CaptureFixture[str]) -> None:

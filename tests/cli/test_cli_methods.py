@@ -80,6 +80,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_measured(
     assert not folder.exists()
 
 
+def test_the_record_refuses_what_does_not_fit_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file of another count was left out without a word, one of another process after the screening."""
+    path, folder = tmp_path / "other.safetensors", tmp_path / "folder"
+    record = ("evaluate", "--record", *TINY, "--solver", path, "--folder", folder)
+    save_solver(path, solvers.ddim(VP(), grids.logsnr(VP(), 3)))
+    assert "the solver was made for name=vp" in complaint(capsys, *record)
+    assert "has 3 evaluations, which --nfe leaves out: 4, 5" in complaint(
+        capsys, *record, "--nfe", "4-5"
+    )
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize("method", ["dode", "gits"])
 def test_other_methods_are_measured_beside_their_base(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

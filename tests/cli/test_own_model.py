@@ -139,6 +139,7 @@ def test_a_model_with_conditions_is_taken() -> None:
         (("distill", "--output", "a.safetensors", "--plot", "x.png"), "plots need matplotlib"),
         (("demo", "--folder", "out"), "plots need matplotlib"),
         (("sample", "--output", "x.png"), "pictures are written by pillow"),
+        (("evaluate", "--record"), "plots need matplotlib"),
     ],
 )
 def test_what_draws_is_looked_for_before_the_work(

@@ -221,6 +221,8 @@ def test_a_solver_file_is_checked_when_loaded_and_read_again_when_changed(tmp_pa
     from dlms_engine.policies.distilled import save_solver
 
     assert DLMSSampler.VALIDATE_INPUTS("") is True
+    # a path that comes from another node: ComfyUI gives None, and refused every such workflow
+    assert DLMSSampler.VALIDATE_INPUTS(None) is True and DLMSSampler.IS_CHANGED(None) == ""
     assert "solver_file" in str(DLMSSampler.VALIDATE_INPUTS(str(tmp_path / "missing.safetensors")))
     process = processes.EDM(0.0292, 14.6146)
     path = tmp_path / "five.safetensors"

@@ -42,12 +42,20 @@ def _read(context: typer.Context, path: Path | None) -> Path | None:
     if not isinstance(settings, Mapping):
         raise ValueError(f"{path}: {_SETTINGS} is {settings!r}, expected names with values")
     context.meta[_HELD] = {str(key).replace("-", "_"): v for key, v in settings.items()}
+    repeatable = {str(p.name) for p in context.command.params if getattr(p, "multiple", False)}
     context.default_map = {
-        key: [str(item) for item in value] if isinstance(value, list) else str(value)
+        key: _words(value) if key in repeatable else str(value)
         for key, value in held.items()
         if value is not None
     }
     return path
+
+
+def _words(value: Any) -> list[str]:
+    """Of an option that may be given many times: one value, a list, or names with values."""
+    if isinstance(value, Mapping):
+        return [f"{name}={json.dumps(held)}" for name, held in value.items()]
+    return [str(item) for item in value] if isinstance(value, list) else [str(value)]
 
 
 ConfigOption = Annotated[
@@ -75,6 +83,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         text = read_text(path)
     except OSError as error:
         raise ValueError(f"config: {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: {path} is no text in UTF-8: {error}") from error
     try:
         found = json.loads(text) if path.suffix == ".json" else _yaml().safe_load(text)
     except Exception as error:
@@ -106,6 +116,12 @@ def given(context: typer.Context, name: str) -> bool:
     """Whether option ``name`` was said, on the command line or in the file."""
     source = context.get_parameter_source(name)
     return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP", "ENVIRONMENT")
+
+
+def said_here(context: typer.Context, name: str) -> bool:
+    """Whether option ``name`` was said on the command line, which wins over the file."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def configuration(context: typer.Context, resolved: Mapping[str, Any]) -> dict[str, Any]:

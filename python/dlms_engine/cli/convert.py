@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,6 +93,7 @@ def _convert_solver(
         [
             f"{written}: a solver of {name}, {solver.nfe} evaluations, for {solver.policy.process!r}",
             *(f"  {key}: {value}" for key, value in told.items()),
-            f"  use it: dlms sample --solver {output} --model module:function",
+            f"  use it: dlms sample --solver {shlex.quote(str(output))} "
+            f"--model {model or 'module:function'}",
         ],
     )

@@ -15,7 +15,7 @@ from .model import DeviceOption, Model, condition_rows, load_model
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..learners.start import Proof, Start
+    from ..learners.start import Proof, SamplingProblem, Start
     from ..policies.distilled import DistilledSolver
 
 NFE = 5
@@ -74,13 +74,14 @@ def demo(
         for path in _written(folder, name, nfe):
             path.unlink(missing_ok=True)
     problem = SamplingProblem(loaded.denoiser, loaded.shape, loaded.conditions)
+    kept = _kept(problem, folder, name, nfe)
     effort = "lean" if seconds_of_one(problem) > SLOW_SECONDS else "full"
     twice = 2 * nfe
-    say(
-        f"1/3  {name}: the best solver of {nfe} network calls that needs no training, then distilling "
-        f"from it ({budget})"
+    then = f"distilling from it ({budget})" if kept is None else "a distilled one of an earlier run"
+    say(f"1/3  {name}: the best solver of {nfe} network calls that needs no training, then {then}")
+    solver, start = _distilled(
+        loaded, folder, name, nfe, budget, effort, kept, progress=not as_json
     )
-    solver, start = _distilled(loaded, folder, name, nfe, budget, effort, progress=not as_json)
     say(f"2/3  the best solver of {twice} calls that needs no training")
     doubled = _recommended(loaded, folder, name, twice, effort, progress=not as_json)
     say(f"3/3  measuring on {samples} samples and drawing")
@@ -94,8 +95,9 @@ def demo(
     images = {title: sampled(loaded, policy, measured) for title, policy in entries.items()}
     labels = [solver.method, start.best.label, doubled.best.label]
     rows = _rows(entries, labels, images, accurate)
-    kept = solver.best.get("report", {}).get("chosen")
-    sentence = NOT_LEARNED.format(budget) if kept == "base" else _sentence(rows, nfe)
+    base_kept = solver.best.get("report", {}).get("chosen") == "base"
+    took = solver.settings.get("budget", budget)
+    sentence = NOT_LEARNED.format(took) if base_kept else _sentence(rows, nfe)
     title = f"accurate\n{doubled.proof.steps} network calls"
     pictures = _draw(images, (title, accurate), len(shown), rows, solver, folder, sentence)
     seconds = time.perf_counter() - started
@@ -157,18 +159,34 @@ def _written(folder: Path, name: str, nfe: int) -> list[Path]:
     return made
 
 
-def _distilled(
-    model: Model, folder: Path, name: str, nfe: int, budget: str, effort: Any, *, progress: bool
-) -> tuple[DistilledSolver, Start]:
-    """The solver, of an earlier run where there is one, and the ranking it started from."""
-    from .. import learners
+def _kept(problem: SamplingProblem, folder: Path, name: str, nfe: int) -> DistilledSolver | None:
+    """The solver of an earlier run, if the ranking beside it is of a model that answers as this one."""
+    from ..learners.start.store import kept_start
     from ..policies.distilled import load_solver
 
     path = _path(folder, name, nfe)
-    solver: DistilledSolver
-    if path.exists():
-        solver = load_solver(path)
-    else:
+    if not path.exists() or kept_start(path.with_suffix(".start.json"), problem, nfe) is None:
+        return None
+    solver: DistilledSolver = load_solver(path)
+    return solver
+
+
+def _distilled(
+    model: Model,
+    folder: Path,
+    name: str,
+    nfe: int,
+    budget: str,
+    effort: Any,
+    solver: DistilledSolver | None,
+    *,
+    progress: bool,
+) -> tuple[DistilledSolver, Start]:
+    """The solver, of an earlier run where there is one, and the ranking it started from."""
+    from .. import learners
+
+    if solver is None:
+        path = _path(folder, name, nfe)
         # Before the budget begins: on a slow machine the search alone would use it up.
         _recommended(model, folder, name, nfe, effort, progress=progress)
         solver = learners.distill(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,7 +80,8 @@ def distill_command(
     if budget is not None:
         if method != "auto":
             raise ValueError(f"--budget {budget}: method {method} takes --trajectories instead")
-        settings["budget"] = budget
+        if configs.said_here(context, "budget") or "budget" not in parse_settings(set_):
+            settings["budget"] = budget
     from ..learners.registry import resolved
     from ..support.parallel import restarted
 
@@ -158,7 +160,8 @@ def distill_command(
         [
             f"{output}: {method} with {solver.nfe} evaluations, {seconds:.0f} s",
             *outcome_lines(method, solver.settings, solver.history, solver.best),
-            f"  try it: dlms sample{of_model(model)} --solver {output} --output {samples_name(held)}",
+            f"  try it: dlms sample{of_model(model, conditions)} --solver {shlex.quote(str(output))} "
+            f"--output {samples_name(held)}",
         ],
     )
 

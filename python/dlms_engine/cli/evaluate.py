@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -96,8 +97,10 @@ def evaluate_command(
     the samples' values, and the output says which. The RMSE needs no features.
     """
     options = parse_settings(set_)
+    from ..engine.sampler import Sampler
     from ..lab.comparison.record import RecordSettings
     from ..lab.comparison.result import Sizes
+    from ..lab.plots import new_figure
 
     if record:
         refuse_beside(
@@ -118,8 +121,12 @@ def evaluate_command(
             accurate_nfe=accurate_nfe,
             compile=compile_,
         )
+        learned = _learned(solver or [], settings.nfes)
+        new_figure(1, 1)  # the page has plots
         held = load_model(model, device, conditions)
-        _record(held, solver or [], settings, folder or Path("record-out"), as_json)
+        for entry in learned:
+            Sampler(held.denoiser, entry.policy)
+        _record(held, learned, settings, folder or Path("record-out"), as_json)
         return
     refuse_beside(context, "without --record", RECORD_ONLY)
     if solver:
@@ -138,7 +145,6 @@ def evaluate_command(
         afs=afs,
         options=options,
     )
-    from ..engine.sampler import Sampler
     from ..lab.comparison.measure import Entry
 
     Sampler(held.denoiser, policy)  # one that does not fit is refused before anything is measured
@@ -252,7 +258,7 @@ def _beside(entry: Entry, baseline: str | None, base: float | None, rmse: float)
 
 
 def _record(
-    model: Model, files: list[Path], settings: RecordSettings, folder: Path, as_json: bool
+    model: Model, learned: list[Entry], settings: RecordSettings, folder: Path, as_json: bool
 ) -> None:
     from ..lab.comparison.page import markdown, publish
     from ..lab.comparison.record import record
@@ -262,7 +268,7 @@ def _record(
         distance_features(model),
         model.reference,
         model.shape,
-        _learned(files),
+        learned,
         folder,
         settings,
         conditions=model.conditions,
@@ -273,8 +279,12 @@ def _record(
         emit(result, as_json, [markdown(result), *map(str, paths)])
 
 
-def _learned(files: list[Path]) -> list[Entry]:
-    """Called after their methods; after their files too where one method has several of one nfe."""
+def _learned(files: list[Path], nfes: Sequence[int]) -> list[Entry]:
+    """Called after their methods; after their files too where one method has several of one nfe.
+
+    Raises:
+        ValueError: a solver of another number of evaluations than those that are compared.
+    """
     from ..lab.comparison.measure import Entry
     from ..policies.distilled import load_solver
     from ..solvers.policy import policy_of
@@ -282,6 +292,12 @@ def _learned(files: list[Path]) -> list[Entry]:
     held = [(path, load_solver(path)) for path in files]
     methods = [str(getattr(solver, "method", "table")) for _, solver in held]
     policies = [policy_of(solver) for _, solver in held]
+    for path, policy in zip(files, policies, strict=True):
+        if policy.nfe not in nfes:
+            raise ValueError(
+                f"--solver {path} has {policy.nfe} evaluations, which --nfe leaves out: "
+                f"{', '.join(map(str, nfes))}"
+            )
     of_each = Counter(zip(methods, (policy.nfe for policy in policies), strict=True))
     several = {method for (method, _), count in of_each.items() if count > 1}
     return [

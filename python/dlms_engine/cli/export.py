@@ -61,15 +61,17 @@ def export(
 
     from ..engine.export import export_sampler, refuse_existing
     from ..engine.sampler import Sampler
+    from ..support.parallel import rank_device
 
     refuse_existing(output, overwrite)
+    place = rank_device(device)
     options = parse_settings(set_)
     held = load_model(model, conditions=conditions)
     label, policy = choose_solver(
         held.denoiser.process, solver, method, nfe, grid=grid, order=order, afs=afs, options=options
     )
-    sampler = Sampler(held.denoiser, policy).to(device)
-    noise = torch.zeros(batch or 2, *held.shape, device=device)
+    sampler = Sampler(held.denoiser, policy).to(place)
+    noise = torch.zeros(batch or 2, *held.shape, device=place)
     started = time.perf_counter()
     rows = condition_rows(held, range(len(noise)), noise.device)
     export_sampler(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,9 +113,10 @@ def _embedded(device: torch.device | None) -> Model:
     return Model(denoiser, embedded.IMAGE_SHAPE, features, embedded.embedded_reference())
 
 
-def of_model(spec: str) -> str:
-    """`` --model SPEC`` for a command line to show, empty for the default model."""
-    return "" if spec == "embedded" else f" --model {spec}"
+def of_model(spec: str, conditions: Path | None = None) -> str:
+    """`` --model SPEC --conditions FILE`` for a command line to show, empty for the default model."""
+    model = "" if spec == "embedded" else f" --model {spec}"
+    return model if conditions is None else f"{model} --conditions {shlex.quote(str(conditions))}"
 
 
 def samples_name(model: Model) -> str:

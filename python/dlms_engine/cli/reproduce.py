@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .checks import refuse_beside
 from .common import JsonOption, SetOption, command_line, emit, parse_numbers, parse_settings
 from .model import DeviceOption, load_model
 
@@ -22,6 +23,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def reproduce_command(
+    context: typer.Context,
     table: Annotated[
         str | None, typer.Argument(help="Name of the table; without one, all are listed.")
     ] = None,
@@ -96,10 +98,14 @@ def reproduce_command(
     from ..lab.reproduce import tables
 
     if table is None:
+        others = [name for name in context.params if name not in ("table", "as_json")]
+        refuse_beside(context, "without the name of a table", others)
         _list(as_json)
         return
     if dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(_DTYPES)}")
+    if model is not None:
+        refuse_beside(context, "beside --model, which brings its own network", ("dtype",))
     chosen = tables.published_table(table)
     panel = chosen.panel(data)
     from ..lab.reproduce.data_sets import DATA_SETS

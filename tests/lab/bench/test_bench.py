@@ -48,6 +48,19 @@ def test_json_is_a_flag_and_output_a_file(
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("what", [*QUICK, "distill"])
+def test_a_file_that_cannot_be_written_is_found_before_the_work(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The figures of minutes were lost where the folder of ``--output`` was not there."""
+    path = tmp_path / "absent" / "out.json"
+    with pytest.raises(SystemExit) as stop:
+        bench.main_bench([what, *QUICK.get(what, []), "--output", str(path)])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and not captured.out
+    assert "create the folder or choose another output" in captured.err
+
+
 def test_each_module_is_one_of_them() -> None:
     assert {what.value for what in bench.What} == {*QUICK, "distill"}
     assert bench.main_bench(["magic"]) == 2

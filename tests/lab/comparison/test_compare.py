@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,24 @@ from dlms_engine import grids, solvers
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.lab.comparison import CONTESTANTS, STUDIES, CompareSettings, choose, compare
 from dlms_engine.lab.comparison import distilled as workshop
-from dlms_engine.lab.comparison.budget import affordable, counted
+from dlms_engine.lab.comparison.budget import affordable, countable, counted
 from dlms_engine.lab.comparison.contestants import BuildsOn, Contestant
 from dlms_engine.lab.comparison.measure import Entry, Measurer
-from dlms_engine.lab.comparison.page import draw, markdown, over_seeds, publish
+from dlms_engine.lab.comparison.page import (
+    _curves,
+    _lowest,
+    draw,
+    markdown,
+    over_seeds,
+    publish,
+)
 from dlms_engine.lab.comparison.result import Result
 from dlms_engine.lab.comparison.session import measuring
 from dlms_engine.lab.comparison.store import Store
 from dlms_engine.lab.evaluation.own_features import PixelFeatures
 from dlms_engine.lab.pages import number
 from dlms_engine.models.denoiser import Denoiser
+from dlms_engine.models.wrapping import check_keywords
 from dlms_engine.policies.distilled import DistilledSolver, load_solver
 from dlms_engine.processes import EDM
 from dlms_engine.support.files import only_one
@@ -112,6 +121,58 @@ def test_calls_are_counted_whatever_form_the_output_has() -> None:
         network(torch.zeros(3, 2))
         network(torch.zeros(2, 2, requires_grad=True))
     assert (calls.forward, calls.backward) == (5, 2)
+
+
+def test_a_network_that_is_a_function_is_compared(tmp_path: Path) -> None:
+    """It ended in a TypeError after the exact solutions and the accurate samples."""
+    held = cli_model.tiny()
+    network = held.denoiser.network
+
+    def function(x: torch.Tensor, c_noise: torch.Tensor) -> Any:
+        return network(x, c_noise)
+
+    denoiser, features = Denoiser(function, EDM(), "edm"), PixelFeatures(held.shape)
+    settings = CompareSettings(nfes=(3,), **SIZES)
+    result = compare(
+        denoiser, features, None, held.shape, [DODE], tmp_path, settings, progress=False
+    )
+    (row,) = (row for row in result["rows"] if row["learned"])
+    assert row["forward"] > 0 and row["rmse"] > 0
+    assert denoiser.network is function and "network" not in denoiser._modules
+    # the names of its parameters stay known; planted: another keyword is refused
+    check_keywords(countable(denoiser).network, ())
+    with pytest.raises(ValueError, match="does not take"):
+        check_keywords(countable(denoiser).network, ("label",))
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("torchmetrics.image.fid", "computed by torchmetrics"),
+        ("matplotlib.backends.backend_agg", "plots need matplotlib"),
+    ],
+)
+def test_what_the_end_needs_is_looked_for_before_the_work(
+    module: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was found missing after the accurate samples, or after the first distillations."""
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=said):
+        run(tmp_path / "out", [DODE])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_curves_are_those_of_the_figures() -> None:
+    """An RMSE below 1e-3 was drawn at 1e-3."""
+    row: Any = {"nfe": 5, "solver": "s", "learned": True, "size": "full", "rmse": 2e-5}
+    rows = [row | {"excess_accurate": value} for value in (-1.0, 3e-7, 2e-4)]
+    curves = [_curves([("s", row)], "rmse", _lowest(rows, "rmse")) for row in rows]
+    assert all(curve == {"s": {5: 2e-5}} for curve in curves)
+    by = "excess_accurate"
+    drawn = [_curves([("s", row)], by, _lowest(rows, by))["s"][5] for row in rows]
+    assert drawn == pytest.approx([2e-7, 3e-7, 2e-4])
+    large = [*rows, row | {by: 40.0}]
+    assert _curves([("s", rows[0])], by, _lowest(large, by))["s"][5] == 1e-3
 
 
 def test_samples_that_are_no_images_are_compared_without_pictures(tmp_path: Path) -> None:

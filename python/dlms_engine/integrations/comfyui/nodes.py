@@ -19,19 +19,23 @@ class SolverFile:
     """What both nodes do about ``solver_file``: notice a new file, refuse a bad one when loaded."""
 
     @classmethod
-    def IS_CHANGED(cls, solver_file: str = "", **_: Any) -> str:
-        """ComfyUI runs the node again when this changes: path, size and time of the file."""
-        path = solver_file.strip()
+    def IS_CHANGED(cls, solver_file: str | None = "", **_: Any) -> str:
+        """ComfyUI runs the node again when this changes: path, size and time of the file.
+
+        Of a path that comes from another node ComfyUI gives None: the file is read when the node runs.
+        """
+        path = (solver_file or "").strip()
         if not path or not os.path.isfile(path):
             return path
         status = os.stat(path)
         return f"{path} {status.st_size} {status.st_mtime_ns}"
 
     @classmethod
-    def VALIDATE_INPUTS(cls, solver_file: str = "") -> bool | str:
+    def VALIDATE_INPUTS(cls, solver_file: str | None = "") -> bool | str:
         """True, or what is wrong with ``solver_file``, before anything runs."""
-        if not solver_file.strip():
+        if not (solver_file or "").strip():
             return True
+        assert solver_file is not None
         try:
             load_source(solver_file.strip())
         except (OSError, ValueError) as exc:

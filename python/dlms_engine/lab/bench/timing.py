@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from dlms_engine import __version__, ops
-from dlms_engine.support.files import write_text
+from dlms_engine.support.files import require_writable, write_text
 
 _Case = TypeVar("_Case")
 
@@ -179,7 +179,16 @@ def json_options(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, help="end after these; the report names what was not measured"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--output", type=Path, help="also write the JSON to this file")
+    parser.add_argument("--output", type=_writable, help="also write the JSON to this file")
+
+
+def _writable(text: str) -> Path:
+    """The path, tried before anything is measured."""
+    try:
+        require_writable(Path(text))
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def save_report(report: dict[str, Any], options: argparse.Namespace) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...models.denoiser import Denoiser
 from ...models.tap import unwrap
 
 PROBES = (1, 3)
@@ -32,6 +34,24 @@ class Calls:
     def total(self) -> int:
         """What a budget is spent on: a pass in either direction is one call."""
         return self.forward + self.backward
+
+
+class _Called(nn.Module):
+    """A plain callable as a module; its parameters' names stay known."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+def countable(denoiser: Denoiser) -> Denoiser:
+    """The same model with a module for a network, whose calls ``counted`` can count."""
+    if isinstance(denoiser.network, nn.Module):
+        return denoiser
+    variant = copy.copy(denoiser)
+    variant.__dict__ = {**denoiser.__dict__, "_modules": dict(denoiser._modules)}
+    variant.network = _Called(denoiser.network)
+    return variant
 
 
 @contextmanager

@@ -186,18 +186,32 @@ def draw(result: Result, folder: Path, stem: str) -> list[Path]:
     found = []
     for by, ylabel in names.items():
         hand = [best(rows, nfe, by) for nfe in result["settings"]["nfes"]]
-        handcrafted = _curves((("best handcrafted", row) for row in hand if row), by)
-        learned = _curves(((row["solver"], row) for row in rows if row["learned"]), by)
+        lowest = _lowest(rows, by)
+        handcrafted = _curves((("best handcrafted", row) for row in hand if row), by, lowest)
+        learned = _curves(((row["solver"], row) for row in rows if row["learned"]), by, lowest)
         path = folder / f"{stem}-{by.removeprefix('excess_')}.png"
         title = "Quality for the cost (lower is better)"
         found.append(plots.quality(handcrafted, learned, path, ylabel=ylabel, title=title))
     return found
 
 
-def _curves(rows: Iterable[tuple[str, ResultRow]], by: str) -> dict[str, dict[int, float]]:
+def _lowest(rows: Sequence[ResultRow], by: str) -> float:
+    """Where a logarithmic axis shows what is lower: an RMSE as it is, an excess, which may be
+    negative, at 1e-3, or a thousandth of the largest where all are small.
+    """
+    if by == "rmse":
+        return 0.0
+    values = (figure(row, by) for row in rows)
+    positive = (v for v in values if v is not None and 0 < v < math.inf)
+    return 1e-3 * min(1.0, max(positive, default=1.0))
+
+
+def _curves(
+    rows: Iterable[tuple[str, ResultRow]], by: str, lowest: float
+) -> dict[str, dict[int, float]]:
     curves: dict[str, dict[int, float]] = {}
     for name, row in rows:
         value = figure(row, by)
-        if value is not None:  # an excess may be negative, and the axis is logarithmic
-            curves.setdefault(name, {})[row["nfe"]] = max(value, 1e-3)
+        if value is not None:
+            curves.setdefault(name, {})[row["nfe"]] = max(value, lowest)
     return curves

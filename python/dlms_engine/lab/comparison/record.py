@@ -16,6 +16,7 @@ from torch import nn
 from ...learners.start import Conditions
 from ...models.denoiser import Denoiser
 from ...models.embedded import ReferenceStatistics
+from ..evaluation.frechet import require_torchmetrics
 from .measure import Entry
 from .result import Floors, Result, ResultRow, Sizes, rank, row_of
 from .session import Session, handcrafted_entries, measuring
@@ -78,8 +79,12 @@ def record(
 
     Returns:
         the JSON-able result, also written to ``record.json``.
+
+    Raises:
+        ImportError: torchmetrics is missing; raised before the work.
     """
     settings = settings or RecordSettings()
+    require_torchmetrics()
     hand = {nfe: handcrafted_entries(denoiser.process, nfe) for nfe in settings.nfes}
     mine = {nfe: [entry for entry in learned if entry.nfe == nfe] for nfe in settings.nfes}
     with measuring(

@@ -15,7 +15,9 @@ from ...models.denoiser import Denoiser
 from ...models.embedded import ReferenceStatistics
 from ...solvers.registry import label_of
 from ...support.parallel import World
-from ..plots import is_image, side_by_side
+from ..evaluation.frechet import require_torchmetrics
+from ..plots import is_image, new_figure, side_by_side
+from .budget import countable
 from .contestants import Contestant
 from .distilled import Workshop
 from .measure import Entry
@@ -88,6 +90,7 @@ def compare(
     Raises:
         ValueError: two contestants of one name, or several processes: distil with ``torchrun`` and
             measure with ``evaluate --record`` instead.
+        ImportError: torchmetrics or matplotlib is missing; raised before the work.
     """
     settings = settings or CompareSettings()
     if not is_image(shape):
@@ -97,6 +100,9 @@ def compare(
         raise ValueError(f"contestants are {labels}, expected different names")
     if World.current().size > 1:
         raise ValueError("compare runs in one process: start it without torchrun")
+    require_torchmetrics()
+    new_figure(1, 1)  # pictures of samples and of quality come last
+    denoiser = countable(denoiser)
     solvers = folder / "solvers"
     solvers.mkdir(parents=True, exist_ok=True)
     total = _work(settings, contestants)

@@ -109,6 +109,15 @@ def _metric(feature: nn.Module) -> Any:
     return FrechetInceptionDistance(feature=feature, normalize=True, sync_on_compute=False)
 
 
+def require_torchmetrics() -> None:
+    """Ahead of the work.
+
+    Raises:
+        ImportError: torchmetrics is missing.
+    """
+    _metric(_FromFeatures(1))
+
+
 def _fill(metric: Any, sums: FeatureSums, side: str) -> None:
     """Puts sums into torchmetrics' documented-by-use state tensors of one side."""
     setattr(metric, f"{side}_features_num_samples", sums.images.to(torch.int64))

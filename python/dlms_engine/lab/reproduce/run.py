@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import statistics
@@ -23,11 +24,11 @@ from ...policies.distilled import load_solver
 from ...support.files import only_one, write_text
 from ...support.parallel import World
 from ...support.values import json_value
-from ..comparison.budget import counted
+from ..comparison.budget import countable, counted
 from ..comparison.measure import Entry, Measured, Measurer
 from ..comparison.result import Floors, distance
 from ..comparison.store import Store, digest, network_digest
-from ..evaluation.frechet import label_of_features
+from ..evaluation.frechet import label_of_features, require_torchmetrics
 from ..evaluation.own_features import own_features
 from .data_sets import DATA_SETS
 from .estimate import Estimate, estimated
@@ -65,7 +66,8 @@ class Reproduction:
     ) -> None:
         if World.current().size > 1:
             raise ValueError("reproduce runs in one process: start it without torchrun")
-        self.table, self.panel, self.model = table, panel, model
+        self.table, self.panel = table, panel
+        self.model = dataclasses.replace(model, denoiser=countable(model.denoiser))
         self.settings, self.fid, self.lpips = settings, fid, lpips
         self.folder, self.files = folder, list(files)
         self.nfes = chosen_nfes(panel, settings.nfes)
@@ -113,7 +115,9 @@ class Reproduction:
         Raises:
             RuntimeError: another process makes the same table in the folder.
             OSError: the folder cannot be written to.
+            ImportError: torchmetrics is missing; raised before the work.
         """
+        require_torchmetrics()
         self.folder.mkdir(parents=True, exist_ok=True)
         total = self.estimate.calls
         with (
