@@ -17,6 +17,8 @@ from torch import nn
 from dlms_engine import grids, solvers
 from dlms_engine.checkpoints.edm import convert, load_edm, read_snapshot
 from dlms_engine.checkpoints.networks import DhariwalUNet, SongUNet
+from dlms_engine.checkpoints.networks.blocks import Fourier
+from dlms_engine.checkpoints.networks.song import encoded_times
 from dlms_engine.checkpoints.restricted import UnsafeCheckpointError, read_pickle
 from dlms_engine.engine.sampler import Sampler
 
@@ -49,6 +51,7 @@ ADM = {
     "num_blocks": 1,
     "attn_resolutions": [4],
 }
+WEIGHT = torch.zeros(1, dtype=torch.bfloat16)
 CASES = {"ddpm++": (SongUNet, SONG), "ncsn++": (SongUNet, NCSN), "adm": (DhariwalUNet, ADM)}
 
 
@@ -172,6 +175,46 @@ def test_conditioning_and_time_reach_the_output() -> None:
     assert min(float((base - o).abs().max()) for o in (other_label, other_time)) > 1e-4
     with pytest.raises(ValueError, match="class_labels"):
         network(x, torch.tensor([0.1]), torch.eye(3)[:1])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_half_precision_keeps_times_and_frequencies(case: str, monkeypatch: Any) -> None:
+    """NCSN++ in bfloat16 had other frequencies: a quarter of its embedding was rounding."""
+    times = torch.linspace(-1.5, 1.1, 40)
+
+    def off() -> float:
+        network, _ = make(case)
+        half = make(case)[0].bfloat16()
+        with torch.no_grad():
+            angles, rounded = network.map_noise(times), encoded_times(half.map_noise, times, WEIGHT)
+        return float((rounded.float() - angles).norm() / angles.norm())
+
+    assert off() < 0.003
+    if case == "ncsn++":
+        state = make(case)[0].bfloat16().state_dict()
+        assert list(state) == list(make(case)[0].state_dict())
+        with monkeypatch.context() as planted:
+            planted.delattr(Fourier, "_apply")
+            assert off() > 0.1
+
+
+def test_loading_does_not_ask_torchs_default_dtype(tmp_path: Any, monkeypatch: Any) -> None:
+    """Weights were rounded to bfloat16 where the caller had made that torch's default."""
+    network, settings = make("ddpm++")
+    path = tmp_path / "network.pkl"
+    path.write_bytes(snapshot_bytes(network, settings))
+
+    def loaded() -> bool:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            found = load_edm(path).network.state_dict()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return all(torch.equal(found[k], v) for k, v in network.state_dict().items())
+
+    assert loaded()
+    monkeypatch.setattr(SongUNet, "float", lambda self: self)  # planted: made in the default dtype
+    assert not loaded()
 
 
 # -- refusing ------------------------------------------------------------------------------------

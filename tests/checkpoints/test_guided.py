@@ -257,6 +257,21 @@ def test_gradients_pass_through_the_guidance(tmp_path: Path) -> None:
     assert not torch.allclose(found[0], found[1])
 
 
+def test_denoisers_of_checkpoints_are_pickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their times were functions inside functions, which pickle refuses."""
+    guide, _, _ = guided_pair(tmp_path, 2.0)
+    wanted = guide(X, 0.4, class_labels=LABELS)
+    again = pickle.loads(pickle.dumps(guide))
+    assert torch.equal(again(X, 0.4, class_labels=LABELS), wanted)
+    edm = save(random_state(EDM), tmp_path / "edm.pt")
+    assert pickle.dumps(load_checkpoint(edm, **heads(EDM)))
+    monkeypatch.setattr(guided.Noise, "time_input", lambda self, process: lambda t: t)
+    with pytest.raises((AttributeError, pickle.PicklingError)):  # planted: a function inside one
+        pickle.dumps(load_checkpoint(edm, **heads(EDM)))
+
+
 # -- files ----------------------------------------------------------------------------------------
 
 
@@ -306,6 +321,17 @@ def test_pickled_code_is_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(UnsafeCheckpointError, match="refused"):
         convert_checkpoint(tmp_path / "evil.pt", tmp_path / "out.safetensors")
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_file_that_holds_itself_is_no_checkpoint(tmp_path: Path) -> None:
+    """It ended in a RecursionError."""
+    held: dict[str, Any] = {}
+    held["model"] = held
+    torch.save(held, tmp_path / "ring.pt")
+    with pytest.raises(ValueError, match="expected a state dict of tensors"):
+        load_checkpoint(tmp_path / "ring.pt")
+    torch.save({"model": {"ema": random_state(PLAIN)}}, tmp_path / "nested.pt")
+    assert load_checkpoint(tmp_path / "nested.pt", **heads(PLAIN)).process.name == "vp_discrete"
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,42 @@ def test_too_many_correctors_or_outputs_of_an_early_row_are_refused() -> None:
 def test_layouts() -> None:
     assert [layout_of((3, 4, 4)), layout_of((4, 4)), layout_of((4,))] == list(SHAPES)
     assert layout_of((3, 2, 4, 4)) is None
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+def test_half_precision_around_it_does_not_reach_it(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Autocast made its convolutions bfloat16's, a cast of the sampler its weights."""
+    denoiser, corrected = policy(layout)
+    sampler, x = Sampler(denoiser, corrected), 80 * torch.randn(3, *SHAPES[layout])
+    wanted = sampler(x)
+
+    def autocast() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            made = sampler(x)
+        assert isinstance(made, Tensor)
+        return made
+
+    assert torch.equal(autocast(), wanted)
+    cast = copy.deepcopy(sampler).to(torch.bfloat16)
+    assert torch.equal(cast(x), wanted)
+    with monkeypatch.context() as planted:
+        planted.setattr(torch, "is_autocast_enabled", lambda kind: False)
+        assert not torch.equal(autocast(), wanted)
+    monkeypatch.delattr(Corrector, "_apply")
+    assert not torch.equal(copy.deepcopy(sampler).to(torch.bfloat16)(x), wanted)
+
+
+@pytest.mark.parametrize("layout", SHAPES)
+def test_other_samples_than_it_was_trained_on_are_refused(layout: str) -> None:
+    """torch spoke of the sizes of its weights."""
+    denoiser, corrected = policy(layout)
+    shape = SHAPES[layout]
+    axis = 1 if layout == "sequence" else 0
+    other = [*shape[:axis], shape[axis] + 1, *shape[axis + 1 :]]
+    sampler = Sampler(denoiser, corrected)
+    for wrong in (other, [*shape, 3]):
+        with pytest.raises(ValueError, match=f"was trained on {layout}s of {shape[axis]} channels"):
+            sampler(torch.randn(2, *wrong))
+    assert sampler(torch.randn(2, *shape)).shape == (2, *shape)

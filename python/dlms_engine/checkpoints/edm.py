@@ -74,7 +74,7 @@ class Snapshot:
             if wrong or set(shapes) - set(self.tensors):
                 named = sorted(wrong or set(shapes) - set(self.tensors))[0]
                 raise RuntimeError(f"{named!r} is missing or of another shape")
-            network: nn.Module = cls(**settings)
+            network: nn.Module = cls(**settings).float()  # whatever torch's default is
             network.load_state_dict(self.tensors)
         except (RuntimeError, TypeError, ArithmeticError, LookupError) as exc:
             raise ValueError(f"the weights do not fit {self.kind}{self.settings}: {exc}") from exc

@@ -93,9 +93,11 @@ def load_plain(path: Path) -> Any:
         raise UnsafeCheckpointError(f"{path} is refused: {reason}. {_ADVICE}") from exc
 
 
-def _state_dict(held: Any) -> dict[str, Tensor] | None:
-    if not isinstance(held, dict):
+def _state_dict(held: Any, depth: int = 4) -> dict[str, Tensor] | None:
+    if not isinstance(held, dict) or not depth:  # a file's dict may hold itself
         return None
     if held and all(isinstance(value, Tensor) for value in held.values()):
         return {str(key): value for key, value in held.items()}
-    return next((s for name in NESTED if (s := _state_dict(held.get(name))) is not None), None)
+    return next(
+        (s for name in NESTED if (s := _state_dict(held.get(name), depth - 1)) is not None), None
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +63,41 @@ class Noise:
     def time_input(self, process: Process) -> Callable[[Tensor], Tensor]:
         """Process time -> what the network is called with."""
         if isinstance(process, VPDiscrete):
-            scale = 1000.0 / self.diffusion_steps if self.rescale_timesteps else 1.0
-            return lambda t: process.timestep(t) * scale
-        return lambda t: 250.0 * torch.log(process.sigma(t))
+            return _Index(process, 1000.0 / self.diffusion_steps if self.rescale_timesteps else 1.0)
+        return _LogLevel(process)
+
+
+# Classes and no functions: a denoiser with one is copied and pickled.
+@dataclass(frozen=True)
+class _Index:
+    """The index of a noise level, scaled."""
+
+    process: VPDiscrete
+    scale: float
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return self.process.timestep(t) * self.scale
+
+
+@dataclass(frozen=True)
+class _LogLevel:
+    """250 ln(sigma)."""
+
+    process: Process
+
+    def __call__(self, t: Tensor) -> Tensor:
+        return 250.0 * torch.log(self.process.sigma(t))
+
+
+@dataclass(frozen=True)
+class _SigmaOf:
+    """sigma at the time that has an index."""
+
+    index: _Index
+
+    def __call__(self, time: Tensor) -> Tensor:
+        process = self.index.process
+        return process.sigma((time.double() / self.index.scale + 1) / process.levels)
 
 
 def ddpm_betas(schedule: str, count: int) -> Tensor:
@@ -155,14 +187,12 @@ def guided_denoiser(
     if classifier is not None:
         if not isinstance(process, VPDiscrete):
             raise ValueError("classifier guidance is for ddpm networks, this one is 'edm'")
-        levels = process.levels
-        scale = 1000.0 / levels if noise.rescale_timesteps else 1.0
         conditional = getattr(network, "num_classes", None) is not None
         asked = ClassifierGuided(
             asked,
             classifier,
             classifier_scale,
-            lambda time: process.sigma((time.double() / scale + 1) / levels),
+            _SigmaOf(cast(_Index, time_input)),
             conditional,
         )
     return Denoiser(

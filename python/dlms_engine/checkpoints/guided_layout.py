@@ -162,7 +162,7 @@ def build_settings(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -
     """A network from all its arguments, in evaluation mode; with ``pool`` it is a classifier."""
     kind = GuidedClassifier if "pool" in settings else GuidedUNet
     try:
-        network: nn.Module = kind(**settings)
+        network: nn.Module = kind(**settings).float()  # whatever torch's default is
         network.load_state_dict(dict(tensors))
     except (RuntimeError, TypeError) as exc:
         raise ValueError(

@@ -299,6 +299,8 @@ class Sampler(Versioned, nn.Module):
 
     def _steps(self, x: Tensor, conditions: dict[str, Any], plan: TableRows | None = None) -> Steps:
         if self._table is not None:
+            if x.ndim:
+                self._table.require_batch(x.shape[0])
             return TableSteps(
                 self.denoiser, plan or self._plan(x.device), self._table.depth, conditions
             )

@@ -33,6 +33,7 @@ from .tap import (
     FeatureTap,
     NetworkCalls,
     Owner,
+    buffer_dtype,
     called,
     find_module,
     first_parameter,
@@ -195,11 +196,16 @@ class Denoiser(Versioned, nn.Module):
 
     @property
     def network_dtype(self) -> torch.dtype | None:
-        """Dtype of the network's parameters, None for a network without any, or with float8 alone."""
+        """Dtype of the network's parameters, else that of its buffers (see ``buffer_dtype``).
+
+        None for a network that does not say: without either, or with float8 alone.
+        """
         if not isinstance(self.network, nn.Module):
             return None
         parameter = first_parameter(self.network)
-        return None if parameter is None or parameter.dtype.itemsize == 1 else parameter.dtype
+        if parameter is None:
+            return buffer_dtype(self.network)
+        return None if parameter.dtype.itemsize == 1 else parameter.dtype
 
     def _noise_level(self, t: Tensor) -> Tensor:
         if self._time_input is not None:
@@ -282,7 +288,8 @@ class Denoiser(Versioned, nn.Module):
             return (called(self.network, network_input, level.expand(batch), conditions),)
         twofold = self._branches.joined(self.unconditional, conditions, doubled(batch))
         both = torch.cat([network_input, network_input])
-        twice = torch.cat([level, level]) if level.ndim else level.expand(2 * batch)
+        each = level.expand(batch)
+        twice = torch.cat([each, each]) if level.ndim else level.expand(2 * batch)
         out = called(self.network, both, twice, twofold)
         return out[:batch], out[batch:]  # chunk(2) would tie an exported graph to this batch
 

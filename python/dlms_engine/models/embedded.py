@@ -166,7 +166,7 @@ def embedded_features(
     """The feature network of the Frechet distance, in eval mode, with frozen parameters."""
     from safetensors.torch import load_file
 
-    network = FeatureNetwork()
+    network = FeatureNetwork().float()  # whatever torch's default is
     stored = load_file(assets_path() / "features.safetensors")
     missing, unexpected = network.load_state_dict(stored, strict=False)
     # BatchNorm's step counters are not stored: they play no part in eval mode.

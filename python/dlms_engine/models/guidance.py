@@ -103,9 +103,11 @@ class Branches:
 
 
 def doubled(batch: int) -> Join:
-    """``[uncond; cond]``, each ``[batch, ...]``."""
+    """``[uncond; cond]``, each ``[batch, ...]``; one number for both branches stays as it is."""
 
     def join(path: str, other: Tensor, value: Tensor) -> Tensor:
+        if value.ndim == 0 and other is value:
+            return value
         size = (batch, *value.shape[1:])
         for name, given in (("unconditional", other), ("condition", value)):
             if not _expands(given, size):

@@ -160,7 +160,7 @@ def read_network(
     """
     from safetensors.torch import load_file
 
-    network = UNet(**read_config(path)["network"])
+    network = UNet(**read_config(path)["network"]).float()  # whatever torch's default is
     _fill(network, load_file(path / "network.safetensors"), path / "network.safetensors")
     network.to(device=device, dtype=dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval().requires_grad_(False)
@@ -188,7 +188,7 @@ def read_features(path: Path, device: torch.device | str = "cpu") -> ResidualFea
         raise ValueError(
             f"{file} does not say its widths: export it with examples/export_models.py"
         )
-    network = ResidualFeatures(tuple(int(width) for width in widths.split(",")))
+    network = ResidualFeatures(tuple(int(width) for width in widths.split(","))).float()
     _fill(network, load_file(file), file)
     network.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network.eval().requires_grad_(False)

@@ -17,8 +17,7 @@ class FeatureTap:
         self._held = threading.local()
 
     def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        self._held.value = value
+        self._held.value = first_tensor(output)
 
     @property
     def value(self) -> Tensor | None:
@@ -120,6 +119,21 @@ def _named_module(network: nn.Module, path: str) -> nn.Module:
     return named[ends[0]]
 
 
+def first_tensor(output: Any) -> Tensor | None:
+    """The tensor in what a module returned, as ``unwrap`` looks for it; None where there is none."""
+    found = _first_entry(output)
+    if isinstance(found, Mapping):
+        found = found.get("sample", found)
+    found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
+    return found if isinstance(found, Tensor) else None
+
+
+def _first_entry(output: Any) -> Any:
+    while isinstance(output, tuple | list) and output:
+        output = output[0]
+    return output
+
+
 def unwrap(output: Any) -> Tensor:
     """The tensor in what a network returned: itself, ``.sample``, ``["sample"]`` or the first of a tuple
     or list.
@@ -127,15 +141,11 @@ def unwrap(output: Any) -> Tensor:
     Raises:
         TypeError: there is none.
     """
-    found = output
-    while isinstance(found, tuple | list) and found:
-        found = found[0]
-    if isinstance(found, Mapping):
-        found = found.get("sample", found)
-    found = getattr(found, "sample", found) if not isinstance(found, Tensor) else found
-    if isinstance(found, Tensor):
+    found = first_tensor(output)
+    if found is not None:
         return found
-    held = f" that starts with {type(found).__name__}" if found is not output else ""
+    first = _first_entry(output)
+    held = f" that starts with {type(first).__name__}" if first is not output else ""
     raise TypeError(
         f"the network returned {type(output).__name__}{held}, expected a tensor, an object with .sample "
         "or a tuple that starts with one: wrap it in a function that takes the prediction out"
@@ -194,7 +204,8 @@ def no_bottleneck(features: str | None) -> str:
         )
     return (
         "no bottleneck: the network has not been called in this thread, or did not run its module "
-        f"{features!r}: name one that every call runs"
+        f"{features!r}, or that returned no tensor (nor a tuple that starts with one, nor anything with "
+        "a 'sample'): name one that every call runs and that returns a tensor"
     )
 
 
@@ -218,3 +229,13 @@ def _first(module: nn.Module, bytes_each: int) -> nn.Parameter | None:
         if found is not None:
             return found
     return None
+
+
+def buffer_dtype(module: nn.Module) -> torch.dtype | None:
+    """The one dtype of all floating-point buffers, the weights of a network without parameters.
+
+    None for several, and for float32: constants of 32 bits go with inputs of float64, too.
+    """
+    found = {buffer.dtype for buffer in module.buffers() if buffer.is_floating_point()}
+    only = found.pop() if len(found) == 1 else None
+    return only if only in (torch.float16, torch.bfloat16, torch.float64) else None

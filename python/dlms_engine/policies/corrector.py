@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal, cast
 
@@ -23,6 +23,7 @@ from ..processes import Process, from_config
 from ..solvers.file import register_policy
 from ..solvers.policy import PolicyRun
 from ..solvers.table import SolverTable
+from ..support.wide import at_least_single
 
 Layout = Literal["image", "sequence", "vector"]
 LAYOUTS = ("image", "sequence", "vector")
@@ -97,8 +98,17 @@ class Corrector(nn.Module):
         )
         self.register_buffer("gain", torch.ones((), dtype=torch.float32, device="cpu"))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Corrector:
+        """A sampler that is cast to half precision with its network keeps its correctors."""
+        super()._apply(at_least_single(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
+
     def inputs(self, x: Tensor, outputs: list[Tensor]) -> Tensor:
-        """The scaled inputs, channels first: ``[B, C * (1 + outputs), ...]``."""
+        """The scaled inputs, channels first: ``[B, C * (1 + outputs), ...]``.
+
+        ValueError: ``x`` is of another layout, or has other channels.
+        """
+        self._check(x)
         newest = outputs[: self.settings.outputs]
         parts = [x, newest[0], *(a - b for a, b in itertools.pairwise(newest))]
         scaled = [part / self.scales[i].to(part.dtype) for i, part in enumerate(parts)]
@@ -106,8 +116,24 @@ class Corrector(nn.Module):
             scaled = [part.transpose(1, 2) for part in scaled]
         return torch.cat(scaled, dim=1)
 
+    def _check(self, x: Tensor) -> None:
+        layout, channels = self.settings.layout, self.settings.channels
+        axis = 2 if layout == "sequence" else 1
+        if layout_of(tuple(x.shape[1:])) != layout or x.shape[axis] != channels:
+            raise ValueError(
+                f"samples are {list(x.shape)}, but the solver's corrector was trained on {layout}s of "
+                f"{channels} channels: sample what it was distilled for"
+            )
+
     def residual(self, inputs: Tensor) -> Tensor:
-        """``g R`` like the state, from ``inputs``."""
+        """``g R`` like the state, from ``inputs``; under autocast, too, in the weights' dtype."""
+        kind = inputs.device.type
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self._residual(inputs)
+        return self._residual(inputs)
+
+    def _residual(self, inputs: Tensor) -> Tensor:
         h = inputs.to(self.gain.dtype)
         for layer in self.layers[:-1]:
             h = nn.functional.silu(layer(h))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import linear
 from ..ops.designer_row import kernel_constants
 from ..processes import Process
+from ..support.values import whole_number
 from ..support.versioned import Versioned
 
 _MADE: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
@@ -43,6 +44,13 @@ class DesignerSettings:
     scale_range: float = 0.2
     coordinate: TimeCoordinate = "log"
     time_gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("order", 1), ("features", 0)):
+            whole_number(getattr(self, name), name, least)
+        for name, known in (("prediction", ("data", "noise")), ("coordinate", ("log", "linear"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {known}")
 
     @property
     def nfe(self) -> int:
@@ -86,6 +94,13 @@ class Designer(Versioned, nn.Module):
             raise ValueError(
                 f"grid {tuple(grid.shape)} and weights {tuple(weights.shape)}, expected "
                 f"{(n + 1,)} and {(n, p)} for {n} steps of order {p}"
+            )
+        if not bool((grid.diff() < 0).all()):
+            raise ValueError(f"grid is {grid.tolist()}, expected falling times")
+        if settings.coordinate == "log" and not float(grid[-1]) > 0:
+            raise ValueError(
+                f"the grid ends at {float(grid[-1])}, whose logarithm is not finite: use "
+                "coordinate='linear', or a grid that ends above 0"
             )
         self.settings = settings
         self.process = process

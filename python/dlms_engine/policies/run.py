@@ -35,6 +35,7 @@ def run_predictions(
     x = per_sample(run.initial_scale, x) * x
     for n in range(policy.nfe):
         history.insert(0, denoiser.predict(x, time, policy.prediction, **conditions))
+        del history[policy.depth :]  # a long run would hold every output
         features = denoiser.last_features if denoiser.features else None
         a, b, next_time = run.row(n, features)
         x = per_sample(a, x) * x

@@ -73,9 +73,21 @@ class SolverTable(Versioned):
         return False
 
     def start(self, batch: int, device: torch.device) -> TableRun:
-        """A run on ``device``; the batch is the table's own or any."""
+        """A run on ``device``; the batch is the table's own or any.
+
+        ValueError: the table has rows for another number of samples.
+        """
+        self.require_batch(batch)
         moved = (v.to(device) for v in (self.a, self.b, self.times, self.initial_scale))
         return TableRun(*moved)
+
+    def require_batch(self, batch: int) -> None:
+        """ValueError unless the rows are one table for all, or one for each of ``batch`` samples."""
+        if self.batch_shape and self.batch_shape != (batch,):
+            raise ValueError(
+                f"table {self.name!r} has rows for each of {list(self.batch_shape)} samples, and the "
+                f"batch is {batch}"
+            )
 
     def static_table(self) -> SolverTable:
         """Itself."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ...support.versioned import Versioned
 from .blocks import BlockStyle, Norm, Positional, Resample, UNetBlock, silu
-from .song import one_hot
+from .song import encoded_times, one_hot
 
 
 class DhariwalUNet(Versioned, nn.Module):
@@ -86,7 +86,7 @@ class DhariwalUNet(Versioned, nn.Module):
         self, x: Tensor, noise_labels: Tensor, class_labels: Tensor | None = None
     ) -> Tensor:
         """``x`` ``[B, C, H, W]``, ``noise_labels`` ``[B]`` -> ``[B, out_channels, H, W]``."""
-        encoded = self.map_noise(noise_labels.to(self.map_layer0.weight.dtype))
+        encoded = encoded_times(self.map_noise, noise_labels, self.map_layer0.weight)
         embedding = self.map_layer1(silu(self.map_layer0(encoded)))
         if self.map_label is not None:
             labels = one_hot(class_labels, x.shape[0], self.label_dim).to(embedding)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from ...support.wide import at_least_single
 
 GROUP_CHANNELS = 4  # fewest channels of a normalisation group
 
@@ -106,13 +108,20 @@ class Positional(nn.Module):
 
 
 class Fourier(nn.Module):
-    """cos and sin at fixed random frequencies (Tancik et al. 2020)."""
+    """cos and sin at fixed random frequencies (Tancik et al. 2020).
+
+    The angles reach hundreds of radians: frequencies rounded to half precision would be others.
+    """
 
     freqs: Tensor
 
     def __init__(self, channels: int, scale: float = 16.0) -> None:
         super().__init__()
         self.register_buffer("freqs", torch.randn(channels // 2) * scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fourier:
+        super()._apply(at_least_single(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def forward(self, t: Tensor) -> Tensor:
         """``[B]`` -> ``[B, channels]``."""

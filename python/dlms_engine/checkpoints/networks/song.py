@@ -180,13 +180,20 @@ class SongUNet(Versioned, nn.Module):
         return out
 
     def _embed(self, noise_labels: Tensor, class_labels: Tensor | None) -> Tensor:
-        embedding = self.map_noise(noise_labels.to(self.map_layer0.weight.dtype))
-        cosine, sine = embedding.chunk(2, dim=1)
+        weight = self.map_layer0.weight
+        cosine, sine = encoded_times(self.map_noise, noise_labels, weight).chunk(2, dim=1)
         embedding = torch.cat([sine, cosine], dim=1)
         if self.map_label is not None:
             labels = one_hot(class_labels, noise_labels.shape[0], self.label_dim).to(embedding)
             embedding = embedding + self.map_label(labels * math.sqrt(self.label_dim))
         return silu(self.map_layer1(silu(self.map_layer0(embedding))))
+
+
+def encoded_times(encoder: nn.Module, times: Tensor, weight: Tensor) -> Tensor:
+    """``encoder`` of ``times`` ``[B]`` in ``weight``'s dtype; its angles are never in half precision."""
+    wide = torch.promote_types(times.dtype, weight.dtype)
+    encoded: Tensor = encoder(times.to(torch.promote_types(wide, torch.float32)))
+    return encoded.to(weight.dtype)
 
 
 def one_hot(labels: Tensor | None, batch: int, count: int) -> Tensor:

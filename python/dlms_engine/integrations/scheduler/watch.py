@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...models.denoiser import find_module
+from ...models.tap import first_tensor
 
 TIME_ARGUMENTS = ("timestep", "timesteps", "t")
 
@@ -49,8 +50,8 @@ class Watch:
         raw = self._bottleneck
         if raw is None:
             raise RuntimeError(
-                "the watched network was not called before step(): watch the network this pipeline "
-                "runs, scheduler.watch(pipe.unet)"
+                "the watched network was not called before step(), or its bottleneck returned no tensor: "
+                "watch the network this pipeline runs, scheduler.watch(pipe.unet)"
             )
         if raw.shape[0] % batch:
             raise ValueError(f"bottleneck of {raw.shape[0]} samples for {batch} latents")
@@ -59,8 +60,8 @@ class Watch:
         return pooled.flatten(1)
 
     def _keep(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        value = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
-        self._bottleneck = value.detach()
+        value = first_tensor(output)
+        self._bottleneck = None if value is None else value.detach()
 
     def _replace_time(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
