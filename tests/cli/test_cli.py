@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import re
@@ -227,6 +228,26 @@ def test_mistakes_are_one_clear_line(
     monkeypatch.chdir(tmp_path)
     assert words in complaint(capsys, *arguments)
     assert not list(tmp_path.iterdir()), "a refused command left something behind"
+
+
+@pytest.mark.parametrize(
+    "place", ["dlms_engine.cli._renamed", "dlms_engine.cli.doctor.installation"]
+)
+def test_an_interrupt_is_one_line(
+    place: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the seconds of the imports it was a traceback; with a newer typer later ones said nothing."""
+    kept = importlib.import_module(place.rpartition(".")[0]), place.rpartition(".")[2]
+    genuine = getattr(*kept)
+
+    def interrupt(*_args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(*kept, interrupt)
+    assert run("doctor") == 130
+    assert capsys.readouterr().err.strip() == "dlms: interrupted"
+    monkeypatch.setattr(*kept, genuine)  # planted: no interrupt
+    assert run("doctor") != 130 and "interrupted" not in capsys.readouterr().err
 
 
 def test_debug_shows_the_traceback() -> None:

@@ -32,6 +32,19 @@ def test_every_ground_denoises_in_shape(tmp_path: Path, monkeypatch: pytest.Monk
         grounds.load_ground("flow-3d", tmp_path)
 
 
+def test_a_file_that_cannot_be_written_is_found_before_the_first_cell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(any_model, "cell", lambda *arguments: made.append(arguments))
+    words = ["--folder", str(tmp_path), "--models", "flow-2d", "--nfe", "3", "--output"]
+    with pytest.raises(OSError, match="create the folder"):
+        any_model._main([*words, str(tmp_path / "absent" / "cells.json")])
+    assert not made
+    any_model._main([*words, str(tmp_path / "cells.json")])  # planted: there it is made
+    assert len(made) == 1
+
+
 def test_page_shows_ratio_and_interval() -> None:
     cell = {
         "model": "flow-2d", "nfe": 5, "base": "ddim/uniform", "chosen": "table", "base_rmse": 0.2,

@@ -52,6 +52,24 @@ def test_the_page_names_what_is_behind_its_base() -> None:
     assert f"Behind its base by more than chance: {names[0]} on EDM." in worse
 
 
+def test_a_file_of_another_count_is_refused_and_one_of_the_same_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``--nfe 3`` into a file of 5 evaluations made a page of 3 with the figures of 5."""
+    output, page = tmp_path / "cells.json", tmp_path / "page.md"
+    cells = {f"{entry.name}|EDM": {"refused": "no"} for entry in papers_table._ENTRIES}
+    output.write_text(json.dumps(cells))
+    arguments = ["--output", str(output), "--page", str(page), "--grounds", "EDM"]
+    with pytest.raises(SystemExit):
+        papers_table._main([*arguments, "--nfe", "3"])
+    assert "holds cells of 5 evaluations, --nfe is 3" in capsys.readouterr().err
+    assert not page.exists()
+    papers_table._main(arguments)
+    assert "at 5 evaluations" in page.read_text()
+    with pytest.raises(OSError, match="create the folder"):  # before a cell is made
+        papers_table._main(["--output", str(tmp_path / "absent" / "cells.json")])
+
+
 def test_every_learner_but_auto_is_in_the_kept_results() -> None:
     assert {entry.settings["method"] for entry in papers_table._ENTRIES} == set(LEARNERS) - {"auto"}
     kept = Path(__file__).parents[2] / "benchmarks" / "results" / "papers.json"

@@ -23,8 +23,24 @@ OLD_NAMES = {
 NEEDS = "the command line needs typer and rich: pip install typer rich"
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs ``dlms``; ``--debug`` anywhere shows tracebacks instead of one line."""
+    try:
+        status = _status(argv)
+    except KeyboardInterrupt:  # the imports take seconds
+        status = INTERRUPTED
+    if status == INTERRUPTED:
+        print(f"dlms: {_rank()}interrupted", file=sys.stderr)
+    if status:
+        sys.exit(status)
+
+
+def _status(argv: Sequence[str] | None) -> int:
+    """The exit code; errors are printed here."""
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     debug = "--debug" in arguments
     arguments = _renamed([argument for argument in arguments if argument != "--debug"])
@@ -38,16 +54,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(f"dlms: {NEEDS}")
     try:
         status = app(args=arguments, prog_name="dlms", standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        print(f"dlms: {_rank()}interrupted", file=sys.stderr)
-        sys.exit(130)
+    except typer.Abort:  # of an interrupt some versions of typer raise it, others return its code
+        return INTERRUPTED
     except Exception as error:
         if debug:
             raise
         print(f"dlms: {_rank()}{one_line(error, arguments)}", file=sys.stderr)
-        sys.exit(int(getattr(error, "exit_code", 1)))
-    if isinstance(status, int) and status:
-        sys.exit(status)
+        return int(getattr(error, "exit_code", 1))
+    return status if isinstance(status, int) else 0
 
 
 def _renamed(arguments: list[str]) -> list[str]:

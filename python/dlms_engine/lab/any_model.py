@@ -15,6 +15,7 @@ import importlib
 import json
 import platform
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ..learners.auto.features import features_of, projected_frechet
 from ..learners.start import ExactSolution, SamplingProblem
 from ..learners.start.contest import candidate_of
 from ..models.denoiser import Denoiser
-from ..support.files import write_text
+from ..support.files import require_writable, write_text
 from . import grounds
 
 _FIRST = 1 << 24
@@ -151,7 +152,7 @@ def _entry(found: dict[str, Any]) -> str:
     return f"**{found['ratio']:.2f}** ({low:.2f} to {high:.2f})"
 
 
-def _main() -> None:
+def _main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--folder", type=Path, required=True, help="where the small models are kept"
@@ -163,10 +164,12 @@ def _main() -> None:
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--page", type=Path)
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(argv)
     cells: list[dict[str, Any]] = []
     if chosen.output.exists():
         cells = json.loads(chosen.output.read_text(encoding="utf-8"))
+    for path in filter(None, (chosen.output, chosen.page)):
+        require_writable(path)  # a cell takes minutes
     command = (
         f"python -m dlms_engine.lab.any_model --folder models --nfe 4,5,6,8,10 "
         f"--budget {chosen.budget} "

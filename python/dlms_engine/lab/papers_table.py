@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,15 @@ from ..learners.start.nearer import nearer
 from ..processes import EDM, Process
 from ..solvers.policy import Policy
 from ..solvers.table import SolverTable
-from ..support.files import write_text
+from ..support.files import require_writable, write_text
 from .mixture import MIXTURE_SHAPE, MIXTURES, mixture_model
 
 _COMMAND = (
     "python -m dlms_engine.lab.papers_table "
     "--output benchmarks/results/papers.json --page docs/papers.md"
 )
+_NFE = 5
+"""Evaluations, also those of kept cells that do not say."""
 _FIRST = 1 << 24
 """Number of the first measured sample."""
 
@@ -141,7 +143,7 @@ def paper_cell(entry: PaperEntry, ground: MeasuredMixture, nfe: int) -> dict[str
     try:
         solver = distill(ground.denoiser, **given)
     except ValueError as refusal:
-        return {"refused": str(refusal)}
+        return {"nfe": nfe, "refused": str(refusal)}
     base, named = _base(ground, solver.method, solver.settings)
     squares = [ground.squares(policy) for policy in (base, solver.policy)]
     errors = [math.sqrt(float(each.mean())) for each in squares]
@@ -151,6 +153,7 @@ def paper_cell(entry: PaperEntry, ground: MeasuredMixture, nfe: int) -> dict[str
         with contextlib.suppress(ValueError, FloatingPointError):
             left = ground.rmse(distill(ground.denoiser, **{**given, **entry.published}).policy)
     return {
+        "nfe": nfe,
         "base": errors[0],
         "base_name": named,
         "published": left,
@@ -244,19 +247,27 @@ def _figures(found: Mapping[str, Any] | None) -> str:
     return f"{found['base']:.4f} -> {left} -> **{found['learned']:.4f}**"
 
 
-def _main() -> None:
+def _main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--page", type=Path)
-    parser.add_argument("--nfe", type=int, default=5)
+    parser.add_argument("--nfe", type=int, default=_NFE)
     parser.add_argument("--samples", type=int, default=4096)
     parser.add_argument("--grounds", default=",".join(MIXTURES))
     parser.add_argument("--only", default="", help="part of the names of the methods to run")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(argv)
     logging.getLogger("dlms_engine").setLevel(logging.ERROR)  # the page says what they would
     cells: dict[str, Any] = {}
     if chosen.output.exists():
         cells = json.loads(chosen.output.read_text(encoding="utf-8"))
+    others = {cell.get("nfe", _NFE) for cell in cells.values()} - {chosen.nfe}
+    if others:
+        parser.error(
+            f"--output {chosen.output} holds cells of {others.pop()} evaluations, --nfe is "
+            f"{chosen.nfe}: choose another file"
+        )
+    for path in filter(None, (chosen.output, chosen.page)):
+        require_writable(path)
     for name in chosen.grounds.split(","):
         wanted = [e for e in _ENTRIES if chosen.only in e.name and f"{e.name}|{name}" not in cells]
         ground = MeasuredMixture(name, chosen.samples) if wanted else None
