@@ -256,7 +256,14 @@ def test_perfect_solver_has_no_excess_and_a_wrong_one_has(
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"nfes": ()}, {"samples": 10}, {"screen_samples": 1}, {"exact_samples": 20_000}]
+    "sizes",
+    [
+        {"nfes": ()},
+        {"nfes": (5, 4, 5)},  # was a mean of two distillations, with an error of 0
+        {"samples": 10},
+        {"screen_samples": 1},
+        {"exact_samples": 20_000},
+    ],
 )
 def test_impossible_sizes_are_refused(sizes: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):

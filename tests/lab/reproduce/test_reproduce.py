@@ -226,6 +226,22 @@ def test_without_fid_the_page_says_so(cifar10: PaperModel, tmp_path: Path) -> No
     assert json.loads((tmp_path / "dlms-table5-cifar10.json").read_text())["rows"] == result["rows"]
 
 
+@pytest.mark.parametrize("model", ["plane", "pair"])
+def test_only_images_are_cut_to_their_values(model: str, tmp_path: Path) -> None:
+    """Features of points beyond 1 were those of points at 1; planted: the second model's are images.
+
+    The first one's network is a function, whose calls are counted, too.
+    """
+    denoiser, shape = getattr(cli_model, model)()
+    meter = reproduction(PaperModel(denoiser, shape), tmp_path)._measurer(None)
+    far, farther = torch.full((2, *shape), 3.0), torch.full((2, *shape), 4.0)
+    same = torch.equal(meter.sums(far).total, meter.sums(farther).total)
+    assert same == (model == "pair")
+    with counted(meter.denoiser.network) as calls:
+        meter.denoiser.predict(far, 1.0)
+    assert calls.forward == 2
+
+
 def test_a_refusal_leaves_the_other_rows(cifar10: PaperModel, tmp_path: Path) -> None:
     changes = {**SMALL, "nonsense": 1}
     result = reproduction(cifar10, tmp_path, changes=changes).run(progress=False)

@@ -96,6 +96,8 @@ class Sizes:
     def __post_init__(self) -> None:
         if not self.nfes or min(self.nfes) < 1:
             raise ValueError(f"nfe is {list(self.nfes)}, expected at least one number >= 1")
+        if len(set(self.nfes)) < len(self.nfes):
+            raise ValueError(f"nfe is {list(self.nfes)}, expected different numbers")
         if not 2 <= self.exact_samples <= self.samples:
             raise ValueError(
                 f"exact_samples is {self.exact_samples}, expected 2 to samples ({self.samples})"

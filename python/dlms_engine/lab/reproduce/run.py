@@ -30,6 +30,7 @@ from ..comparison.result import Floors, distance
 from ..comparison.store import Store, digest, network_digest
 from ..evaluation.frechet import label_of_features, require_torchmetrics
 from ..evaluation.own_features import own_features
+from ..plots import is_image
 from .data_sets import DATA_SETS
 from .estimate import Estimate, estimated
 from .inception import DecodedFeatures, InceptionFeatures
@@ -157,7 +158,7 @@ class Reproduction:
                 batch=self.settings.batch,
                 conditions=model.conditions,
                 advance=self._advanced,
-                clamp=model.decode is None,
+                clamp=model.decode is None and is_image(model.shape),
                 save_seconds=0.0,
             )
         return self._measurers[threshold]
