@@ -114,3 +114,47 @@ def test_guidance_leaves_one_number_and_one_time_as_they_are() -> None:
         assert torch.equal(denoiser(x, time, **given), 2 * x + 1)
     with pytest.raises(AssertionError, match="planted"):
         denoiser(x, 1.0, rate=torch.ones(3, 1), label=given["label"])
+
+
+class _Sometimes(nn.Module):
+    """Runs its bottleneck at high noise alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        if float(t[0]) > 10:
+            self.mid(x)
+        return 0.5 * x
+
+
+def test_a_call_that_skips_the_bottleneck_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had an earlier call's, and a learned solver's rows with it."""
+    denoiser, x = Denoiser(_Sometimes(), EDM(), "data", features="mid"), torch.ones(2, 3)
+
+    def skipped() -> Tensor:
+        denoiser(x, 20.0)
+        assert denoiser.last_features.shape == (2, 3)
+        denoiser(x, 5.0)
+        return denoiser.last_features
+
+    with pytest.raises(RuntimeError, match="did not run its module 'mid'"):
+        skipped()
+    monkeypatch.setattr(denoiser._tap, "keep", lambda value: None)  # planted: nothing is forgotten
+    assert skipped().shape == (2, 3)
+
+
+def test_features_of_a_network_that_was_compiled_before() -> None:
+    """Its first graph has no hook; the error said that the module was not run."""
+    x = torch.ones(2, 3)
+    network: Any = torch.compile(Through(lambda y: y), backend="eager")
+    with torch.no_grad():
+        Denoiser(network, EDM(), "data")(x, 1.0)
+        denoiser = Denoiser(network, EDM(), "data", features="mid")
+        denoiser(x, 1.0)
+        with pytest.raises(RuntimeError, match="make the Denoiser with features='mid' ahead"):
+            _ = denoiser.bottleneck
+        torch._dynamo.reset()
+        denoiser(x, 1.0)
+        assert denoiser.last_features.shape == (2, 3)

@@ -69,3 +69,22 @@ def test_the_logarithm_of_time_does_not_end_at_zero() -> None:
     made = policy(replace(SETTINGS, coordinate="linear"), grid)
     sampler = Sampler(Denoiser(lambda x, t: 0.1 * x, FLOW), made)
     assert bool(sampler(torch.randn(2, 3)).isfinite().all())
+
+
+def test_training_under_autocast_makes_the_rows_of_sampling(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The designer's layers were bfloat16's then: other times than those it is used with."""
+    designer = policy(replace(SETTINGS, features=5)).designer
+    torch.nn.init.normal_(designer.head.weight)
+    features, t = torch.randn(2, 5), torch.full((2,), 20.0, dtype=torch.float64)
+    wanted = designer(features, t, 2)
+
+    def trained() -> bool:
+        with torch.autocast("cpu", torch.bfloat16):
+            found = designer(features, t, 2)
+        return all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+    assert trained()
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # planted
+    assert not trained()

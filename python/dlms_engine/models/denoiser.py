@@ -159,7 +159,7 @@ class Denoiser(Versioned, nn.Module):
         """
         tensor = self._tap.value
         if tensor is None:
-            raise RuntimeError(no_bottleneck(self.features))
+            raise RuntimeError(no_bottleneck(self.features, self.network))
         return tensor[tensor.shape[0] // 2 :] if self.guidance_scale is not None else tensor
 
     @property
@@ -279,6 +279,8 @@ class Denoiser(Versioned, nn.Module):
         self, network_input: Tensor, level: Tensor, conditions: dict[str, Any]
     ) -> tuple[Tensor, ...]:
         """The network's output, with guidance both branches' in one call."""
+        if self.features is not None:
+            self._tap.keep(None)  # a module that this call does not run has no output of it
         wide = torch.float64 if network_input.dtype == torch.float64 else torch.float32
         batch = network_input.shape[0]
         level = level.to(wide)

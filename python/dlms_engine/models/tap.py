@@ -195,12 +195,17 @@ def called(
     return like_input(output, x)
 
 
-def no_bottleneck(features: str | None) -> str:
-    """What to say where a denoiser that taps ``features`` has no bottleneck."""
+def no_bottleneck(features: str | None, network: Any = None) -> str:
+    """What to say where a denoiser of ``network`` that taps ``features`` has no bottleneck."""
     if features is None:
         return (
             "no bottleneck: construct the Denoiser with features='mid_block' (a module path) and call "
             "it first"
+        )
+    if hasattr(network, "_orig_mod") or getattr(network, "_compiled_call_impl", None) is not None:
+        return (
+            "no bottleneck: torch.compile leaves out hooks that come after the network's first run: make "
+            f"the Denoiser with features={features!r} ahead of that, or call torch._dynamo.reset()"
         )
     return (
         "no bottleneck: the network has not been called in this thread, or did not run its module "

@@ -11,7 +11,7 @@ Under autograd the usual layers run, whose bits may depend on the batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,11 @@ from .schema import LIBRARY
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """``layer`` on ``x`` ``[B, in]`` -> ``[B, out]``, float32 or float64."""
     if _usual():
-        out: Tensor = layer(x)
-        return out
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):  # rows without gradients do not heed it either
+            with torch.autocast(kind, enabled=False):
+                return cast(Tensor, layer(x))
+        return cast(Tensor, layer(x))
     if torch.compiler.is_exporting():  # an exported program runs without this library
         return linear_rows(x, layer.weight, layer.bias)
     rows: Tensor = torch.ops.dlms.linear_rows.default(x, layer.weight, layer.bias)
