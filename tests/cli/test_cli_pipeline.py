@@ -166,6 +166,7 @@ def test_mistakes_are_named(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "not a directory" in complaint(
         capsys, *plain, "--pipeline", "/no/such/place", "--prompts", folder / "prompts.txt"
     )
+    assert not (folder / "new").exists()  # an empty directory was left behind
 
 
 def with_text(kind: str, folder: Path) -> Any:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..support.files import require_writable
 from .common import emit, leads, parse_settings
 from .config import write_resolved
 from .outcome import curve_drawn, outcome_lines, start_value
@@ -95,6 +96,7 @@ def distill_for_pipeline(
 
     Raises:
         ValueError: the output exists, the pipeline or its prompts cannot be used.
+        OSError: the output cannot be written.
     """
     solver_file = _target(output, overwrite)
     cache = options.cache or output.with_name(f"{output.stem}.cache")
@@ -103,6 +105,8 @@ def distill_for_pipeline(
     started = time.perf_counter()
     pipe = _loaded(options)
     _check_prompts(pipe, options)
+    if solver_file != output:
+        output.mkdir(exist_ok=True)
     scheduler = distill_pipeline(
         pipe,
         options.prompts,
@@ -154,7 +158,7 @@ def _lines(facts: dict[str, Any], output: Path, outcome: list[str]) -> list[str]
 
 
 def _target(output: Path, overwrite: bool) -> Path:
-    """Where the solver file goes; the directory for it is made."""
+    """Where the solver file goes."""
     alone = output.suffix == ".safetensors"
     target = output if alone else output / _SOLVER_FILE
     finished = output if alone else output / CONFIG_FILE
@@ -164,8 +168,7 @@ def _target(output: Path, overwrite: bool) -> Path:
         raise ValueError(f"{finished} exists: choose another --output, or give --overwrite")
     if not output.parent.is_dir():
         raise ValueError(f"{output.parent} is no folder: create it, or choose another --output")
-    if not alone:
-        output.mkdir(exist_ok=True)
+    require_writable(target if output.is_dir() else output)
     return target
 
 
