@@ -70,6 +70,9 @@ def test_one_command_from_a_pipeline_to_a_scheduler(
     assert json.loads(capsys.readouterr().out)["settings"] == asked["settings"]
     scheduler = DLMSScheduler.from_pretrained(folder / "solver")
     assert scheduler.solver.nfe == 3 and scheduler.solver.method == "dlms"
+    assert run("inspect", folder / "solver") == 0 and "dlms" in capsys.readouterr().out
+    assert run("inspect", folder / "model") != 0  # planted: a directory without a solver
+    assert "without dlms_solver.safetensors" in capsys.readouterr().err
     pipe = load_pipeline(folder / "model")
     pipe.scheduler = scheduler
     again = folder / "again"

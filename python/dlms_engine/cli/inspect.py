@@ -12,13 +12,15 @@ from .common import JsonOption, emit
 
 
 def inspect(
-    file: Annotated[Path, typer.Argument(help="Solver file.", exists=True, dir_okay=False)],
+    file: Annotated[Path, typer.Argument(help="Solver file.", exists=True)],
     as_json: JsonOption = False,
 ) -> None:
     """Print a solver file: what it is, its numbers and its checksum."""
     from ..policies.distilled import load_solver
+    from ..solvers.file import solver_file
     from ..solvers.policy import policy_of
 
+    file = solver_file(file)
     held = load_solver(file)
     policy = policy_of(held)
     described = policy.describe()

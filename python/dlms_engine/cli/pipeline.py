@@ -10,13 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..support.files import require_writable
+from ..support.files import SOLVER_FILE, require_writable
 from .common import emit, leads, parse_settings
 from .config import write_resolved
 from .outcome import curve_drawn, outcome_lines, start_value
 
 _DTYPES = ("float32", "bfloat16", "float16")
-_SOLVER_FILE = "dlms_solver.safetensors"
 CONFIG_FILE = "scheduler_config.json"
 
 PipelineOption = Annotated[
@@ -160,7 +159,7 @@ def _lines(facts: dict[str, Any], output: Path, outcome: list[str]) -> list[str]
 def _target(output: Path, overwrite: bool) -> Path:
     """Where the solver file goes."""
     alone = output.suffix == ".safetensors"
-    target = output if alone else output / _SOLVER_FILE
+    target = output if alone else output / SOLVER_FILE
     finished = output if alone else output / CONFIG_FILE
     if not alone and output.is_file():
         raise ValueError(f"{output} is a file: a solver file's name ends in .safetensors")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..processes import Process
-from ..support.files import write_bytes
+from ..support.files import SOLVER_FILE, write_bytes
 from .format import (
     MAX_BYTES,
     SolverFileError,
@@ -120,13 +120,36 @@ def write_record(target: Path, record: SolverRecord) -> Path:
     return target
 
 
+def solver_file(path: str | os.PathLike[str]) -> Path:
+    """``path``, or of a directory, such as a saved scheduler's, the file ``SOLVER_FILE`` in it.
+
+    Raises:
+        SolverFileError: a directory without one.
+    """
+    source = Path(path)
+    if not source.is_dir():
+        return source
+    if not (source / SOLVER_FILE).is_file():
+        raise SolverFileError(f"{path} is a directory without {SOLVER_FILE}: name the solver file")
+    return source / SOLVER_FILE
+
+
 def read_solver(path: str | os.PathLike[str]) -> SolverRecord:
     """The checked parts of a file, without rebuilding the solver.
+
+    Args:
+        path: as for ``solver_file``.
 
     Raises:
         SolverFileError: as for ``load_solver``, except for the kind's own checks.
     """
     source = Path(path)
+    if source.is_dir():
+        source = source / SOLVER_FILE
+        if not source.is_file():
+            raise SolverFileError(
+                f"{path} is a directory without {SOLVER_FILE}: name the solver file"
+            )
     with source.open("rb") as file:
         return parse(source, file.read(MAX_BYTES + 1))
 

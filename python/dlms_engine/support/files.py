@@ -26,6 +26,9 @@ _ABANDONED = 24 * 3600.0
 _ROOM = 1 << 16
 """Bytes that a solver file with its report takes, about."""
 
+SOLVER_FILE = "dlms_solver.safetensors"
+"""What a directory with a solver, such as a saved scheduler's, has it in."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from ...solvers import SOLVERS
 from ...solvers.policy import policy_of
+from ...support.files import SOLVER_FILE
 
 SolverLike = Any  # Policy | DistilledSolver
 Source = str | SolverLike
-SOLVER_FILE = "dlms_solver.safetensors"
 
 
 def load_source(solver: Any) -> Source:
@@ -24,9 +24,7 @@ def load_source(solver: Any) -> Source:
         name = os.fspath(solver)
         if name in SOLVERS:
             return name
-        inside = os.path.join(name, SOLVER_FILE)
-        name = inside if os.path.isfile(inside) else name
-        if not os.path.isfile(name):
+        if not os.path.isfile(name) and not os.path.isfile(os.path.join(name, SOLVER_FILE)):
             raise ValueError(
                 f"solver is {name!r}, expected one of {sorted(SOLVERS)}, a solver file's path, or a "
                 f"directory with {SOLVER_FILE}"
