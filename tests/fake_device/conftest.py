@@ -23,15 +23,15 @@ if ALONE:
 def _addresses(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in tensor has no address of its own."""
     try:
-        from dlms_engine.integrations.scheduler import base
+        from dlms_engine.integrations.scheduler import indices
     except ImportError:  # without diffusers nothing asks for one
         return
-    shares = base._shares_memory
+    shares = indices._shares_memory
 
     def inside(one: Any, other: Any) -> bool:
         return shares(getattr(one, "numbers", one), getattr(other, "numbers", other))
 
-    monkeypatch.setattr(base, "_shares_memory", inside)
+    monkeypatch.setattr(indices, "_shares_memory", inside)
 
 
 @pytest.fixture(autouse=True)

@@ -161,9 +161,8 @@ def test_rows_per_sample_at_another_resolution_say_so() -> None:
     """They failed inside a matrix product."""
     grid = torch.tensor([1.0, 0.6, 0.3, 0.0], dtype=torch.float64)
     weights = torch.tensor([[1.0, 0.0], [1.5, -0.5], [1.5, -0.5]], dtype=torch.float64)
-    designer = Designer(
-        DesignerSettings(steps=3, order=2, afs=False), RectifiedFlow(), grid, weights
-    )
+    settings = DesignerSettings(steps=3, order=2, afs=False, coordinate="linear")
+    designer = Designer(settings, RectifiedFlow(), grid, weights)
     with pytest.raises(ValueError, match="another size at this resolution"):
         designer(torch.zeros(2, 256), torch.ones(2).double(), 1)
 
