@@ -360,6 +360,21 @@ def test_training_leaves_enough_for_the_choice() -> None:
     assert training_share(budget, 100) == pytest.approx(0.9)
 
 
+def test_a_fit_does_not_end_on_ever_fewer_samples() -> None:
+    """As the budget ran out, 64 samples became 32, 16, 8 and 8, and the table fitted those."""
+    p = problem(EDM())
+    exact = ExactSolution(p)
+    exact.prove()
+    fit = GaussNewton(p, GeneralTable(handcrafted_candidates(p.process, 4)[0]), Targets(exact), 64)
+    fit.history = [{"samples": 64.0}, {"samples": 32.0}]
+    fit.least, fit._used = 4, 32
+    fit.targets(64)
+    for affordable, taken in ((16, 0), (32, 32), (64, 64)):  # planted: half of the last is 16
+        budget = Budget(parse_budget(f"{affordable * fit.cost() + 1}calls"), p)
+        assert fit._samples(6, 64, budget, 1.0) == taken
+        fit._used = 32
+
+
 @pytest.mark.parametrize("budget", [5_000, 8_000])
 def test_a_small_budget_is_kept_with_the_smallest_choice(budget: int) -> None:
     """5k were exceeded by a fifth: the search took what the choice among so few samples needs."""

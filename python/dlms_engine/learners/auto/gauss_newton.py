@@ -175,7 +175,8 @@ class GaussNewton:
     def _samples(self, iteration: int, most: int, budget: Budget, share: float) -> int:
         """Few at first, when any step helps; what the budget allows in the end."""
         wanted = min(most, max(self.least, self.first_samples * 2 ** (iteration // 2)))
-        least = max(self.least, self._used // 2)  # fewer than before would fit their noise
+        most_so_far = max((int(entry["samples"]) for entry in self.history), default=0)
+        least = max(self.least, most_so_far // 2)  # fewer than before would fit their noise
         have = self.targets.count
         cost = self.cost()
         left = budget.left_until(share)
