@@ -143,13 +143,7 @@ def read_solver(path: str | os.PathLike[str]) -> SolverRecord:
     Raises:
         SolverFileError: as for ``load_solver``, except for the kind's own checks.
     """
-    source = Path(path)
-    if source.is_dir():
-        source = source / SOLVER_FILE
-        if not source.is_file():
-            raise SolverFileError(
-                f"{path} is a directory without {SOLVER_FILE}: name the solver file"
-            )
+    source = solver_file(path)
     with source.open("rb") as file:
         return parse(source, file.read(MAX_BYTES + 1))
 
