@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..engine.captured_calls import captured_calls
 from ..models.denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
+from ..support.allocator import freed_memory_kept
 from ..support.files import only_one, require_writable
 from ..support.parallel import World, restarted
 from ..support.renamed import one_of_two
@@ -137,7 +138,7 @@ def distill(
         parameter.requires_grad_(False)
     try:
         # A caller may have switched gradients off, which nothing in a training can.
-        with lock, calls, torch.inference_mode(False), torch.enable_grad():
+        with lock, calls, freed_memory_kept(), torch.inference_mode(False), torch.enable_grad():
             if path is not None and not world.rank:
                 require_writable(path)
             require_repeatable(problem)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..start import SamplingProblem
@@ -100,9 +101,18 @@ class Budget:
         by_calls = self.limit.calls - self.calls
         if not math.isfinite(self.limit.seconds) or self.calls == 0:
             return by_calls
+        return min(by_calls, (self.limit.seconds - self.seconds) * self._rate())
+
+    def _rate(self) -> float:
+        """Evaluations a second, so far."""
         calls, seconds = self._mark
-        rate = (self.calls - calls) / max(self.seconds - seconds, 1e-9)
-        return min(by_calls, (self.limit.seconds - self.seconds) * rate)
+        return (self.calls - calls) / max(self.seconds - seconds, 1e-9)
+
+    def worth(self, seconds: Callable[[], float]) -> float:
+        """Evaluations that ``seconds`` of other work are worth; none where time is not limited, and
+        nothing is measured then.
+        """
+        return seconds() * self._rate() if math.isfinite(self.limit.seconds) else 0.0
 
     def left_until(self, share: float) -> float:
         """Evaluations that may be made before ``share`` of the budget is used."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -33,6 +34,9 @@ MOST, MOST_VECTORS = 8192, 16384
 """Samples it is trained on; a vector tells less than an image."""
 LARGEST_STORE = 1 << 27
 """Numbers that stored runs may hold (512 MiB)."""
+EPOCHS, BATCH = 50, 32
+LEAST_SHARE = 0.05
+"""Of the budget, for training where the samples have taken what there was."""
 CHECK_SHARE = 0.15
 """Of the samples, kept from the fit to choose the epoch."""
 
@@ -78,13 +82,17 @@ def train_corrector(
     runs: Runs,
     target: Tensor,
     *,
-    epochs: int = 50,
-    batch: int = 32,
+    epochs: int = EPOCHS,
+    batch: int = BATCH,
     lr: float = 3e-3,
     share: float = CHECK_SHARE,
-    stop: Callable[[], bool] = lambda: False,
+    elapsed: Callable[[], float] = lambda: 0.0,
 ) -> dict[str, float]:
     """Least squares on all but the last ``share`` of the samples, which choose the epoch.
+
+    Args:
+        elapsed: of the time there is, 0 to 1 and above, at which it ends; the rate falls with it
+            where it is ahead of the updates.
 
     Returns:
         ``before`` and ``after``: RMSE on the samples that choose, and the ``epoch`` kept.
@@ -101,11 +109,14 @@ def train_corrector(
     updates = epochs * math.ceil(fit / batch)
     best, kept, kept_epoch = math.inf, averaged, 0
     (before,) = host_numbers([wanted[fit:].square().mean()])
-    done = 0
+    done, gone = 0, 0.0
     for epoch in range(1, epochs + 1):
         for rows in torch.randperm(fit, generator=generator, device="cpu").split(batch):
+            gone = max(done / updates, elapsed())
+            if gone >= 1:
+                break
             for group in optimiser.param_groups:
-                group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * done / updates))
+                group["lr"] = lr * (0.5 + 0.5 * math.cos(math.pi * min(1.0, gone)))
             rows = rows.to(inputs.device)
             error = corrector.residual(inputs[rows]) / gain - wanted[rows]
             optimiser.zero_grad(set_to_none=True)
@@ -116,12 +127,12 @@ def train_corrector(
             with torch.no_grad():
                 for key, value in corrector.named_parameters():
                     averaged[key].lerp_(value, 1 - weight)
-        if epoch % 5 == 0 or epoch == epochs:
+        if epoch % 5 == 0 or epoch == epochs or gone >= 1:
             score = _score(corrector, averaged, inputs[fit:], wanted[fit:], gain)
             if score < best:
                 best, kept_epoch = score, epoch
                 kept = {k: v.clone() for k, v in averaged.items()}
-        if stop():
+        if gone >= 1:
             break
     _load(corrector, kept)
     scale = gain
@@ -174,7 +185,8 @@ def fit_corrector(
     if settings is None:
         say(f"no corrector for samples of shape {problem.shape}")
         return None
-    count = _affordable(problem, table, targets, budget, share)
+    training = EPOCHS * budget.worth(lambda: _seconds_of_one(problem, settings))
+    count = _affordable(problem, table, targets, budget, share, training)
     count = count if most is None else min(count, most)
     if count < LEAST_SAMPLES:
         say(f"no corrector: the budget has {count} samples for it, {LEAST_SAMPLES} are needed")
@@ -183,10 +195,12 @@ def fit_corrector(
     target = targets(count)
     runs = run_keeping(problem, table, range(count))
     corrector = initial_corrector(settings, runs, target)
-    batch = max(32, count // 64)
+    began = budget.share()
+    until = max(share, began + LEAST_SHARE)
     numbers = train_corrector(
-        corrector, runs, target, batch=batch, stop=lambda: budget.share() >= max(share, 0.97)
-    )
+        corrector, runs, target, batch=max(BATCH, count // 64),
+        elapsed=lambda: (budget.share() - began) / (until - began),
+    )  # fmt: skip
     say(
         f"  RMSE {numbers['before']:.5f} -> {numbers['after']:.5f} on the "
         f"{int(CHECK_SHARE * count)} of them that were not fitted"
@@ -200,15 +214,41 @@ def fit_corrector(
 
 
 def _affordable(
-    problem: SamplingProblem, table: SolverTable, targets: Targets, budget: Budget, share: float
+    problem: SamplingProblem,
+    table: SolverTable,
+    targets: Targets,
+    budget: Budget,
+    share: float,
+    training: float,
 ) -> int:
-    """Samples the budget pays for: exact ends, and runs of the table."""
+    """Samples the budget pays for: exact ends, runs of the table, and ``training`` evaluations each,
+    as long as they are trained on.
+    """
     most = MOST_VECTORS if len(problem.shape) == 1 else MOST
     memory = LARGEST_STORE // ((2 + table.depth) * math.prod(problem.shape))
     most = max(LEAST_SAMPLES, min(most, memory))
     have, each = targets.count, targets.cost
     left = budget.left_until(share)
     count = most
-    while count > 0 and table.nfe * count + each * max(0, count - have) > left:
+    while count > 0 and (table.nfe + training) * count + each * max(0, count - have) > left:
         count = int(count * 0.8)
     return count
+
+
+@torch.enable_grad()
+def _seconds_of_one(problem: SamplingProblem, settings: CorrectorSettings) -> float:
+    """Of a sample's part in an update, after one to warm up."""
+    corrector = Corrector(settings).to(problem.device)
+    shape = (BATCH, settings.channels * (1 + settings.outputs), *_inner(problem.shape, settings))
+    inputs = torch.zeros(shape, dtype=torch.float32, device=problem.device)
+    started = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        loss = corrector.residual(inputs).square().mean()
+        host_numbers([torch.autograd.grad(loss, [*corrector.parameters()])[0].sum()])
+    return (time.perf_counter() - started) / BATCH
+
+
+def _inner(shape: tuple[int, ...], settings: CorrectorSettings) -> tuple[int, ...]:
+    """Sizes of a sample without its channels."""
+    return shape[:-1] if settings.layout == "sequence" else shape[1:]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...models.denoiser import Denoiser
+from ...support.allocator import freed_memory_kept
 from .contest import Candidate, Contest, Effort, cost, handcrafted_candidates
 from .exact import MOST_STEPS, ExactSolution, Proof, rmse, run_tables
 from .finite import require_finite_solution
@@ -116,6 +117,7 @@ def find_start(
     return start, exact
 
 
+@freed_memory_kept()
 def recommend(
     denoiser: Denoiser,
     nfe: int = 5,
