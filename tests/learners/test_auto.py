@@ -17,7 +17,8 @@ from dlms_engine import Sampler, distill, load_solver
 from dlms_engine.learners.auto import AutoSettings
 from dlms_engine.learners.auto.budget import Budget, parse_budget
 from dlms_engine.learners.auto.choose import HELD_OUT_FIRST, AutoStage, choose_stage, end_of, ratio
-from dlms_engine.learners.auto.gauss_newton import STEP, GaussNewton, Targets
+from dlms_engine.learners.auto.counts import Counts
+from dlms_engine.learners.auto.gauss_newton import STEP, GaussNewton
 from dlms_engine.learners.auto.report import report_lines, write_report
 from dlms_engine.learners.auto.shares import (
     PILOT,
@@ -27,6 +28,7 @@ from dlms_engine.learners.auto.shares import (
     training_share,
 )
 from dlms_engine.learners.auto.table import GeneralTable
+from dlms_engine.learners.auto.targets import Targets
 from dlms_engine.learners.start import (
     ExactSolution,
     SamplingProblem,
@@ -367,7 +369,7 @@ def test_a_fit_does_not_end_on_ever_fewer_samples() -> None:
     exact.prove()
     fit = GaussNewton(p, GeneralTable(handcrafted_candidates(p.process, 4)[0]), Targets(exact), 64)
     fit.history = [{"samples": 64.0}, {"samples": 32.0}]
-    fit.least, fit._used = 4, 32
+    fit.counts, fit._used = Counts(4, 64, 64), 32
     fit.targets(64)
     for affordable, taken in ((16, 0), (32, 32), (64, 64)):  # planted: half of the last is 16
         budget = Budget(parse_budget(f"{affordable * fit.cost() + 1}calls"), p)

@@ -10,8 +10,8 @@ from dlms_engine.learners.auto import budget as budgets
 from dlms_engine.learners.auto import correct
 from dlms_engine.learners.auto.budget import Budget, parse_budget
 from dlms_engine.learners.auto.correct import fit_corrector, train_corrector
-from dlms_engine.learners.auto.gauss_newton import Targets
 from dlms_engine.learners.auto.runs import run_keeping
+from dlms_engine.learners.auto.targets import Targets
 from dlms_engine.learners.start import ExactSolution, SamplingProblem, handcrafted_candidates
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.policies.corrector import Corrector

@@ -26,7 +26,7 @@ from .budget import SPEED_BATCH, Budget, parse_budget
 from .choose import AutoStage
 from .correct import LEAST_SAMPLES, fit_corrector
 from .every_row import fit_every_row
-from .gauss_newton import SEARCHED, GaussNewton, Targets
+from .gauss_newton import GaussNewton
 from .progress import RunCheckpoint
 from .report import report_lines, report_of, write_report
 from .settings import AutoSettings
@@ -42,6 +42,7 @@ from .shares import (
     training_share,
 )
 from .table import GeneralTable, bases
+from .targets import Targets
 from .verdict import Judge
 
 __all__ = ["AUTO", "Auto", "AutoSettings", "effort_of", "search_again", "search_limit"]
@@ -126,11 +127,13 @@ class Auto:
                 GeneralTable(base, self.settings.depth, self.settings.afs),
                 targets,
                 self.settings.samples,
+                start.effective,
+                self.budget.left_until(self.table_share),
             )
             for base in bases(start, self.settings.base == "best")
         ]
         progress = self.progress
-        trial = fits[0].cost() * TRIAL * fits[0].first_samples
+        trial = fits[0].cost() * TRIAL * fits[0].counts.first
         if progress.reached("trial 1"):
             self.say(f"resumed at {progress.standing.phase!r}")
             fits = fits[: len(progress.standing.fits)]
@@ -204,7 +207,7 @@ class Auto:
     def _better(self, fits: list[GaussNewton]) -> int:
         """Number of the fit with the smaller error on the training samples there are."""
         tables = [fit.form.table(fit.parameters) for fit in fits]
-        count = min(SEARCHED, max(1, fits[0].targets.count))
+        count = min(fits[0].counts.searched, max(1, fits[0].targets.count))
         errors = fits[0].errors([table for table in tables if table is not None], count)
         return min(range(len(fits)), key=errors.__getitem__)
 

@@ -21,8 +21,8 @@ from ...support.transfer import host_numbers
 from ..start import SamplingProblem
 from .budget import Budget
 from .feature_phase import train_on_features
-from .gauss_newton import Targets
 from .runs import Runs, run_keeping
+from .targets import Targets
 
 WIDTHS = {"image": 32, "sequence": 32, "vector": 64}
 LARGEST = 100_000

@@ -21,9 +21,11 @@ from torch import Tensor
 
 from ...solvers.table import SolverTable
 from ...support.transfer import to_host
-from ..start import ExactSolution, SamplingProblem, SharedRuns
+from ..start import SamplingProblem, SharedRuns
 from .budget import Budget
+from .counts import SEARCHED, Counts
 from .table import GeneralTable
+from .targets import Targets
 
 _log = logging.getLogger("dlms_engine")
 
@@ -31,38 +33,10 @@ STEP = 1e-3
 """Forward difference, in the parameters' natural units."""
 DAMPINGS = (1e-2, 1e-1, 1.0, 1e1)
 """Tried around the present damping, on the same samples."""
-SEARCHED = 64
-"""Samples that dampings are compared on."""
-LEAST_RESIDUALS = 20
-"""A parameter, at least: nine images of 8x8 for fifty parameters fit their own noise."""
+WANTED = 6
+"""Iterations on all samples that are paid for before there are more of them."""
 LEAST_GAIN = 0.01
 """Relative fall of the error below which an iteration counts as idle."""
-
-
-class Targets:
-    """Exact end states of the training samples, made once and kept."""
-
-    def __init__(self, exact: ExactSolution) -> None:
-        self._exact = exact
-        self._ends: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-        return 0 if self._ends is None else len(self._ends)
-
-    @property
-    def cost(self) -> int:
-        """Network evaluations of one more."""
-        return self._exact.table().nfe
-
-    def __call__(self, count: int) -> Tensor:
-        """``[count, ...]`` of the samples 0 .. count - 1."""
-        if self.count < count:
-            more = self._exact.solve(range(self.count, count))
-            self._ends = more if self._ends is None else torch.cat([self._ends, more])
-        assert self._ends is not None
-        return self._ends[:count]
 
 
 @dataclass
@@ -83,15 +57,6 @@ class Normal:
         return solved
 
 
-def samples_for(parameters: int, numbers: int) -> int:
-    """How many training samples of ``numbers`` numbers this many parameters need.
-
-    Four hundred residuals a parameter, as neighbouring pixels err alike: with a fifth of that, 64
-    images of 8x8 for 31 parameters, the error on other samples was a fifth above that on these.
-    """
-    return min(4096, max(64, math.ceil(400 * parameters / numbers)))
-
-
 class GaussNewton:
     """Fits the general table to the exact ends of samples 0, 1, ...
 
@@ -99,7 +64,9 @@ class GaussNewton:
         problem: the model.
         form: maps parameters to tables.
         targets: exact ends.
-        most: samples it may use; None for ``samples_for`` its parameters.
+        most: samples it may use; None for ``Counts.of`` its parameters.
+        effective: see ``Counts.of``.
+        left: evaluations that it may take.
     """
 
     def __init__(
@@ -108,15 +75,18 @@ class GaussNewton:
         form: GeneralTable,
         targets: Targets,
         most: int | None = None,
+        effective: float = 1.0,
+        left: float = 0.0,
     ) -> None:
         self.problem, self.form, self.targets = problem, form, targets
-        self.most = samples_for(form.size, math.prod(problem.shape)) if most is None else most
-        self.least = max(4, math.ceil(LEAST_RESIDUALS * form.size / math.prod(problem.shape)))
-        self.most = max(self.most, self.least) if most is None else self.most
-        self.least = min(self.least, self.most)
+        each = self.cost() + (len(DAMPINGS) + 1) * form.nfe
+        pays = min(left / (WANTED * each + targets.cost), 1e9)
+        numbers = math.prod(problem.shape)
+        self.counts = Counts.of(form.size, numbers, most, effective, pays)
         self.damping = 1e-1
         self._used = self._idle = 0
         self.parameters = form.zero()
+        self._earlier = form.zero()  # where the iterations on as many samples as now began
         self.done = 0  # iterations
         self.history: list[dict[str, float]] = []
 
@@ -137,12 +107,15 @@ class GaussNewton:
         Returns:
             the parameters, also kept in ``parameters``.
         """
-        most = self.most
+        most = self.counts.most
         while self.done < iterations and not (self._idle >= 2 and self._used >= most):
+            used = self._used
             count = self._samples(self.done, most, budget, share)
             if count == 0 or budget.share() >= share:
                 say(f"  stopped by the budget after {self.done} iterations")
                 break
+            if self.done and count > used:
+                self._look_back(count, say)
             before, reached, self.parameters = self._iterate(self.parameters, count)
             self.done += 1
             self.history.append({"samples": count, "rmse_before": before, "rmse": reached})
@@ -159,33 +132,56 @@ class GaussNewton:
             "idle": self._idle,
             "done": self.done,
             "history": self.history,
+            "counts": self.counts.state(),
+            "earlier": self._earlier.tolist(),
         }
 
     def restore(self, parameters: Tensor, state: dict[str, Any]) -> None:
         """Inverse of ``state``."""
+        self.counts = Counts(**state["counts"])
+        self._earlier = torch.tensor(state["earlier"], dtype=torch.float64, device="cpu")
         self.parameters, self.damping, self.done = parameters, state["damping"], state["done"]
         self._used, self._idle = state["used"], state["idle"]
         self.history = list(state["history"])
 
-    @property
-    def first_samples(self) -> int:
-        """Of the first iteration."""
-        return min(self.most, max(16, self.most // 4))
+    def _look_back(self, count: int, say: Callable[[str], None]) -> None:
+        """Goes on from the best of here, the last time there were more samples, and the base, on
+        ``count`` of them, half of them new: what fitted a few samples only has lost there.
+        """
+        places = [self.parameters, self._earlier, self.form.zero()]
+        made = [(place, self.form.table(place)) for place in places]
+        tables = [(place, table) for place, table in made if table is not None]
+        errors = self.errors([table for _, table in tables], count)
+        best = min(range(len(errors)), key=errors.__getitem__)
+        if not torch.equal(tables[best][0], self.parameters):
+            say(
+                f"  on {count} samples the RMSE is {errors[0]:.5f}, and {errors[best]:.5f} before "
+                "those iterations: from there again"
+            )
+            self.parameters, self.damping = tables[best][0], 1e-1
+        self._earlier = self.parameters
 
     def _samples(self, iteration: int, most: int, budget: Budget, share: float) -> int:
         """Few at first, when any step helps; what the budget allows in the end."""
-        wanted = min(most, max(self.least, self.first_samples * 2 ** (iteration // 2)))
+        least, first = self.counts.least, self.counts.first
+        wanted = min(most, max(least, first * 2 ** (iteration // 2)))
         most_so_far = max((int(entry["samples"]) for entry in self.history), default=0)
-        least = max(self.least, most_so_far // 2)  # fewer than before would fit their noise
-        have = self.targets.count
-        cost = self.cost()
+        least = max(least, most_so_far // 2)  # fewer than before would fit their noise
         left = budget.left_until(share)
-        fresh = self.targets.cost
-        while wanted > least and cost * wanted + fresh * max(0, wanted - have) > left:
+        while wanted > least and self._price(wanted) > left:
             wanted = max(least, wanted // 2)
-        affordable = cost * wanted + fresh * max(0, wanted - have) <= left
-        self._used = wanted if affordable else 0
+        self._used = wanted if self._price(wanted) <= left else 0
         return self._used
+
+    def _price(self, count: int) -> int:
+        """Evaluations of the next iteration, on ``count`` samples; the few of a small one's dampings
+        are not counted.
+        """
+        nfe = self.form.nfe
+        fresh = self.targets.cost * max(0, count - self.targets.count)
+        tried = (len(DAMPINGS) + 1) * nfe * max(0, min(count, self.counts.searched) - SEARCHED)
+        back = 3 * nfe * count if self.done and count > self._used else 0
+        return self.cost() * count + fresh + tried + back
 
     def cost(self) -> int:
         """Network evaluations of one sample in an iteration."""
@@ -203,7 +199,9 @@ class GaussNewton:
                 trials.append((damping, moved, table))
         present = self.form.table(theta)
         assert present is not None
-        errors = self.errors([present, *(table for _, _, table in trials)], min(count, SEARCHED))
+        errors = self.errors(
+            [present, *(table for _, _, table in trials)], min(count, self.counts.searched)
+        )
         base, errors = errors[0], errors[1:]
         best = min(range(len(trials)), key=errors.__getitem__, default=None)
         if best is None or not errors[best] < base:

@@ -53,6 +53,16 @@ class Start:
     def best(self) -> Candidate:
         return self.ranking[0].candidate
 
+    @property
+    def effective(self) -> float:
+        """Share of the samples that hold the best one's squared error: 1 where all have the same, 1 / n
+        where one of n has all of it (Kish's effective sample size, of n); 1 where it is not known.
+        """
+        best = self.ranking[0]
+        if not (best.rmse > 0 and math.isfinite(best.error)):
+            return 1.0
+        return 1 / (1 + best.samples * (2 * best.error / best.rmse) ** 2)
+
     def with_base(self, base: Candidate) -> Start:
         """The same with ``base`` in front, whatever was measured."""
         rest = tuple(m for m in self.ranking if m.candidate.label != base.label)
