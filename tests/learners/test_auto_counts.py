@@ -60,6 +60,7 @@ def test_more_samples_where_few_hold_the_error_and_the_budget_pays() -> None:
     assert Counts.of(40, numbers, effective=1e-9, pays=1e9).most == 1024
     vectors = Counts.of(40, 2, effective=0.1, pays=1e9)
     assert vectors.most == 4096 and vectors.searched == 640
+    assert Counts.of(40, 2, effective=0.1, pays=100.0).searched == 100
     assert Counts(**tenth.state()) == tenth
 
 

@@ -126,7 +126,8 @@ def models_page(cells: list[dict[str, Any]], command: str) -> str:
         lines.append("| " + " | ".join(row) + " |")
     lines += [
         "",
-        "Bases, errors, budgets and what was chosen; seconds of one thread (of two with a budget in minutes), some beside other jobs:",
+        "Bases, errors, budgets and what was chosen; seconds of one thread (of two with a budget in "
+        "minutes), some beside other jobs:",
         "",
     ]
     lines += [

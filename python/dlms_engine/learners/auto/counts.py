@@ -61,7 +61,8 @@ class Counts:
             wanted = samples_for(parameters, numbers)
             many = min(MOST, math.ceil(wanted / effective))
             most = max(wanted, least, int(min(many, pays)))
-        return cls(min(least, most), most, min(most, math.ceil(SEARCHED / effective)))
+        searched = max(SEARCHED, int(min(math.ceil(SEARCHED / effective), pays)))
+        return cls(min(least, most), most, min(most, searched))
 
     @property
     def first(self) -> int:
