@@ -20,6 +20,7 @@ from dlms_engine.engine.captured_calls import CapturedCalls, captured_calls
 from dlms_engine.lab.bench import distill as bench
 from dlms_engine.learners import LEARNERS, RunOptions
 from dlms_engine.models.denoiser import Denoiser
+from dlms_engine.policies.corrector import CorrectedPolicy
 from dlms_engine.policies.distilled import DistilledSolver
 from dlms_engine.solvers.table import SolverTable
 
@@ -63,8 +64,32 @@ def distilled(
 def numbers(solver: DistilledSolver) -> list[Tensor]:
     if isinstance(solver.policy, SolverTable):
         return [solver.policy.times, solver.policy.a, solver.policy.b]
+    if isinstance(solver.policy, CorrectedPolicy):
+        rows = solver.policy.rows
+        return [rows.times, rows.a, rows.b]
     tensors, _ = solver.policy.state()
     return [tensors[name] for name in sorted(tensors)]
+
+
+def residuals(solver: DistilledSolver) -> list[Tensor]:
+    """What the correctors add, on fixed inputs: hundreds of Adam's steps, whose length does not depend
+    on a gradient's, move weights apart that make no difference.
+    """
+    if not isinstance(solver.policy, CorrectedPolicy):
+        return []
+    found = []
+    for part in solver.policy.parts:
+        settings = part.settings
+        channels = settings.channels * (1 + settings.outputs)
+        generator = torch.Generator().manual_seed(channels)
+        found.append(part.residual(torch.randn(16, channels, 8, 8, generator=generator)))
+    return found
+
+
+def apart(one: DistilledSolver, other: DistilledSolver) -> list[float]:
+    """Root mean square differences of the residuals, in parts of their own."""
+    pairs = zip(residuals(one), residuals(other), strict=True)
+    return [float((a - b).square().mean().sqrt() / b.square().mean().sqrt()) for a, b in pairs]
 
 
 def losses(solver: DistilledSolver) -> list[float]:
@@ -75,6 +100,16 @@ def same(found: DistilledSolver, wanted: DistilledSolver) -> None:
     assert losses(found) == pytest.approx(losses(wanted), rel=2e-3)
     for one, other in zip(numbers(found), numbers(wanted), strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-4)
+    assert all(difference < 0.05 for difference in apart(found, wanted))
+
+
+def test_another_training_has_other_correctors() -> None:
+    """Planted for ``same``: the noise of another seed."""
+    held = cli_model.tiny()
+    one, other = (distilled("auto", held.denoiser, held.shape, seed=seed) for seed in (0, 1))
+    with pytest.raises(AssertionError):
+        same(one, other)
+    assert max(apart(one, one)) == 0 and min(apart(one, other)) > 0.5
 
 
 @pytest.fixture

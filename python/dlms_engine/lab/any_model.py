@@ -45,7 +45,7 @@ WORDS = {
 }
 
 
-def _load(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], Any]:
+def model_called(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], Any]:
     """(denoiser, shape, conditions) of a model by name, or of ``module:function`` as for ``--model``."""
     if name == "embedded":
         from ..models.embedded import IMAGE_SHAPE, load_embedded
@@ -59,7 +59,7 @@ def _load(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], Any]:
 
 def cell(name: str, nfe: int, budget: str, folder: Path, samples: int) -> dict[str, Any]:
     """One model at one number of evaluations."""
-    denoiser, shape, conditions = _load(name, folder)
+    denoiser, shape, conditions = model_called(name, folder)
     with tempfile.TemporaryDirectory() as place:
         solver = distill(
             denoiser, "auto", nfe=nfe, shape=shape, conditions=conditions, budget=budget,

@@ -1,8 +1,8 @@
 """Memory that stays with the process while a network is run again and again on the CPU.
 
 glibc hands a large block back to the system when it is freed, and the next layer gets it anew, every
-page of it faulted in and zeroed: a third to a half of the time of a network whose activations are
-some megabytes. Kept, a block costs that once.
+page of it faulted in and zeroed: up to a third of the time of a network whose
+activations are some megabytes (``dlms bench allocator``). Kept, a block costs that once.
 """
 
 from __future__ import annotations

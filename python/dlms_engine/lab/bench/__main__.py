@@ -14,6 +14,7 @@ class What(str, Enum):
     device = "device"
     pipeline = "pipeline"
     distill = "distill"
+    allocator = "allocator"
 
 
 def benchmark(what: What, arguments: list[str]) -> int:
@@ -34,6 +35,10 @@ def benchmark(what: What, arguments: list[str]) -> int:
         from . import pipeline
 
         return pipeline.bench_pipeline(arguments)
+    if what is What.allocator:
+        from . import allocator
+
+        return allocator.bench_allocator(arguments)
     from . import distill
 
     return distill.bench_distill(arguments)
