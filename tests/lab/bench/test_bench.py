@@ -18,6 +18,7 @@ QUICK = {
     "loop": ["--network", "plain", "--repeats", "2", "--nfe", "2"],
     "device": [],
     "pipeline": ["--no-compile", "--batches", "1", "--repeats", "1", "--nfe", "2"],
+    "allocator": ["--batches", "1", "--rounds", "1", "--calls", "1"],
 }
 
 

@@ -107,7 +107,9 @@ def bench_allocator(arguments: list[str]) -> int:
     except (ImportError, AttributeError, ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     measured: dict[str, list[list[list[float]]]] = {"usual": [], "kept": []}
-    report: dict[str, Any] = {"model": options.model, "conditions": conditions()}
+    report: dict[str, Any] = {
+        "benchmark": "allocator", "model": options.model, "conditions": conditions(),
+    }  # fmt: skip
 
     def one(side: str) -> None:
         measured[side].append(_in_a_process(options.model, side, options.batches, options.calls))
