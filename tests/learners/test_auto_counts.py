@@ -126,3 +126,7 @@ def test_a_resumed_fit_goes_on_with_its_counts() -> None:
     assert dataclasses.asdict(again.counts) == dataclasses.asdict(whole.counts)
     again.fit(Budget(parse_budget("900k"), again.problem), 1.0, iterations=5)
     assert torch.equal(again.parameters, whole.parameters)
+    old = {k: v for k, v in part.state().items() if k not in ("counts", "earlier")}
+    again.restore(part.parameters, old)  # of a checkpoint from before there were counts
+    again.fit(Budget(parse_budget("900k"), again.problem), 1.0, iterations=3)
+    assert again.done == 3

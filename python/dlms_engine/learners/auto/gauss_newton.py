@@ -138,8 +138,9 @@ class GaussNewton:
 
     def restore(self, parameters: Tensor, state: dict[str, Any]) -> None:
         """Inverse of ``state``."""
-        self.counts = Counts(**state["counts"])
-        self._earlier = torch.tensor(state["earlier"], dtype=torch.float64, device="cpu")
+        if "counts" in state:  # checkpoints of before have none: its own then
+            self.counts = Counts(**state["counts"])
+            self._earlier = torch.tensor(state["earlier"], dtype=torch.float64, device="cpu")
         self.parameters, self.damping, self.done = parameters, state["damping"], state["done"]
         self._used, self._idle = state["used"], state["idle"]
         self.history = list(state["history"])
