@@ -239,16 +239,11 @@ def _affordable(
 def _seconds_of_one(problem: SamplingProblem, settings: CorrectorSettings) -> float:
     """Of a sample's part in an update, after one to warm up."""
     corrector = Corrector(settings).to(problem.device)
-    shape = (BATCH, settings.channels * (1 + settings.outputs), *_inner(problem.shape, settings))
-    inputs = torch.zeros(shape, dtype=torch.float32, device=problem.device)
+    x = torch.zeros(BATCH, *problem.shape, dtype=torch.float32, device=problem.device)
+    inputs = corrector.inputs(x, [x] * settings.outputs)
     started = 0.0
     for _ in range(2):
         started = time.perf_counter()
         loss = corrector.residual(inputs).square().mean()
         host_numbers([torch.autograd.grad(loss, [*corrector.parameters()])[0].sum()])
     return (time.perf_counter() - started) / BATCH
-
-
-def _inner(shape: tuple[int, ...], settings: CorrectorSettings) -> tuple[int, ...]:
-    """Sizes of a sample without its channels."""
-    return shape[:-1] if settings.layout == "sequence" else shape[1:]

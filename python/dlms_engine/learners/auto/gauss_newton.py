@@ -79,7 +79,8 @@ class GaussNewton:
         left: float = 0.0,
     ) -> None:
         self.problem, self.form, self.targets = problem, form, targets
-        each = self.cost() + (len(DAMPINGS) + 1) * form.nfe
+        self._cost = SharedRuns(self._tables(form.zero())[0]).evaluations
+        each = self._cost + (len(DAMPINGS) + 1) * form.nfe
         pays = min(left / (WANTED * each + targets.cost), 1e9)
         numbers = math.prod(problem.shape)
         self.counts = Counts.of(form.size, numbers, most, effective, pays)
@@ -186,7 +187,7 @@ class GaussNewton:
 
     def cost(self) -> int:
         """Network evaluations of one sample in an iteration."""
-        return SharedRuns(self._tables(self.form.zero())[0]).evaluations
+        return self._cost
 
     def _iterate(self, theta: Tensor, count: int) -> tuple[float, float, Tensor]:
         normal = self.linearise(theta, count)
