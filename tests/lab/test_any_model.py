@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,25 @@ def test_a_file_that_cannot_be_written_is_found_before_the_first_cell(
     assert not made
     any_model._main([*words, str(tmp_path / "cells.json")])  # planted: there it is made
     assert len(made) == 1
+
+
+def test_a_kept_cell_is_said_with_its_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def cell(name: str, nfe: int, budget: str, *_: object) -> dict[str, object]:
+        return {"model": name, "nfe": nfe, "budget": budget}
+
+    monkeypatch.setattr(any_model, "cell", cell)
+    words = ["--folder", str(tmp_path), "--output", str(tmp_path / "cells.json"), "--models"]
+    any_model._main([*words, "flow-2d", "--nfe", "3", "--budget", "1k"])
+    capsys.readouterr()
+    any_model._main([*words, "vp-8x8,flow-2d", "--nfe", "3", "--budget", "2k"])
+    assert capsys.readouterr().out.splitlines() == [
+        "== vp-8x8, 3 evaluations",
+        "== flow-2d, 3 evaluations: kept, of budget 1k",
+    ]
+    command = any_model._command(json.loads((tmp_path / "cells.json").read_text()), "2k")
+    assert "--models flow-2d,vp-8x8 --nfe 3 --budget 2k" in command
 
 
 def test_page_shows_ratio_and_interval() -> None:

@@ -6,6 +6,7 @@ import os
 import threading
 import time
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dlms_engine import Sampler, grids, processes, solvers
 from dlms_engine.engine.cuda_graph_cache import GraphCache
 from dlms_engine.engine.steps import EnginePool
 from dlms_engine.models.denoiser import Denoiser
-from dlms_engine.support import forks
+from dlms_engine.support import allocator, forks
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system"),
@@ -75,12 +76,12 @@ def test_forks_while_threads_sample() -> None:
     assert codes == [0] * FORKS
 
 
-def locked(held: Sampler) -> int | None:
-    """What a child meets that is forked while another thread holds the pool's lock."""
+def locked(lock: Any, work: object) -> int | None:
+    """What a child meets that is forked while another thread holds the lock."""
     taken, leave = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with held._engines._lock:
+        with lock:
             taken.set()
             leave.wait(60)
 
@@ -88,17 +89,23 @@ def locked(held: Sampler) -> int | None:
     thread.start()
     taken.wait(60)
     try:
-        return in_child(lambda: held.sample([0], (3,)).isfinite().all(), seconds=2.0)
+        return in_child(work, seconds=2.0)
     finally:
         leave.set()
         thread.join()
 
 
 def test_a_lock_that_another_thread_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert locked(sampler()) == 0
     held = sampler()
+    locks = held._engines._lock, allocator._users.lock
+
+    def samples() -> object:
+        with allocator.freed_memory_kept():
+            return held.sample([0], (3,)).isfinite().all()
+
+    assert [locked(lock, samples) for lock in locks] == [0, 0]
     monkeypatch.setattr(forks, "_living", weakref.WeakSet())  # planted: nothing is renewed
-    assert locked(held) is None
+    assert [locked(lock, samples) for lock in locks] == [None, None]
 
 
 def test_a_child_starts_without_loops_and_graphs() -> None:

@@ -1,9 +1,9 @@
 r"""``method="auto"`` on models that nothing was tuned on: one table, models x evaluations.
 
-    python -m dlms_engine.lab.any_model --folder models --nfe 4,5,6,8,10 --budget 150k \
+    python -m dlms_engine.lab.any_model --folder models --nfe 4,5,6,8,10 --budget 300k \
         --output benchmarks/results/any_model.json --page docs/any_model.md
 
-Cell by cell; what ``--output`` holds already is not done again. Every cell distils with default
+Cell by cell; what ``--output`` holds already, whatever its budget, is said and not done again. Every cell distils with default
 settings but for the budget, and measures the result and the best handcrafted solver on samples that
 neither the training nor the choice has seen.
 """
@@ -102,8 +102,7 @@ def cell(name: str, nfe: int, budget: str, folder: Path, samples: int) -> dict[s
 
 def models_page(cells: list[dict[str, Any]], command: str) -> str:
     """The table in Markdown."""
-    names = [name for name in WORDS if any(c["model"] == name for c in cells)]
-    names += sorted({c["model"] for c in cells} - set(names))
+    names = _in_order(cells)
     nfes = sorted({c["nfe"] for c in cells})
     lines = [
         "# On any model",
@@ -144,6 +143,12 @@ def models_page(cells: list[dict[str, Any]], command: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _in_order(cells: list[dict[str, Any]]) -> list[str]:
+    """The models of the cells: the known ones as listed above, then the others."""
+    names = {c["model"] for c in cells}
+    return [name for name in WORDS if name in names] + sorted(names - set(WORDS))
+
+
 def _short(name: str) -> str:
     return name.rpartition(":")[2]
 
@@ -161,7 +166,7 @@ def _main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", default=",".join(grounds.GROUNDS))
     parser.add_argument("--nfe", default="4,5,6,8,10")
     parser.add_argument("--nfes", dest="nfe", help=argparse.SUPPRESS)  # its name before
-    parser.add_argument("--budget", default="150k")
+    parser.add_argument("--budget", default="10m", help="as for dlms distill")
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--page", type=Path)
@@ -171,20 +176,27 @@ def _main(argv: Sequence[str] | None = None) -> None:
         cells = json.loads(chosen.output.read_text(encoding="utf-8"))
     for path in filter(None, (chosen.output, chosen.page)):
         require_writable(path)  # a cell takes minutes
-    command = (
-        f"python -m dlms_engine.lab.any_model --folder models --nfe 4,5,6,8,10 "
-        f"--budget {chosen.budget} "
-        "--output benchmarks/results/any_model.json --page docs/any_model.md"
-    )
     for nfe in map(int, chosen.nfe.split(",")):
         for name in chosen.models.split(","):
-            if any(c["model"] == name and c["nfe"] == nfe for c in cells):
+            kept = [c for c in cells if c["model"] == name and c["nfe"] == nfe]
+            if kept:
+                print(f"== {name}, {nfe} evaluations: kept, of budget {kept[-1]['budget']}")
                 continue
             print(f"== {name}, {nfe} evaluations", flush=True)
             cells.append(cell(name, nfe, chosen.budget, chosen.folder, chosen.samples))
             write_text(chosen.output, json.dumps(cells, indent=1) + "\n")
     if chosen.page is not None:
-        write_text(chosen.page, models_page(cells, command))
+        write_text(chosen.page, models_page(cells, _command(cells, chosen.budget)))
+
+
+def _command(cells: list[dict[str, Any]], budget: str) -> str:
+    """What makes the page."""
+    names = ",".join(_in_order(cells))
+    nfes = ",".join(map(str, sorted({c["nfe"] for c in cells})))
+    return (
+        f"python -m dlms_engine.lab.any_model --folder models --models {names} --nfe {nfes} "
+        f"--budget {budget} --output benchmarks/results/any_model.json --page docs/any_model.md"
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .forks import per_process
+
 # mallopt's parameters (malloc.h)
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -2, -3, -4
 _KEPT = {_MMAP_MAX: 0, _TRIM_THRESHOLD: 2**31 - 1, _TOP_PAD: 64 << 20}
@@ -25,8 +27,21 @@ _USUAL = {
 }
 _OWN = ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_TRIM_THRESHOLD_")
 
-_lock = threading.Lock()
-_inside = 0
+
+class _Users:
+    """How many runs of the process are inside, and the lock that the number is changed under."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        per_process(self)
+
+    def renew(self) -> None:
+        """The number stays: the thread that forked may be inside, and leaves in the child too."""
+        self.lock = threading.Lock()
+
+
+_users = _Users()
 
 
 @contextmanager
@@ -36,21 +51,20 @@ def freed_memory_kept() -> Iterator[None]:
     It holds for the process, all threads of it. Nothing happens where the C library is not glibc, or
     where the environment says how glibc is to allocate (``MALLOC_...``, ``GLIBC_TUNABLES``).
     """
-    global _inside
     library = _glibc()
     if library is None:
         yield
         return
-    with _lock:
-        _inside += 1
-        if _inside == 1:
+    with _users.lock:
+        _users.inside += 1
+        if _users.inside == 1:
             _set(library, _KEPT)
     try:
         yield
     finally:
-        with _lock:
-            _inside -= 1
-            if not _inside:
+        with _users.lock:
+            _users.inside -= 1
+            if not _users.inside:
                 _set(library, _USUAL)
                 library.malloc_trim(ctypes.c_size_t(0))
 

@@ -16,7 +16,8 @@ from dlms_engine.lab.evaluation import (
     frechet_distance,
     sums_from_moments,
 )
-from dlms_engine.models.embedded import ReferenceStatistics
+from dlms_engine.lab.evaluation.frechet import label_of_features
+from dlms_engine.models.embedded import FeatureNetwork, ReferenceStatistics
 
 pytest.importorskip("torchmetrics")
 
@@ -28,6 +29,14 @@ class Pixels(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return images.flatten(1)[:, :4]
+
+
+def test_a_distance_is_named_by_whose_features_it_measures() -> None:
+    named = Pixels()
+    named.label = "FID"  # type: ignore[assignment]
+    assert label_of_features(named) == "FID"
+    assert label_of_features(FeatureNetwork()) == "Frechet distance (embedded features)"
+    assert label_of_features(Pixels()) == "Frechet distance (the model's own features)"
 
 
 def gaussian(mean: list[float], variances: list[float]) -> ReferenceStatistics:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -79,12 +78,21 @@ def medians_of(
 def _round(denoiser: Denoiser, x: Tensor, t: Tensor, calls: int) -> tuple[float, float]:
     """(milliseconds, page faults) an evaluation of one sample, after one call to warm up."""
     denoiser.predict(x, t)
-    faults, started = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.perf_counter()
+    faults, started = _page_faults(), time.perf_counter()
     for _ in range(calls):
         denoiser.predict(x, t)
     seconds = time.perf_counter() - started
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    faults = _page_faults() - faults
     return 1e3 * seconds / (calls * len(x)), faults / (calls * len(x))
+
+
+def _page_faults() -> int:
+    """Of this process so far."""
+    try:
+        import resource
+    except ImportError:
+        raise ImportError("page faults are counted on Linux and macOS only") from None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def bench_allocator(arguments: list[str]) -> int:

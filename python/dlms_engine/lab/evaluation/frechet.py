@@ -16,15 +16,21 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ...models.embedded import ReferenceStatistics, embedded_features, embedded_reference
+from ...models.embedded import (
+    FeatureNetwork,
+    ReferenceStatistics,
+    embedded_features,
+    embedded_reference,
+)
 
 LABEL = "Frechet distance (embedded features)"
 """The name this figure goes by in reports and plots."""
 
 
 def label_of_features(features: object) -> str:
-    """What the distance on these features is called: their own ``label``, else ``LABEL``."""
-    return str(getattr(features, "label", LABEL))
+    """What the distance on these features is called: their own ``label``, or whose they are."""
+    own = "Frechet distance (the model's own features)"
+    return str(getattr(features, "label", LABEL if isinstance(features, FeatureNetwork) else own))
 
 
 class FeatureSums(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...checkpoints.formats import read_tensors
 from ...models.embedded import ReferenceStatistics
+from ..evaluation.frechet import label_of_features
 from .data_sets import INCEPTION
 
 _WIDTH = 2048
@@ -65,7 +66,7 @@ class DecodedFeatures(nn.Module):
         super().__init__()
         self.features = features
         self.decode = decode
-        self.label = getattr(features, "label", "")
+        self.label = label_of_features(features)
 
     def forward(self, latents: Tensor) -> Tensor:
         found: Tensor = self.features(self.decode(latents).clamp(-1, 1))
