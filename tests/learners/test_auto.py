@@ -25,6 +25,7 @@ from dlms_engine.learners.auto.shares import (
     sample_cost,
     search_again,
     search_limit,
+    too_few_updates,
     training_share,
 )
 from dlms_engine.learners.auto.table import GeneralTable
@@ -360,6 +361,31 @@ def test_training_leaves_enough_for_the_choice() -> None:
     assert training_share(budget, 256 * 120) == pytest.approx(0.75)
     assert training_share(budget, 6_000) == pytest.approx(0.85)
     assert training_share(budget, 100) == pytest.approx(0.9)
+
+
+def test_too_few_updates_of_all_rows_are_not_planned() -> None:
+    """The embedded model at 5 and 120,000 evaluations: 68 updates were worth nothing, and the table's fit
+    and the last row's corrector with what they took are 4.34 instead of 4.20 times below the best
+    handcrafted solver.
+    """
+    problem = SamplingProblem(Denoiser(lambda x, t: x, EDM(), "data"), (2,))
+    budget = Budget(parse_budget("120k"), problem)
+    problem.calls += 12_000
+    assert too_few_updates(budget, 5, 0.15)  # 75 updates
+    assert not too_few_updates(budget, 5, 0.04)  # 20: left out anyway
+    assert not too_few_updates(budget, 5, 0.7)  # 350: planted, enough
+    assert not too_few_updates(budget, 1, 0.15)  # one row has no earlier ones
+
+
+@pytest.mark.parametrize(("budget", "planned"), [("30k", False), ("150k", True)])
+def test_a_run_plans_with_or_without_them(
+    budget: str, planned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        return torch.tanh(x) / (1 + t.reshape(-1, 1, 1, 1))
+
+    distill(Denoiser(network, EDM(), "data"), nfe=2, shape=(1, 4, 4), budget=budget)
+    assert ("correctors of all 2 rows" in capsys.readouterr().out) == planned
 
 
 def test_a_fit_does_not_end_on_ever_fewer_samples() -> None:

@@ -33,12 +33,15 @@ from .settings import AutoSettings
 from .shares import (
     CORRECTOR_SHARE,
     KEPT_SHARE,
+    ROWS_SHARE,
     STAGES,
     TABLE_SHARE,
+    WITHOUT_ROWS,
     effort_of,
     sample_cost,
     search_again,
     search_limit,
+    too_few_updates,
     training_share,
 )
 from .table import GeneralTable, bases
@@ -61,6 +64,7 @@ class Auto:
         self.budget = Budget(parse_budget(settings.budget), problem)
         self.stages: list[AutoStage] = []
         self.history: list[dict[str, Any]] = []
+        self._shares = TABLE_SHARE, CORRECTOR_SHARE
         fingerprint = {
             "method": "auto", **plain(settings), "seed": options.seed,
             "shape": list(problem.shape), **options.identity,
@@ -76,6 +80,9 @@ class Auto:
     def run(self) -> DistilledSolver:
         """All stages that the budget allows, and the choice among them."""
         start, exact = self.start()
+        rows = self.rows_share - self._until(CORRECTOR_SHARE)
+        if too_few_updates(self.budget, self.settings.nfe, rows):
+            self._shares = WITHOUT_ROWS, ROWS_SHARE
         targets = Targets(exact)
         try:
             table = self.table(start, targets)
@@ -157,7 +164,7 @@ class Auto:
     @property
     def table_share(self) -> float:
         """Of the budget, by the end of the table's fit: the correctors' too where there are none."""
-        return self._until(TABLE_SHARE) if self.settings.corrector else self.rows_share
+        return self._until(self._shares[0]) if self.settings.corrector else self.rows_share
 
     def _until(self, share: float) -> float:
         """``share`` of what the search for the start left, in shares of the whole budget."""
@@ -246,7 +253,7 @@ class Auto:
             corrector = read_corrector(tensors, state["settings"]).to(self.problem.device)
             return corrector, state["numbers"]
         found = fit_corrector(
-            self.problem, table, targets, self.budget, self._until(CORRECTOR_SHARE),
+            self.problem, table, targets, self.budget, self._until(self._shares[1]),
             features=self.settings.feature_phase, most=self.settings.samples, say=self.say,
         )  # fmt: skip
         if found is not None and not self.budget.interrupted:

@@ -8,12 +8,16 @@ from collections.abc import Callable
 from ..start import Effort
 from ..start.rounds import AGAIN
 from .budget import Budget, parse_budget
+from .every_row import BACKWARD, LEAST_BATCH, LEAST_UPDATES, WANTED_UPDATES
 from .settings import AutoSettings
 
 STAGES = ("base", "table", "corrector", "correctors")
 TABLE_SHARE, CORRECTOR_SHARE, ROWS_SHARE = 0.35, 0.55, 0.9
 """Of what the search for the start leaves of the budget, by the end of the table's fit and of the
 corrector's; of the budget, by the end of all rows' correctors'."""
+WITHOUT_ROWS = 0.5
+"""The table's in place of that where all rows' correctors would have too few updates; the last row's has the
+rest. (Of a 64x64 network that ten minutes call 246,000 times, 111 updates were worth nothing.)"""
 CHOICE_SHARE = 0.25
 """Of the budget, at most, for the choice: where it is small, the rows' correctors leave it that much."""
 SEARCH_SHARE = 0.4
@@ -72,6 +76,13 @@ def sample_cost(nfe: int, stages: int, solving: int = NOMINAL) -> int:
     """
     new = (2 + OTHERS) * nfe + math.ceil(solving / SOLVED)
     return solving + (stages + FINALISTS) * (nfe + 1) + MORE * new
+
+
+def too_few_updates(budget: Budget, nfe: int, share: float) -> bool:
+    """Whether ``share`` of the budget pays for training all rows' correctors, but not for enough of it."""
+    whole = budget.left() / max(1 - budget.share(), 1e-9)
+    updates = share * whole / (LEAST_BATCH * (1 + BACKWARD) * nfe)
+    return nfe > 1 and LEAST_UPDATES <= updates < WANTED_UPDATES
 
 
 def training_share(budget: Budget, choice: float) -> float:

@@ -16,7 +16,7 @@ from ...support.transfer import to_host
 from .contest import Candidate, Contest
 from .exact import EXACT_SHARE, ExactSolution, Proof
 from .problem import SamplingProblem
-from .rounds import IMPRECISE, MOST_SAMPLES, SURE, Rounds
+from .rounds import HOLD, IMPRECISE, MOST_SAMPLES, SURE, Rounds
 from .shared_runs import SharedRuns
 
 Report = Callable[[str], None]
@@ -30,6 +30,15 @@ class MeasuredCandidate:
     rmse: float
     error: float
     samples: int
+
+    @property
+    def effective(self) -> float:
+        """Share of the samples that hold the squared error: 1 where all have the same, 1 / n where one
+        of n has all of it (Kish's effective sample size, of n); 1 where it is not known.
+        """
+        if not (self.rmse > 0 and math.isfinite(self.error)):
+            return 1.0
+        return 1 / (1 + self.samples * (2 * self.error / self.rmse) ** 2)
 
 
 @dataclass(frozen=True)
@@ -55,13 +64,8 @@ class Start:
 
     @property
     def effective(self) -> float:
-        """Share of the samples that hold the best one's squared error: 1 where all have the same, 1 / n
-        where one of n has all of it (Kish's effective sample size, of n); 1 where it is not known.
-        """
-        best = self.ranking[0]
-        if not (best.rmse > 0 and math.isfinite(best.error)):
-            return 1.0
-        return 1 / (1 + best.samples * (2 * best.error / best.rmse) ** 2)
+        """Of the best one, see ``MeasuredCandidate``."""
+        return self.ranking[0].effective
 
     def with_base(self, base: Candidate) -> Start:
         """The same with ``base`` in front, whatever was measured."""
@@ -123,7 +127,8 @@ class Search:
             best, left = ranked[0], until - self.problem.calls
             solving = self.exact.table().nfe
             imprecise = best.error > IMPRECISE * best.rmse
-            wider = self.contest.wider(best.samples, left, solving) if imprecise else None
+            few = imprecise and best.effective < HOLD
+            wider = self.contest.wider(best.samples, left, solving) if few else None
             if wider is not None:
                 self._say_imprecise(best, wider.samples[-1])
                 self._begin()
