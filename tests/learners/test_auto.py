@@ -377,7 +377,7 @@ def test_too_few_updates_of_all_rows_are_not_planned() -> None:
     assert not too_few_updates(budget, 1, 0.15)  # one row has no earlier ones
 
 
-@pytest.mark.parametrize(("budget", "planned"), [("30k", False), ("150k", True)])
+@pytest.mark.parametrize(("budget", "planned"), [("60k", False), ("150k", True)])
 def test_a_run_plans_with_or_without_them(
     budget: str, planned: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,9 +3,9 @@ r"""``method="auto"`` on models that nothing was tuned on: one table, models x e
     python -m dlms_engine.lab.any_model --folder models --nfe 4,5,6,8,10 --budget 300k \
         --output benchmarks/results/any_model.json --page docs/any_model.md
 
-Cell by cell; what ``--output`` holds already, whatever its budget, is said and not done again. Every cell distils with default
-settings but for the budget, and measures the result and the best handcrafted solver on samples that
-neither the training nor the choice has seen.
+Cell by cell; what ``--output`` holds already, whatever its budget, is said and not done again. Every
+cell distils with default settings but for the budget, and measures the result and the best handcrafted
+solver on samples that neither the training nor the choice has seen.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ TABLE_SHARE, CORRECTOR_SHARE, ROWS_SHARE = 0.35, 0.55, 0.9
 """Of what the search for the start leaves of the budget, by the end of the table's fit and of the
 corrector's; of the budget, by the end of all rows' correctors'."""
 WITHOUT_ROWS = 0.5
-"""The table's in place of that where all rows' correctors would have too few updates; the last row's has the
-rest. (Of a 64x64 network that ten minutes call 246,000 times, 111 updates were worth nothing.)"""
+"""The table's in place of that where all rows' correctors would have too few updates; the last row's
+has the rest. (Of a 64x64 network that ten minutes call 246,000 times, 111 updates were worth nothing.)"""
 CHOICE_SHARE = 0.25
 """Of the budget, at most, for the choice: where it is small, the rows' correctors leave it that much."""
 SEARCH_SHARE = 0.4
@@ -79,7 +79,7 @@ def sample_cost(nfe: int, stages: int, solving: int = NOMINAL) -> int:
 
 
 def too_few_updates(budget: Budget, nfe: int, share: float) -> bool:
-    """Whether ``share`` of the budget pays for training all rows' correctors, but not for enough of it."""
+    """Whether ``share`` of the budget pays for training all rows' correctors, but for too little of it."""
     whole = budget.left() / max(1 - budget.share(), 1e-9)
     updates = share * whole / (LEAST_BATCH * (1 + BACKWARD) * nfe)
     return nfe > 1 and LEAST_UPDATES <= updates < WANTED_UPDATES

@@ -58,12 +58,12 @@ AGAIN = 1.5
 """A search may take this many times its limit where a few samples hold the error: there the choice of the
 solver is worth more than training, which learns little from such samples."""
 IMPRECISE = 0.07
-"""Standard error of the best RMSE, as a share of it, from which on a few samples hold the error, and those
-solvers that are left are measured on more samples."""
+"""Standard error of the best RMSE, as a share of it, from which on a few samples hold the error, and
+those solvers that are left are measured on more samples."""
 HOLD = 0.15
-"""Effective share of the samples, below which all solvers are: what the first samples said of them is worth
-little. (Whenever the error is imprecise, that took two fifths of ten minutes of a 64x64 network, for the
-same solver; on the mixtures above it finds hardly better ones.)"""
+"""Effective share of the samples, below which all solvers are: what the first samples said of them is
+worth little. (Whenever the error is imprecise, that took two fifths of ten minutes of a 64x64 network,
+for the same solver; on the mixtures above it finds hardly better ones.)"""
 SMALLER = (
     Rounds((8, 32), (12, 6), 8, 24),
     Rounds((4, 16), (12, 6), 4, 24),
