@@ -79,7 +79,7 @@ def sample_cost(nfe: int, stages: int, solving: int = NOMINAL) -> int:
 
 
 def too_few_updates(budget: Budget, nfe: int, share: float) -> bool:
-    """Whether ``share`` of the budget pays for training all rows' correctors, but for too little of it."""
+    """Whether ``share`` of the budget pays for all rows' correctors, but for too few updates."""
     whole = budget.left() / max(1 - budget.share(), 1e-9)
     updates = share * whole / (LEAST_BATCH * (1 + BACKWARD) * nfe)
     return nfe > 1 and LEAST_UPDATES <= updates < WANTED_UPDATES
