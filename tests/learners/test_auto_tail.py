@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -128,6 +130,19 @@ def test_all_solvers_are_measured_anew_only_where_very_few_samples_hold_the_erro
     after = lines[lines.index(again) + 1]
     every = f"of {len(handcrafted_candidates(EDM(), 5))} stay"
     assert after.endswith(every) == anew and ("6 of 6 stay" in after) != anew
+
+
+def test_a_search_goes_on_only_while_the_time_pays_for_it() -> None:
+    """Beside another process a network was a tenth as fast as at first: the search took 18 minutes of 10."""
+    problem = SamplingProblem(Denoiser(two_modes, EDM(), "data"), (1,))
+
+    def samples(paid: Callable[[], float]) -> int:
+        start, _ = find_start(problem, 6, effort="full", again=400_000, paid=paid)
+        return start.ranking[0].samples
+
+    assert samples(lambda: 6_000.0) == 64  # the plan's own
+    assert samples(lambda: 12_000.0) == 128
+    assert samples(lambda: 400_000.0) == 1024  # planted: all the time there is
 
 
 def test_a_small_budget_measures_every_solver_and_goes_on_with_the_best() -> None:

@@ -41,6 +41,7 @@ from .shares import (
     sample_cost,
     search_again,
     search_limit,
+    search_time,
     too_few_updates,
     training_share,
 )
@@ -105,7 +106,7 @@ class Auto:
         start, exact = find_start(
             self.problem, self.settings.nfe, effort=effort_of(self.settings), store=store,
             say=self.say, afs=self.settings.afs, most=most, again=again,
-            resumed=self.progress.found is not None,
+            paid=lambda: search_time(self.budget), resumed=self.progress.found is not None,
         )  # fmt: skip
         if self.problem.calls - before < start.calls:  # it was kept
             self.budget.count(start.calls, KEPT_SHARE)

@@ -70,6 +70,15 @@ def search_again(settings: AutoSettings, most: float) -> float | None:
     return max(most, min(AGAIN * most, calls - choice - FINER_PROOF))
 
 
+def search_time(budget: Budget) -> float:
+    """Evaluations that the time for the search still pays for, at the speed so far; infinitely many
+    where time is not limited.
+    """
+    if not math.isfinite(budget.limit.seconds):
+        return math.inf
+    return budget.left_until(AGAIN * SEARCH_SHARE)
+
+
 def sample_cost(nfe: int, stages: int, solving: int = NOMINAL) -> int:
     """Evaluations of one held-out sample with ``stages`` and finalists, its exact end in ``solving``, and
     of the new ones it brings.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +59,7 @@ def find_start(
     afs: bool = True,
     most: float = math.inf,
     again: float | None = None,
+    paid: Callable[[], float] = lambda: math.inf,
     resumed: bool = False,
 ) -> tuple[Start, ExactSolution]:
     """The best handcrafted solver of ``nfe`` evaluations and the exact solution it was measured by.
@@ -72,6 +74,7 @@ def find_start(
         most: evaluations of one sample that the search may take, at least a lean one's.
         again: evaluations of one sample that it may take with those on more samples, which show whether
             a few of them hold the error; None is half as many again as a finite ``most``.
+        paid: evaluations that the time left pays for, counted anew before each of these.
         resumed: the run goes on from a start that it kept, whatever that measured.
 
     Raises:
@@ -107,7 +110,7 @@ def find_start(
     )
     difference = exact.prove().disagreement
     require_finite_solution(problem, difference, "the difference of two accurate solvers")
-    ranking = Search(problem, exact, contest, say).run()
+    ranking = Search(problem, exact, contest, say, paid).run()
     best = ranking[0]
     require_finite_solution(problem, best.rmse, f"the error of {best.candidate.label}")
     proof = exact.prove(ranking[0].rmse)

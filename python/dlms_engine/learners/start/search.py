@@ -108,15 +108,25 @@ class Search:
     """Successive halving (Jamieson & Talwalkar 2016) over handcrafted tables.
 
     Every round measures what is left on more samples, the same for all, and keeps the best.
+
+    Args:
+        paid: evaluations that the time left pays for; counted before each round beyond the plan, as a
+            network may be slower than it was, beside other processes.
     """
 
     FIRST = 1 << 21
     """Number of the first sample, apart from those of proof, training and validation."""
 
     def __init__(
-        self, problem: SamplingProblem, exact: ExactSolution, contest: Contest, say: Report
+        self,
+        problem: SamplingProblem,
+        exact: ExactSolution,
+        contest: Contest,
+        say: Report,
+        paid: Callable[[], float] = lambda: math.inf,
     ) -> None:
         self.problem, self.exact, self.contest, self.say = problem, exact, contest, say
+        self.paid = paid
         self._begin()
 
     def run(self) -> list[MeasuredCandidate]:
@@ -124,7 +134,7 @@ class Search:
         ranked = self._rounds(self.contest.plan)
         until = self.problem.calls + self.contest.more
         while True:
-            best, left = ranked[0], until - self.problem.calls
+            best, left = ranked[0], min(until - self.problem.calls, self.paid())
             solving = self.exact.table().nfe
             imprecise = best.error > IMPRECISE * best.rmse
             few = imprecise and best.effective < HOLD
