@@ -133,7 +133,7 @@ def test_all_solvers_are_measured_anew_only_where_very_few_samples_hold_the_erro
 
 
 def test_a_search_goes_on_only_while_the_time_pays_for_it() -> None:
-    """Beside another process a network was a tenth as fast as at first: the search took 18 minutes of 10."""
+    """Beside another process a network was a tenth as fast: the search took 18 minutes of 10."""
     problem = SamplingProblem(Denoiser(two_modes, EDM(), "data"), (1,))
 
     def samples(paid: Callable[[], float]) -> int:
