@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dlms_engine.cli.model import load_model
 from dlms_engine.lab import any_model, grounds
 
 
@@ -31,6 +32,22 @@ def test_every_ground_denoises_in_shape(tmp_path: Path, monkeypatch: pytest.Monk
             assert denoiser(x, 0.5, **cond).shape == x.shape
     with pytest.raises(ValueError, match="expected one of"):
         grounds.load_ground("flow-3d", tmp_path)
+
+
+def test_two_grounds_are_models_of_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = grounds.train_ground
+    monkeypatch.setattr(grounds, "train_ground", lambda g: quick(g, steps=1, batch=4))
+    monkeypatch.chdir(tmp_path)
+    for name in ("flow_8x8", "vp_8x8"):
+        model = load_model(f"dlms_engine.lab.grounds:{name}")
+        assert model.shape == (1, 8, 8) and model.conditions is None
+        kept = grounds.load_ground(name.replace("_", "-"), tmp_path / "models")[0]
+        x = torch.randn(2, 1, 8, 8)
+        assert torch.equal(model.denoiser(x, 0.5), kept(x, 0.5))
+        other = grounds.load_ground("v-8x8", tmp_path)[0]  # planted: another model
+        assert not torch.equal(model.denoiser(x, 0.5), other(x, 0.5))
 
 
 def test_a_file_that_cannot_be_written_is_found_before_the_first_cell(

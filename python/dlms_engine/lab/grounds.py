@@ -207,6 +207,16 @@ def train_ground(ground: Ground, *, steps: int = 1500, batch: int = 128) -> nn.M
     return model.eval().requires_grad_(False)
 
 
+def flow_8x8() -> tuple[Denoiser, tuple[int, ...]]:
+    """``--model dlms_engine.lab.grounds:flow_8x8``, kept in the folder ``models``."""
+    return load_ground("flow-8x8", Path("models"))[:2]
+
+
+def vp_8x8() -> tuple[Denoiser, tuple[int, ...]]:
+    """``--model dlms_engine.lab.grounds:vp_8x8``, kept in the folder ``models``."""
+    return load_ground("vp-8x8", Path("models"))[:2]
+
+
 def load_ground(name: str, folder: Path) -> tuple[Denoiser, tuple[int, ...], dict[str, Any]]:
     """(denoiser, shape of a sample, conditions); trained first if ``folder`` does not hold it.
 
