@@ -37,7 +37,7 @@ from dlms_engine.lab.pages import number
 from dlms_engine.models.denoiser import Denoiser
 from dlms_engine.models.wrapping import check_keywords
 from dlms_engine.policies.distilled import DistilledSolver, load_solver
-from dlms_engine.processes import EDM
+from dlms_engine.processes import EDM, RectifiedFlow
 from dlms_engine.support.files import only_one
 
 pytest.importorskip("torchmetrics")
@@ -205,6 +205,29 @@ def test_affordable_spends_the_budget_and_not_more() -> None:
     assert cost(found) <= 10_000 < cost(found + 32)
     with pytest.raises(ValueError, match=r"budget is 600 .* give at least 724"):
         affordable(cost, 600, 32)
+
+
+def test_settings_chosen_on_an_edm_model_are_for_edm_models() -> None:
+    """On a flow DLMS's base was refused, and AMED's and LD3's were ten times worse than the best."""
+    edm, flow = (choose(None, None, process) for process in (EDM(), RectifiedFlow()))
+    assert edm == choose(None, None) and "amed-plugin" in {c.label for c in edm}
+    assert {c.label for c in flow} == {c.label for c in edm} - {"amed-plugin"}
+    assert all(not c.settings and c.base is None for c in flow)
+    (auto,) = choose(["auto"], None, RectifiedFlow())
+    assert auto.budgeted
+    (named,) = choose(["amed-plugin"], None, RectifiedFlow())
+    assert named.settings  # planted: a variant by name keeps its settings
+
+
+def test_a_probe_that_ended_early_does_not_stretch_the_budget() -> None:
+    """LD3 on a flow stopped sooner on three batches than on one: 80,000 batches looked affordable."""
+
+    def cost(trajectories: int) -> int:
+        return {32: 4_000, 96: 3_900}.get(trajectories, 60 * trajectories)
+
+    assert affordable(cost, 80_000, 32) == 20 * 32
+    straight = affordable(lambda count: 100 * count, 80_000, 32)
+    assert straight == 25 * 32  # planted: a line as it should be
 
 
 def test_comparison_spends_equal_budgets_and_measures_the_same_seeds(tmp_path: Path) -> None:

@@ -89,13 +89,16 @@ def affordable(cost: Callable[[int], int], budget: int, batch: int) -> int:
 
     Args:
         cost: trajectories -> network calls; called twice, at ``PROBES`` batches, and taken for a
-            straight line (validation and set-up are its intercept).
+            straight line (validation and set-up are its intercept). Where more batches cost no more,
+            as a training that ended early, one batch is taken to cost all that it did.
 
     Raises:
         ValueError: the budget does not pay for one batch.
     """
     few, more = (cost(batch * count) for count in PROBES)
-    slope = max(1.0, (more - few) / (PROBES[1] - PROBES[0]))
+    slope = (more - few) / (PROBES[1] - PROBES[0])
+    if slope < batch:  # not even a call a trajectory
+        slope = max(1.0, few / PROBES[0])
     fixed = max(0.0, few - PROBES[0] * slope)
     batches = int((budget - fixed) // slope)
     if batches < 1:

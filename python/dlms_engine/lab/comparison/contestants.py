@@ -10,7 +10,7 @@ from typing import Any
 from ...learners.entry import LearnerEntry
 from ...learners.registry import LEARNERS, preset
 from ...learners.training.settings import TrainerSettings
-from ...processes import Process
+from ...processes import EDM, Process
 from ...solvers.registry import handcrafted_table
 from ...solvers.table import SolverTable
 
@@ -150,8 +150,15 @@ STUDIES = {"ablation": _ablations, "interpolation": _interpolations}
 """name -> contestants of one of the paper's tables."""
 
 
-def choose(names: Sequence[str] | None, study: str | None) -> list[Contestant]:
+def choose(
+    names: Sequence[str] | None, study: str | None, process: Process | None = None
+) -> list[Contestant]:
     """The contestants called ``names`` (``STANDARD`` for None), or of a study.
+
+    Args:
+        process: of the model. The settings of ``CONTESTANTS``, their grids and bases first of all, were
+            chosen on an EDM model; on another process every learner has its own defaults, which begin
+            at the solver that measuring finds.
 
     Raises:
         ValueError: an unknown name.
@@ -160,9 +167,12 @@ def choose(names: Sequence[str] | None, study: str | None) -> list[Contestant]:
         if study not in STUDIES:
             raise ValueError(f"study is {study!r}, expected one of {sorted(STUDIES)}")
         return STUDIES[study]()
+    plain = {name: _plain(entry) for name, entry in LEARNERS.items()}
+    tuned = process is None or isinstance(process, EDM)
     if names is None:
-        names = STANDARD
-    known = {**{name: _plain(entry) for name, entry in LEARNERS.items()}, **CONTESTANTS}
+        names = STANDARD if tuned else [name for name in STANDARD if name in plain]
+    kept = {name: c for name, c in CONTESTANTS.items() if tuned or name not in plain or c.budgeted}
+    known = {**plain, **kept}
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"method is {unknown[0]!r}, expected one of {sorted(known)}")
