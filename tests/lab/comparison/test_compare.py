@@ -18,7 +18,7 @@ from dlms_engine import grids, solvers
 from dlms_engine.engine.sampler import Sampler
 from dlms_engine.lab.comparison import CONTESTANTS, STUDIES, CompareSettings, choose, compare
 from dlms_engine.lab.comparison import distilled as workshop
-from dlms_engine.lab.comparison.budget import affordable, countable, counted
+from dlms_engine.lab.comparison.budget import affordable, countable, counted, fewer_for
 from dlms_engine.lab.comparison.contestants import BuildsOn, Contestant
 from dlms_engine.lab.comparison.measure import Entry, Measurer
 from dlms_engine.lab.comparison.page import (
@@ -228,6 +228,12 @@ def test_a_probe_that_ended_early_does_not_stretch_the_budget() -> None:
     assert affordable(cost, 80_000, 32) == 20 * 32
     straight = affordable(lambda count: 100 * count, 80_000, 32)
     assert straight == 25 * 32  # planted: a line as it should be
+
+
+def test_a_training_that_overspends_is_made_again_with_fewer() -> None:
+    assert fewer_for(640, 144_000, 80_000, 32) == 352
+    assert fewer_for(640, 90_000, 80_000, 32) is None  # planted: within a fifth
+    assert fewer_for(32, 144_000, 80_000, 32) is None and fewer_for(None, 10**6, 1, 1) is None
 
 
 def test_comparison_spends_equal_budgets_and_measures_the_same_seeds(tmp_path: Path) -> None:

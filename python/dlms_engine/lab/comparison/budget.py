@@ -16,6 +16,8 @@ from ...models.tap import unwrap
 
 PROBES = (1, 3)
 """Batches at which the cost of a training is measured."""
+OVERSPENT = 1.2
+"""Times its budget, above which a training is made again with fewer trajectories."""
 
 
 @dataclass
@@ -107,3 +109,13 @@ def affordable(cost: Callable[[int], int], budget: int, batch: int) -> int:
             f"{slope:,.0f}: give at least {fixed + slope:,.0f}"
         )
     return batch * batches
+
+
+def fewer_for(trajectories: int | None, spent: int, budget: int, batch: int) -> int | None:
+    """Trajectories, a multiple of ``batch``, for a training that took more than a fifth above its budget;
+    None where it kept to it or there are no fewer. Its probes may have ended early.
+    """
+    if trajectories is None or spent <= OVERSPENT * budget:
+        return None
+    fewer = int(trajectories * budget / spent) // batch * batch
+    return fewer if 0 < fewer < trajectories else None

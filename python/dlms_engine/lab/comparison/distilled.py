@@ -20,7 +20,7 @@ from ...models.denoiser import Denoiser
 from ...policies.distilled import load_solver
 from ...solvers.policy import Policy
 from ...support.files import only_one, write_text
-from .budget import Calls, affordable, counted
+from .budget import Calls, affordable, counted, fewer_for
 from .contestants import Contestant
 from .result import Cost
 from .store import model_digest
@@ -111,6 +111,10 @@ class Workshop:
             )
         started = time.perf_counter()
         policy, calls = self._run(contestant, nfe, trajectories, path, seed, self.advance)
+        fewer = fewer_for(trajectories, calls.total, self.budget, contestant.batch)
+        if contestant.scales and self.trajectories is None and fewer is not None:
+            trajectories, started = fewer, time.perf_counter()
+            policy, calls = self._run(contestant, nfe, trajectories, path, seed, self.advance)
         seconds = time.perf_counter() - started
         return Distilled(policy, trajectories, calls.forward, calls.backward, seconds)
 
