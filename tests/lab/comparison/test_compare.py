@@ -222,10 +222,16 @@ def test_settings_chosen_on_an_edm_model_are_for_edm_models() -> None:
 def test_a_probe_that_ended_early_does_not_stretch_the_budget() -> None:
     """LD3 on a flow stopped sooner on three batches than on one: 80,000 batches looked affordable."""
 
-    def cost(trajectories: int) -> int:
-        return {32: 4_000, 96: 3_900}.get(trajectories, 60 * trajectories)
+    def concluded(trajectories: int) -> int:
+        return 24_400 if trajectories == 32 else 10_400 + 63 * trajectories
 
-    assert affordable(cost, 80_000, 32) == 20 * 32
+    found = affordable(concluded, 80_000, 32)
+    assert concluded(found) <= 80_000 < concluded(found + 32)
+
+    def ended(trajectories: int) -> int:
+        return {32: 4_000, 96: 3_900, 384: 3_800}[trajectories]
+
+    assert affordable(ended, 80_000, 32) == 20 * 32
     straight = affordable(lambda count: 100 * count, 80_000, 32)
     assert straight == 25 * 32  # planted: a line as it should be
 

@@ -14,8 +14,8 @@ from torch import nn
 from ...models.denoiser import Denoiser
 from ...models.tap import unwrap
 
-PROBES = (1, 3)
-"""Batches at which the cost of a training is measured."""
+PROBES = (1, 3, 12)
+"""Batches at which the cost of a training is measured, the last where the first two do not say it."""
 OVERSPENT = 1.2
 """Times its budget, above which a training is made again with fewer trajectories."""
 
@@ -90,18 +90,21 @@ def affordable(cost: Callable[[int], int], budget: int, batch: int) -> int:
     """Trajectories, a multiple of ``batch``, whose training costs about ``budget`` calls.
 
     Args:
-        cost: trajectories -> network calls; called twice, at ``PROBES`` batches, and taken for a
-            straight line (validation and set-up are its intercept). Where more batches cost no more,
-            as a training that ended early, one batch is taken to cost all that it did.
+        cost: trajectories -> network calls; called at the first two of ``PROBES`` batches, and taken for
+            a straight line (validation and set-up are its intercept). Where that falls, as the smaller
+            training was concluded with more work or the larger ended early, the last two make the line,
+            and where that falls too, a batch is taken to cost all that one did.
 
     Raises:
         ValueError: the budget does not pay for one batch.
     """
-    few, more = (cost(batch * count) for count in PROBES)
-    slope = (more - few) / (PROBES[1] - PROBES[0])
+    one, few, more = PROBES
+    first, second = cost(batch * one), cost(batch * few)
+    slope, fixed = _line(one, first, few, second)
     if slope < batch:  # not even a call a trajectory
-        slope = max(1.0, few / PROBES[0])
-    fixed = max(0.0, few - PROBES[0] * slope)
+        slope, fixed = _line(few, second, more, cost(batch * more))
+    if slope < batch:
+        slope, fixed = max(1.0, first / one), 0.0
     batches = int((budget - fixed) // slope)
     if batches < 1:
         raise ValueError(
@@ -109,6 +112,12 @@ def affordable(cost: Callable[[int], int], budget: int, batch: int) -> int:
             f"{slope:,.0f}: give at least {fixed + slope:,.0f}"
         )
     return batch * batches
+
+
+def _line(low: int, at_low: int, high: int, at_high: int) -> tuple[float, float]:
+    """Slope and intercept, at least zero."""
+    slope = (at_high - at_low) / (high - low)
+    return slope, max(0.0, at_low - low * slope)
 
 
 def fewer_for(trajectories: int | None, spent: int, budget: int, batch: int) -> int | None:
