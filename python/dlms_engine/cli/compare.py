@@ -66,7 +66,9 @@ def compare_command(
     held = load_model(model, device, conditions)
     contestants = choose(names, study, held.denoiser.process)
     if not as_json and contestants != choose(names, study):
-        print(f"{held.denoiser.process.name}: learners with their own defaults, not those tuned on EDM")
+        print(
+            f"{held.denoiser.process.name}: learners with their own defaults, not those tuned on EDM"
+        )
     settings = CompareSettings(
         nfes=tuple(parse_numbers(nfe, "nfe")),
         budget=budget,

@@ -126,7 +126,7 @@ def models_page(cells: list[dict[str, Any]], command: str) -> str:
     lines += [
         "",
         "Bases, errors, budgets and what was chosen; seconds of one thread (of two with a budget in "
-        "minutes), some beside other jobs:",
+        "minutes), some beside other jobs or halted for a while:",
         "",
     ]
     lines += [

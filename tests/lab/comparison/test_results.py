@@ -35,7 +35,7 @@ def test_page_shows_the_committed_numbers(path: Path) -> None:
 
 def quality_line(result: Any, nfe: int) -> str:
     """DLMS at one count beside the best handcrafted solver by each figure."""
-    (dlms,) = [row for row in result["rows"] if row["learned"] and row["nfe"] == nfe]
+    (dlms,) = [row for row in result["rows"] if row["solver"] == "dlms" and row["nfe"] == nfe]
     rmse, distance = (best(result["rows"], nfe, by) for by in ("rmse", "excess_accurate"))
     assert rmse is not None and distance is not None
     cells = [
@@ -56,6 +56,18 @@ def test_quality_shows_the_committed_numbers() -> None:
     # planted: a better handcrafted solver among those that were compared
     next(row for row in result["rows"] if row["size"] == "full")["rmse"] = 0.001
     assert quality_line(result, 5) not in page
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/quality.md"])
+def test_the_figures_of_auto_are_the_committed_ones(name: str) -> None:
+    (auto,) = [row for row in read(QUALITY)["rows"] if row["solver"] == "auto"]
+    page = " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+    def said(rmse: float) -> str:
+        return f"RMSE {rmse:.4f} and distance {auto['excess_accurate']:.4f}"
+
+    assert auto["nfe"] == 5 and said(auto["rmse"]) in page
+    assert said(1.5 * auto["rmse"]) not in page  # planted: another figure
 
 
 def test_every_solver_is_in_the_tables_of_a_record() -> None:
