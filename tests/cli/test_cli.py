@@ -554,7 +554,7 @@ def test_a_model_without_features_is_evaluated_on_its_own(
     known = answer(capsys, "evaluate", *TINY, *sizes, "--folder", tmp_path / "tiny")
     assert found["rmse"] == known["rmse"]
     assert found["distance"] == "Frechet distance (the model's own bottleneck)"
-    assert known["distance"] == "Frechet distance (embedded features)"
+    assert known["distance"] == "Frechet distance (the model's own features)"
     assert "to_accurate" in found and "to_data" not in found and "to_data" in known
     find = importlib.util.find_spec
     without = lambda name, *rest: None if name == "torchmetrics" else find(name, *rest)  # noqa: E731

@@ -63,12 +63,7 @@ def compare_command(
     if methods is not None and study is not None:
         raise ValueError("give --methods or --study, not both")
     names = None if methods is None else [name.strip() for name in methods.split(",")]
-    held = load_model(model, device, conditions)
-    contestants = choose(names, study, held.denoiser.process)
-    if not as_json and contestants != choose(names, study):
-        print(
-            f"{held.denoiser.process.name}: learners with their own defaults, not those tuned on EDM"
-        )
+    tuned = choose(names, study)
     settings = CompareSettings(
         nfes=tuple(parse_numbers(nfe, "nfe")),
         budget=budget,
@@ -82,6 +77,11 @@ def compare_command(
         training_seeds=tuple(parse_numbers(seed, "seed")),
         trajectories=trajectories,
     )
+    held = load_model(model, device, conditions)
+    process = held.denoiser.process
+    contestants = choose(names, study, process)
+    if not as_json and contestants != tuned:
+        print(f"{process.name}: learners with their own defaults, not those tuned on EDM")
     result = run(
         held.denoiser,
         distance_features(held),
