@@ -103,6 +103,10 @@ class Budget:
             return by_calls
         return min(by_calls, (self.limit.seconds - self.seconds) * self._rate())
 
+    def whole(self) -> float:
+        """Evaluations that all of it pays for, by what is left."""
+        return self.left() / max(1 - self.share(), 1e-9)
+
     def _rate(self) -> float:
         """Evaluations a second, so far."""
         calls, seconds = self._mark
@@ -119,4 +123,4 @@ class Budget:
         used, left = self.share(), self.left()
         if not math.isfinite(left):
             return left
-        return left / max(1 - used, 1e-9) * (share - used) if used < share else 0.0
+        return self.whole() * (share - used) if used < share else 0.0

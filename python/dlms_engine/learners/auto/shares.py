@@ -89,12 +89,10 @@ def sample_cost(nfe: int, stages: int, solving: int = NOMINAL) -> int:
 
 def too_few_updates(budget: Budget, nfe: int, share: float) -> bool:
     """Whether ``share`` of the budget pays for all rows' correctors, but for too few updates."""
-    whole = budget.left() / max(1 - budget.share(), 1e-9)
-    updates = share * whole / (LEAST_BATCH * (1 + BACKWARD) * nfe)
+    updates = share * budget.whole() / (LEAST_BATCH * (1 + BACKWARD) * nfe)
     return nfe > 1 and LEAST_UPDATES <= updates < WANTED_UPDATES
 
 
 def training_share(budget: Budget, choice: float) -> float:
     """Of the budget, by the end of all training: what is left pays for ``choice`` evaluations."""
-    whole = budget.left() / max(1 - budget.share(), 1e-9)
-    return min(ROWS_SHARE, 1 - min(choice / max(whole, 1e-9), CHOICE_SHARE))
+    return min(ROWS_SHARE, 1 - min(choice / max(budget.whole(), 1e-9), CHOICE_SHARE))
