@@ -267,6 +267,21 @@ def test_comparison_spends_equal_budgets_and_measures_the_same_seeds(tmp_path: P
     assert planted.rmse != pytest.approx(free["rmse"], rel=1e-3)
 
 
+def test_the_bar_moves_while_the_cost_of_a_training_is_measured(tmp_path: Path) -> None:
+    held = cli_model.tiny()
+    assert held.features is not None
+    moved: list[int] = []
+    shop = workshop.Workshop(
+        held.denoiser, held.features, held.shape, tmp_path, SIZES["budget"], moved.append
+    )
+    made = shop.distilled(FREE, 3)
+    training = made.forward + made.backward
+    assert sum(moved) > training, "the probes were not counted"
+    moved.clear()
+    shop.distilled(FREE, 3)
+    assert not moved  # planted: what is read back takes no call
+
+
 def test_second_call_trains_nothing_and_changed_settings_train_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

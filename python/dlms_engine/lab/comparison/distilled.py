@@ -62,7 +62,8 @@ class Workshop:
 
     Attributes:
         budget: network calls, forward and backward, a contestant may spend.
-        advance: called with the number of network calls as they are made.
+        advance: called with the number of network calls as they are made, those that measure what a
+            training costs included.
         conditions: the network's keyword arguments, ``learners.start.Conditions``.
         trajectories: start noises a distillation takes; None for what ``budget`` pays for.
     """
@@ -105,7 +106,7 @@ class Workshop:
         trajectories = contestant.trajectories
         if contestant.scales:
             trajectories = self.trajectories or affordable(
-                lambda count: self._run(contestant, nfe, count, None, seed)[1].total,
+                lambda count: self._run(contestant, nfe, count, None, seed, self.advance)[1].total,
                 self.budget,
                 contestant.batch,
             )
