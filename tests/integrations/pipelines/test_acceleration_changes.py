@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,17 @@ def test_the_class_of_a_module_that_is_listened_to() -> None:
     interception.remove()
 
 
+def test_pickles_are_of_the_original_classes() -> None:
+    """pickle and torch.save refused the pipeline and its parts: the class was not the object's own."""
+    pipe = tiny.sd()
+    accelerate(pipe, solver="unipc")
+    expected = pipe(**asked()).images
+    other = pickle.loads(pickle.dumps(pipe))
+    assert type(other) is diffusers.StableDiffusionPipeline
+    assert type(other.unet) is diffusers.UNet2DConditionModel
+    same([expected], [other(**asked()).images])
+
+
 def test_under_inference_mode_the_loop_is_the_engines() -> None:
     """Its tensors have no versions: the loop failed, and every run went step by step."""
 
@@ -168,3 +180,23 @@ def test_a_float64_pipeline_runs_in_the_loop() -> None:
     expected, found, acceleration = both(tiny.sd, run)
     same(expected, found)
     assert acceleration.report().whole_loop, acceleration.report()
+
+
+def fast_free_init(pipe: Any) -> list[torch.Tensor]:
+    """Three passes over the noise; the first ones have fewer steps."""
+    pipe.enable_free_init(num_iters=3, use_fast_sampling=True)
+    return [torch.as_tensor(pipe(**asked(num_frames=3)).frames) for _ in range(3)]
+
+
+def test_passes_of_fewer_steps_are_all_run() -> None:
+    """The last pass alone was proven; the others' latents were the dry run's stand-ins."""
+    expected, found, acceleration = both(variants.animatediff, fast_free_init)
+    same(expected, found)
+    assert "fewer steps than the last one" in acceleration.report().reason
+
+
+def test_a_pass_that_is_not_run_is_seen(monkeypatch: Any) -> None:
+    """Planted fault."""
+    monkeypatch.setattr(module.DryRun, "fail", lambda *_: None)
+    with pytest.raises(AssertionError):
+        same(*both(variants.animatediff, fast_free_init)[:2])

@@ -66,10 +66,13 @@ class DryRun:
         self._stand_ins = stand_ins
         self._numbers = {slot.module for slot in program.slots}
         self.failure: Exception | None = None
+        self._next = program.rows[0]
         self.begin(None)
 
     def begin(self, runner: Any) -> None:
         """A new run: ``set_timesteps`` was called and made ``runner``."""
+        if self.program.rows[0] < self._next < self.program.rows[1]:
+            self.fail("an earlier run of the call has fewer steps than the last one")
         self.runner = runner
         self._calls: list[Call] = []
         self._places: dict[int, int] = {}

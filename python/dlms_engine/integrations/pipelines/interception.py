@@ -7,6 +7,7 @@ are.
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable
 from typing import Any
 
@@ -78,7 +79,9 @@ def subclass(cls: type[Any], call: Callable[..., Any]) -> type[Any]:
         if not isinstance(made, tuple):
             return made
         arguments = tuple(cls if value is type(self) else value for value in made[1])
-        return (made[0], arguments, *made[2:])
+        # pickle lets __newobj__ make objects of their present class alone
+        make: Any = cls.__new__ if made[0] is copyreg.__newobj__ else made[0]  # type: ignore[attr-defined]
+        return (make, arguments, *made[2:])
 
     members = {
         "__call__": call,
