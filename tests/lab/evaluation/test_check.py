@@ -8,6 +8,8 @@ from analytic import GaussianMixture
 from torch import Tensor
 
 from dlms_engine import Denoiser, Sampler, check, distill
+from dlms_engine.lab.evaluation import schedule
+from dlms_engine.lab.evaluation.schedule import better_times
 from dlms_engine.processes import EDM, VP, Cosine, Process, RectifiedFlow, VPDiscrete
 
 MEANS = torch.tensor([[1.0, 0.5], [-1.0, 0.2], [0.3, -1.2]], dtype=torch.float64)
@@ -213,10 +215,80 @@ def test_a_table_of_embeddings_wants_the_index(samples: Tensor | None) -> None:
     assert not found.ok and found.best == "prediction='noise', time_input='index'"
     assert "gives nothing finite" in str(found)
     assert check(Denoiser(Table(), LEVELS, time_input="index"), samples, shape=(2,)).ok
-    with pytest.raises(
-        TypeError, match="takes 2 positional"
-    ):  # what takes no wrapping says why itself
+    # what takes no wrapping says why itself
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        check(Denoiser(lambda x, t: x @ torch.ones(5, 2), LEVELS), samples, shape=(2,))
+    with pytest.raises(ValueError, match=r"takes \(input\), expected network\(x, c_noise\)"):
         check(Denoiser(torch.nn.Linear(5, 2), LEVELS), samples, shape=(2,))
+
+
+WIDE = torch.randn(6, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+ALPHAS = torch.exp(2 * LEVELS.log_alpha(torch.arange(1, 1001) / 1000))  # their products
+
+
+@pytest.mark.parametrize(
+    "given",
+    [Cosine(), VPDiscrete(alphas_cumprod=ALPHAS.sqrt()), VP(beta_d=9.9)],
+    ids=["cosine", "alphas", "half"],
+)
+def test_a_network_of_another_schedule_is_seen(given: Process) -> None:
+    """It denoises all the same, so that alphas for their products, or a cosine for a line, passed."""
+    mixture = GaussianMixture(VP(), WIDE, 0.2)
+
+    def network(x: Tensor, index: Tensor) -> Tensor:
+        t = index.double() if not isinstance(given, VPDiscrete) else (index.double() + 1) / 1000
+        t = t.clamp(VP().t_min, VP().t_max)
+        alpha, sigma = VP().alpha(t)[:, None], VP().sigma(t)[:, None]
+        return ((x - alpha * mixture(x.double(), t)) / sigma).to(x)
+
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(6, (32,), generator=generator)
+    samples = (WIDE[rows] + 0.2 * torch.randn(32, 48, generator=generator)).float()
+    found = check(Denoiser(network, given, "noise"), samples)
+    assert not found.ok and found.best.startswith("another schedule")
+    assert "another schedule" in str(found)
+    right = LEVELS if isinstance(given, VPDiscrete) else VP()
+    assert check(Denoiser(network, right, "noise"), samples).ok
+
+
+def test_few_samples_of_the_right_schedule_do_not_accuse_it() -> None:
+    """Of a few points of a plane another time happens to be nearer by more than ``GAIN``."""
+    denoiser = Denoiser(network_of(VP(), "noise"), VP(), "noise")
+    gains = []
+    for start in range(0, 96, 8):
+        few = real(96)[start : start + 8]
+        assert better_times(denoiser, few, {}) is None
+        with pytest.MonkeyPatch.context() as patched:  # planted: nothing asks how sure it is
+            patched.setattr(schedule, "SURE", -float("inf"))
+            gains.append(better_times(denoiser, few, {}))
+    assert any(gain is not None for gain in gains)
+
+
+@pytest.mark.parametrize("scale", [2.0, 7.5, 15.0])
+def test_guidance_does_not_make_a_wrapping_wrong(scale: float) -> None:
+    """A guided prediction is none of the data: from a scale of four on nothing fitted."""
+    mixture = GaussianMixture(VP(), MEANS, 0.05)
+    single = [GaussianMixture(VP(), MEANS[i : i + 1], 0.05) for i in range(3)]
+
+    def network(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        wide, times = x.double(), t.double()
+        every = torch.stack([*(each(wide, times) for each in single), mixture(wide, times)])
+        return every[label, torch.arange(len(x))].to(x)
+
+    denoiser = Denoiser(
+        network, VP(), "data", guidance_scale=scale, unconditional={"label": torch.tensor([3])}
+    )
+    labels = torch.arange(3)
+    noise = torch.randn(48, 2, generator=torch.Generator().manual_seed(3))
+    samples = (MEANS.repeat(16, 1) + 0.05 * noise).float()
+    guided = denoiser.predict(samples, 0.3, label=labels.repeat(16))
+    assert check(denoiser, samples, conditions={"label": labels}).ok
+    assert check(denoiser, shape=(2,), conditions={"label": labels}).ok
+    denoiser.prediction = "velocity"
+    assert not check(denoiser, samples, conditions={"label": labels}).ok
+    denoiser.prediction = "data"
+    assert denoiser.guidance_scale == scale
+    assert torch.equal(denoiser.predict(samples, 0.3, label=labels.repeat(16)), guided)
 
 
 @pytest.mark.slow

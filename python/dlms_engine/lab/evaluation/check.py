@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -13,14 +12,20 @@ import torch
 from torch import Tensor
 
 from ...learners.start.finite import log_level_times
-from ...learners.start.problem import Conditions, read_conditions, rows_of
-from ...models.denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser, NetworkPrediction
+from ...learners.start.problem import (
+    Conditions,
+    check_conditions,
+    conditions_on,
+    read_conditions,
+    rows_of,
+)
+from ...models.denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser
 from ...models.preconditioning import NamedTime
 from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
 from ...support.renamed import one_of_two
+from .levels import deviation_of, noisy
+from .schedule import OtherTimes, better_times, changed
 
-_LEVELS = (0.15, 0.5, 1.0, 2.0, 5.0)
-"""sigma / alpha, in units of the data's standard deviation, where data are denoised."""
 GOOD = 0.9
 """Largest ratio of a denoiser's mean squared error to the better of two that know nothing: the
 noisy sample itself, and its best multiple."""
@@ -85,14 +90,16 @@ def check(
     cond: Conditions = None,
     count: int = 16,
 ) -> Check:
-    """Tries the wrapping and its neighbours: other predictions and other time arguments.
+    """Tries the wrapping and its neighbours: other predictions, time arguments and schedules.
 
     A denoiser must come nearer to the data than a multiple of the noisy sample does, at every
-    noise level around the data's own deviation; a network taken for what it is not does not.
+    noise level around the data's own deviation; a network taken for what it is not does not. Guidance
+    is left out: what it makes of two predictions is none of the data.
 
     Args:
         denoiser: what to check.
-        samples: ``[B, ...]`` real data, which decide surely; None samples with the denoiser itself.
+        samples: ``[B, ...]`` real data, which decide surely, and alone show another schedule of the
+            process; None samples with the denoiser itself.
         shape: of one sample, needed without ``samples``.
         conditions: keyword arguments of the network, ``learners.start.Conditions``: of a tensor
             ``[M, ...]`` sample i gets the row i mod M.
@@ -100,13 +107,15 @@ def check(
         count: samples to draw without ``samples``.
 
     Raises:
-        ValueError: neither samples nor shape.
+        ValueError: neither samples nor shape, or conditions that the network does not take.
         RuntimeError, TypeError, IndexError: of the network, if it takes none of the wrappings.
     """
     if samples is None and shape is None:
         raise ValueError("check needs samples [B, ...], or shape= of one sample")
-    given = read_conditions(one_of_two(conditions, cond))
+    given = conditions_on(read_conditions(one_of_two(conditions, cond)), denoiser.device)
+    check_conditions(denoiser, given)
     values = rows_of(given, range(count if samples is None else len(samples)))
+    denoiser = _unguided(denoiser)
     wrapped = describe_wrapping(denoiser)
     every = {wrapped: denoiser, **variants(denoiser)}
     size = None if shape is None else (count, *shape)
@@ -114,14 +123,20 @@ def check(
     data = trial.samples(denoiser) if samples is None else samples.to(denoiser.device)
     scores = {name: trial.score(variant, data) for name, variant in every.items()}
     score, least = scores[wrapped], min(scores.values())
-    ok = score <= 1.25 * least + 0.02 and (
-        score < GOOD or (score < BLIND and trial.nothing_to_know(denoiser.process, data))
+    # Samples of its own come from the schedule in question, and from too few steps to tell.
+    elsewhere = None if data is None or samples is None else trial.better_times(denoiser, data)
+    ok = (
+        elsewhere is None
+        and score <= 1.25 * least + 0.02
+        and (score < GOOD or (score < BLIND and trial.nothing_to_know(denoiser.process, data)))
     )
     if not ok and samples is None:  # samples of a wrong wrapping say little: each on its own
         scores = {
             name: trial.score(variant, trial.samples(variant)) for name, variant in every.items()
         }
         score = max(score, scores[wrapped])
+    if elsewhere is not None:
+        scores[str(elsewhere)] = score / elsewhere.gain
     trial.require_one(scores)
     ranked = dict(sorted(scores.items(), key=lambda item: item[1]))
     none_fits = min(ranked.values()) >= GOOD
@@ -153,6 +168,14 @@ class _Trial:
         except (RuntimeError, TypeError, IndexError) as refusal:
             self._refusals.append(refusal)
             return math.inf
+
+    def better_times(self, denoiser: Denoiser, data: Tensor) -> OtherTimes | None:
+        """See `schedule`; None where the network refuses."""
+        try:
+            return better_times(denoiser, data, self._conditions)
+        except (RuntimeError, TypeError, IndexError) as refusal:
+            self._refusals.append(refusal)
+            return None
 
     def nothing_to_know(self, process: Process, data: Tensor | None) -> bool:
         """Whether the samples' neighbours do not denoise a sample better than a blind guess does."""
@@ -192,7 +215,7 @@ def variants(denoiser: Denoiser) -> dict[str, Denoiser]:
         if prediction in BLIND_AT_NOISE and _begins_blind(process):
             continue
         for level in levels:
-            variant = _with(denoiser, prediction, level)  # type: ignore[arg-type]
+            variant = changed(denoiser, prediction=prediction, _time_input=level)
             found[describe_wrapping(variant)] = variant
     found.pop(describe_wrapping(denoiser), None)
     return found
@@ -202,11 +225,9 @@ def _begins_blind(process: Process) -> bool:
     return float(process.alpha(process.t_max)) == 0
 
 
-def _with(denoiser: Denoiser, prediction: NetworkPrediction, level: Any) -> Denoiser:
-    variant = copy.copy(denoiser)
-    variant.__dict__ = dict(denoiser.__dict__)
-    variant.prediction, variant._time_input = prediction, level
-    return variant
+def _unguided(denoiser: Denoiser) -> Denoiser:
+    """Its conditional branch alone: what guidance makes of both is no E[x0 | x]."""
+    return denoiser if denoiser.guidance_scale is None else changed(denoiser, guidance_scale=1.0)
 
 
 def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], conditions: dict[str, Any]) -> Tensor:
@@ -231,18 +252,6 @@ def _own_samples(denoiser: Denoiser, shape: tuple[int, ...], conditions: dict[st
         end = denoiser.predict(x, times[-1], "data", **conditions)
         x = end if bool(end.isfinite().all()) else x
     return x
-
-
-def _levels(process: Process, deviation: float) -> list[float]:
-    """Sigma / alpha around the data's deviation; in the process's range, whatever that is."""
-    low, high = (float(process.sigma_over_alpha(t)) for t in (process.t_min, process.t_max))
-    around = [level * deviation for level in _LEVELS]
-    inside = [level for level in around if low <= level <= high]
-    if inside:
-        return inside
-    # data far smaller or larger than any noise: the nearest levels that there are
-    edge = min(max(deviation, 1.01 * low), 0.99 * high)
-    return [level for level in (0.5 * edge, edge, 2 * edge) if low <= level <= high]
 
 
 def _score(denoiser: Denoiser, data: Tensor, conditions: dict[str, Any]) -> float:
@@ -270,19 +279,12 @@ def _against_blind(
     process: Process, data: Tensor, error: Callable[[Tensor, Tensor, float], Tensor]
 ) -> float:
     """Of ``error(noisy samples [B, ...], t, sigma / alpha)``; infinite where nothing can be said."""
-    deviation = float(data.std()) if bool(data.isfinite().all()) else 0.0
-    if not 0 < deviation < math.inf:
-        return math.inf
-    generator = torch.Generator().manual_seed(1)
-    noise = torch.randn(data.shape, generator=generator).to(data)
-    values = []
-    for ratio in _levels(process, deviation):
-        t = process.inverse_sigma(torch.tensor(ratio, dtype=torch.float64))
-        alpha = float(process.alpha(t))
-        x = alpha * data + alpha * ratio * noise
-        shrunk = x / alpha / (1 + (ratio / deviation) ** 2)  # best for data of this deviation
+    deviation, values = deviation_of(data), []
+    for x, t, ratio in noisy(process, data):
+        rescaled = x / float(process.alpha(t))
+        shrunk = rescaled / (1 + (ratio / deviation) ** 2)  # best for data of this deviation
         blind = min(
-            float((shrunk - data).square().mean()), float((x / alpha - data).square().mean())
+            float((shrunk - data).square().mean()), float((rescaled - data).square().mean())
         )
         values.append(float(error(x, t, ratio)) / blind if blind > 0 else math.inf)
     if not values or not all(math.isfinite(value) for value in values):
