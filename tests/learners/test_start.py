@@ -283,6 +283,26 @@ def test_conditions_give_every_sample_its_own(tmp_path: Path) -> None:
         assert float((ends - wanted).abs().max()) < 0.2
 
 
+def test_a_callable_gives_a_list_with_an_entry_a_sample() -> None:
+    """Prompts and lists of tensors came for the samples alone, to a batch of their copies."""
+    words = ("a", "bb", "ccc")
+
+    def network(x: Tensor, t: Tensor, prompt: list[str], parts: list[Tensor]) -> Tensor:
+        lengths = torch.tensor([float(len(word)) for word in prompt])
+        assert [len(part) for part in parts] == lengths.tolist() and len(parts) == len(x)
+        return lengths[:, None].expand_as(x)
+
+    def conditions(numbers: Tensor) -> dict[str, list[str] | list[Tensor]]:
+        chosen = [words[number] for number in (numbers % 3).tolist()]
+        return {"prompt": chosen, "parts": [torch.zeros(len(word), 4) for word in chosen]}
+
+    p = SamplingProblem(Denoiser(network, EDM(), "data"), (2,), conditions)
+    tables = [c.table for c in handcrafted_candidates(EDM(), 2)[:3]]
+    assert SharedRuns(tables).evaluations < 6  # some run as copies of the samples
+    ends = run_tables(p, tables, range(1, 5))
+    assert float((ends - torch.tensor([2.0, 3.0, 1.0, 2.0])[:, None]).abs().max()) < 0.2
+
+
 def test_conditions_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cond.safetensors"
     path.write_bytes(b"no tensors")

@@ -22,9 +22,9 @@ from ..training.noise import tell_first_sample, unit_noise
 Conditions = Mapping[str, Any] | Callable[[Tensor], Mapping[str, Any]] | str | Path | None
 """Keyword arguments of the network. A tensor ``[1, ...]`` serves all samples, a tensor ``[M, ...]``
 gives sample i its row i mod M, inside dicts, lists and tuples, too; anything else is handed over as it
-is; a callable maps the numbers of a batch (int64 ``[B]``) to such keywords with B rows; a path names a
-safetensors file of tensors. What is no row of a sample, such as a table of positions, belongs into the
-network (``functools.partial``)."""
+is; a callable maps the numbers of a batch (int64 ``[B]``, some more than once) to such keywords with B
+rows, or lists of B entries; a path names a safetensors file of tensors. What is no row of a sample, such
+as a table of positions, belongs into the network (``functools.partial``)."""
 
 
 class SamplingProblem:
@@ -217,8 +217,9 @@ def rows_of(conditions: Any, numbers: Sequence[int], copies: int = 1) -> dict[st
             raise ValueError(
                 f"sample {max(numbers)} is beyond int64, which conditions from a callable need"
             )
-        values = dict(conditions(torch.tensor(list(numbers), device="cpu")))
-        return dict(each_tensor(values, lambda tensor: _repeated(tensor, copies)))
+        # With the copies' numbers, too: a list of an entry a sample, such as prompts, cannot be repeated
+        # here, where it looks like one of tensors with a row a sample.
+        return dict(conditions(torch.tensor(list(numbers) * copies, device="cpu")))
     return dict(each_tensor(conditions, lambda tensor: _rows(tensor, numbers, copies)))
 
 
