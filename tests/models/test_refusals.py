@@ -54,6 +54,8 @@ def test_names_of_conditions_are_checked_before_the_work() -> None:
     check_keywords(anything, ["whatever"])
     with pytest.raises(ValueError, match=r"takes \(input\), expected network\(x, c_noise\)"):
         check_keywords(torch.nn.Identity(), [])
+    with pytest.raises(ValueError, match=r"takes \(t, x\), the time first"):  # as torchcfm's do
+        check_keywords(lambda t, x, y=None: x, [])
     with pytest.raises(ValueError, match="the network needs label beside x and c_noise"):
         check_keywords(labelled, [])
     with pytest.raises(ValueError, match="conditions have size, which the network does not take"):

@@ -14,9 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dlms_engine import grids
+from dlms_engine import Denoiser, distill, grids
 from dlms_engine.policies.distilled import load_solver, save, save_solver
-from dlms_engine.processes import EDM, VP, RectifiedFlow, VPDiscrete
+from dlms_engine.processes import (
+    EDM,
+    PROCESSES,
+    VP,
+    Cosine,
+    RectifiedFlow,
+    VPDiscrete,
+    require_known,
+)
 from dlms_engine.solvers import file as solver_file
 from dlms_engine.solvers import format as solver_format
 from dlms_engine.solvers import heun, ipndm, make_solver, unipc
@@ -287,6 +295,34 @@ def test_unsaveable_solvers_write_nothing(
     with pytest.raises(SolverFileError, match=message):
         save(tmp_path / "x", solver, training=training)
     assert os.listdir(tmp_path) == []
+
+
+class Trigonometric(Cosine):
+    """A process of the user's own."""
+
+    name = "trigonometric"
+
+
+def test_a_process_that_no_file_can_name_is_refused_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`distill` and `save` wrote a file that nothing could read again."""
+    process, path = Trigonometric(), tmp_path / "s.safetensors"
+    table = ipndm(process, grids.time_uniform(process, 3))
+
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the network was called")
+
+    with pytest.raises(ValueError, match=r"'trigonometric' \(Trigonometric\) is not in"):
+        distill(Denoiser(never, process, "data"), nfe=3, shape=(2,), output=path)
+    with pytest.raises(SolverFileError, match="process name is 'trigonometric'"):
+        save_solver(path, table)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(PROCESSES, "trigonometric", Trigonometric)
+    assert_same(load_solver(save_solver(path, table)), table)
+    monkeypatch.setitem(PROCESSES, "trigonometric", Cosine)  # planted: one of another class
+    with pytest.raises(ValueError, match="is not in"):
+        require_known(process)
 
 
 def test_integer_keys_are_normalised(tmp_path: Path) -> None:

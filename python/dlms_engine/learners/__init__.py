@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ..engine.captured_calls import captured_calls
 from ..models.denoiser import Denoiser
 from ..policies.distilled import DistilledSolver
+from ..processes import require_known
 from ..support.allocator import freed_memory_kept
 from ..support.files import only_one, require_writable
 from ..support.parallel import World, restarted
@@ -88,7 +89,7 @@ def distill(
     Raises:
         ValueError: unknown method or setting, values out of range, or a network that does not answer
             the same twice, or not the same in another batch; ``capture`` without a GPU; ``auto`` in
-            several processes.
+            several processes; an ``output`` that could not name a process of your own.
         ImportError: ``tensorboard`` is requested and missing.
         FloatingPointError: the network's outputs are not finite.
         RuntimeError: another process is distilling into ``output``.
@@ -111,6 +112,8 @@ def distill(
     if method != "auto":
         denoiser, conditions = conditioned(denoiser, conditions, method), None
     path = None if output is None else Path(output)
+    if path is not None:
+        require_known(denoiser.process)
     shown = progress and world.rank == 0
     watched = tensorboard is not None and world.rank == 0
     options = RunOptions(

@@ -10,6 +10,9 @@ from torch import nn
 
 from ..processes import Process
 
+_TIMES = frozenset(("t", "time", "times", "timestep", "timesteps", "sigma", "sigmas"))
+_STATES = frozenset(("x", "xt", "x_t", "y", "z", "sample", "samples", "state", "latent", "latents"))
+
 
 def check_wrapping(network: Any, process: Any) -> None:
     """Raises before the first call for what is no network or no process.
@@ -38,7 +41,8 @@ def check_keywords(network: Any, given: Iterable[str]) -> None:
     A network whose signature Python does not know is left to its first call.
 
     Raises:
-        ValueError: one that it needs is not given, or one is given that it does not take.
+        ValueError: one that it needs is not given, one is given that it does not take, or it takes the
+            time ahead of ``x``.
     """
     if isinstance(network, nn.Module):
         network = network.forward
@@ -55,6 +59,12 @@ def check_keywords(network: Any, given: Iterable[str]) -> None:
         raise ValueError(
             f"the network takes ({', '.join(each.name for each in parameters)}), expected "
             "network(x, c_noise): x [B, ...] and the noise level [B]"
+        )
+    one, two = (each.name for each in first)
+    if one.lower() in _TIMES and two.lower() in _STATES:  # as solvers of ODEs call f(t, x)
+        raise ValueError(
+            f"the network takes ({one}, {two}), the time first, expected network(x, c_noise): give a "
+            "function around it, such as lambda x, t, **more: network(t, x, **more)"
         )
     rest = [each for each in parameters if each not in first]
     takes = [each.name for each in rest if each.kind is not inspect.Parameter.VAR_KEYWORD]

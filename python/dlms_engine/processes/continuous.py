@@ -27,6 +27,7 @@ __all__ = [
     "as_float64",
     "edm_coordinates",
     "from_config",
+    "require_known",
 ]
 
 
@@ -247,6 +248,21 @@ def edm_coordinates(process: Process) -> EDM:
             "finite level, so use coordinates='process', or a process that starts at t_max=0.999"
         )
     return EDM(low, high)
+
+
+def require_known(process: Process) -> None:
+    """Raises for a process that a solver file could not name: ``from_config`` would not make it again.
+
+    Raises:
+        ValueError: its ``name`` is not that of its class in ``PROCESSES``.
+    """
+    kind, name = type(process), process.config().get("name")
+    if PROCESSES.get(str(name)) is not kind:
+        entry = f"PROCESSES[{name!r}] = {kind.__name__}"
+        raise ValueError(
+            f"process {name!r} ({kind.__name__}) is not in dlms_engine.processes.PROCESSES, so that "
+            f"files of its solvers could not be read: {entry}, also where they are"
+        )
 
 
 def from_config(config: Mapping[str, Any]) -> Process:

@@ -22,7 +22,6 @@ from .format import (
     SolverFileError,
     SolverRecord,
     canonical,
-    check_size,
     check_tensors,
     parse,
     serialize,
@@ -114,8 +113,7 @@ def write_record(target: Path, record: SolverRecord) -> Path:
         SolverFileError: it is over 1 MiB, or would not be read back; nothing is written then.
     """
     raw = serialize(record)
-    check_size(target, len(raw))
-    rebuild_policy(target, record)
+    rebuild_policy(target, parse(target, raw))
     write_bytes(target, raw)
     return target
 
