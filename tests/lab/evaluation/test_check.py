@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from analytic import GaussianMixture
@@ -81,6 +83,23 @@ def test_without_samples_it_uses_its_own() -> None:
     assert not wrong.ok and wrong.own_samples
     with pytest.raises(ValueError, match="samples"):
         check(Denoiser(network, process))
+
+
+@pytest.mark.parametrize(
+    ("samples", "kind", "said"),
+    [
+        (real().tolist(), TypeError, "samples are list, expected a tensor"),
+        (real().numpy(), TypeError, "samples are ndarray, expected a tensor"),
+        (real().to(torch.uint8), ValueError, "samples are torch.uint8, expected floating point"),
+        (real()[0], ValueError, r"samples are \[2\], expected \[B, 2\]"),
+        (real()[:0], ValueError, r"samples are \[0, 2\]"),
+        (real()[:, :1], ValueError, r"samples are \[64, 1\], expected \[B, 2\]"),
+    ],
+)
+def test_samples_that_are_none_are_refused(samples: Any, kind: type[Exception], said: str) -> None:
+    """'list' object has no attribute 'to', and what torch says of the deviation of bytes."""
+    with pytest.raises(kind, match=said):
+        check(Denoiser(network_of(VP(), "noise"), VP(), "noise"), samples, shape=(2,))
 
 
 def test_a_network_that_knows_nothing_is_said_to() -> None:

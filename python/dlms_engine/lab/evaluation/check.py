@@ -23,7 +23,7 @@ from ...models.denoiser import BLIND_AT_NOISE, PREDICTIONS, Denoiser
 from ...models.preconditioning import NamedTime
 from ...processes import EDM, Process, RectifiedFlow, VPDiscrete
 from ...support.renamed import one_of_two
-from .levels import deviation_of, noisy
+from .levels import deviation_of, noisy, require_samples
 from .schedule import OtherTimes, better_times, changed
 
 GOOD = 0.9
@@ -107,11 +107,15 @@ def check(
         count: samples to draw without ``samples``.
 
     Raises:
-        ValueError: neither samples nor shape, or conditions that the network does not take.
+        TypeError: the samples are no tensor.
+        ValueError: neither samples nor shape, samples that are whole numbers, none or of another shape,
+            or conditions that the network does not take.
         RuntimeError, TypeError, IndexError: of the network, if it takes none of the wrappings.
     """
     if samples is None and shape is None:
         raise ValueError("check needs samples [B, ...], or shape= of one sample")
+    if samples is not None:
+        require_samples(samples, shape)
     given = conditions_on(read_conditions(one_of_two(conditions, cond)), denoiser.device)
     check_conditions(denoiser, given)
     values = rows_of(given, range(count if samples is None else len(samples)))

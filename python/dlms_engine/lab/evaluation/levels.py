@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,26 @@ class Noisy(NamedTuple):
     x: Tensor
     t: Tensor
     ratio: float
+
+
+def require_samples(samples: Any, shape: tuple[int, ...] | None) -> None:
+    """Raises unless ``samples`` are ``[B, *shape]``, of any shape where it is None.
+
+    Raises:
+        TypeError: they are no tensor.
+        ValueError: they are whole numbers, none, or of another shape.
+    """
+    if not isinstance(samples, Tensor):
+        raise TypeError(f"samples are {type(samples).__name__}, expected a tensor [B, ...]")
+    if not samples.is_floating_point():
+        raise ValueError(
+            f"samples are {samples.dtype}, expected floating point, in the range that the network was "
+            "trained on (of images often -1 to 1)"
+        )
+    wanted = "[B, ...]" if shape is None else f"[B, {', '.join(map(str, shape))}]"
+    other = shape is not None and tuple(samples.shape[1:]) != tuple(shape)
+    if samples.ndim < 2 or len(samples) == 0 or other:
+        raise ValueError(f"samples are {list(samples.shape)}, expected {wanted}")
 
 
 def deviation_of(data: Tensor) -> float:
