@@ -10,6 +10,8 @@ The class stays at this module path: saved pipelines name it.
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any, ClassVar
 
 import torch
@@ -28,13 +30,14 @@ except ImportError as exc:
 from ..solvers.policy import policy_of
 from .pipelines.acceleration import Acceleration
 from .pipelines.networks import network_of
+from .pipelines.parts import scheduler_of
 from .scheduler.base import EngineScheduler
 from .scheduler.foreign_calls import StepTuple, refuse_other
 from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
 from .scheduler.origin import OriginCheck
 from .scheduler.runner import Runner
 from .scheduler.runs import SchedulerRun, SchedulerRuns
-from .scheduler.source import load_source
+from .scheduler.source import Source, load_source
 
 __all__ = ["DLMSScheduler", "SchedulerMixin", "accelerate"]
 
@@ -328,22 +331,43 @@ def accelerate(pipe: Any, solver: Any = None, **settings: Any) -> Acceleration:
         understood the pipeline keeps its own scheduler, which is logged and reported.
 
     Raises:
-        ValueError: an unknown solver, or one made for another noise model.
+        ValueError: an unknown solver, or one made for another noise model; settings that are no arguments
+            of ``DLMSScheduler``, or that it refuses where it takes the pipeline's config without them; a
+            pipeline without a scheduler, or whose loop is another pipeline's.
     """
-    original, refusal = pipe.scheduler, ""
+    original, refusal = scheduler_of(pipe), ""
     config = {"_class_name": type(original).__name__, **original.config}
     if solver is None:
         kept = original.solver if isinstance(original, DLMSScheduler) else "dpm_solver_pp"
         solver = kept
     source = load_source(solver)
+    unknown = settings.keys() - inspect.signature(DLMSScheduler.__init__).parameters.keys()
+    if unknown:
+        raise ValueError(f"DLMSScheduler has no arguments {sorted(unknown)}")
     try:
-        scheduler = DLMSScheduler.from_config(config, solver=source, **settings)
-        scheduler.noise_model  # noqa: B018 - made here, so that it is refused here
+        scheduler = _tried(config, source, settings)
     except ValueError as exc:
-        if not isinstance(source, str):
+        if not isinstance(source, str) or (settings and _takes(config, source)):
             raise
         scheduler, refusal = None, str(exc)
     learned = scheduler is not None and not isinstance(source, str)
     if learned and policy_of(scheduler.solver).needs_features:
         scheduler.watch(network_of(pipe))
     return Acceleration(pipe, scheduler, refusal)
+
+
+def _tried(config: dict[str, Any], source: Source, settings: dict[str, Any]) -> Any:
+    """A scheduler that can run; of a named solver the table of one step is made to see it."""
+    made = DLMSScheduler.from_config(config, solver=source, **settings)
+    made.noise_model  # noqa: B018 - made here, so that it is refused here
+    if isinstance(source, str):
+        copy.deepcopy(made).set_timesteps(1, mu=1.0)
+    return made
+
+
+def _takes(config: dict[str, Any], source: Source) -> bool:
+    try:
+        _tried(config, source, {})
+    except ValueError:
+        return False
+    return True

@@ -17,7 +17,7 @@ from ...processes.base import config_summary
 from ...support.files import replacing
 from ..diffusers import DLMSScheduler
 from ..scheduler.noise import NoiseModel
-from .parts import set_scheduler
+from .parts import scheduler_of, set_scheduler
 from .prompt_calls import prompt_calls
 from .prompt_network import PipelineNetwork
 from .proof import proved
@@ -100,7 +100,7 @@ def pipeline_denoiser(
     asked = {"num_inference_steps": 2, **arguments}
     if guidance_scale is not None:
         asked["guidance_scale"] = guidance_scale
-    original = pipe.scheduler
+    original = scheduler_of(pipe)
     model = DLMSScheduler.from_config(original.config, solver="ddim").noise_model
 
     def prove(call: StepCalls, given: dict[str, Any]) -> None:

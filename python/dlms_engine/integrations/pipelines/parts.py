@@ -19,6 +19,29 @@ def module_components(pipe: Any) -> dict[str, nn.Module]:
     return found
 
 
+def scheduler_of(pipe: Any) -> Any:
+    """The scheduler that ``pipe``'s own loop steps.
+
+    Raises:
+        ValueError: it has none, or other pipelines inside it have the loops (Kandinsky's combined ones).
+    """
+    name, scheduler = type(pipe).__name__, getattr(pipe, "scheduler", None)
+    if not hasattr(scheduler, "config"):
+        raise ValueError(
+            f"{name} has no scheduler: expected a diffusers pipeline with its components loaded"
+        )
+    inner = [
+        key
+        for key, part in vars(pipe).items()
+        if hasattr(part, "components") and getattr(part, "scheduler", None) is scheduler
+    ]
+    if inner:
+        raise ValueError(
+            f"{name} runs other pipelines, which step its scheduler: pass pipe.{' or pipe.'.join(inner)}"
+        )
+    return scheduler
+
+
 def set_scheduler(pipe: Any, scheduler: Any) -> None:
     """Makes ``scheduler`` the pipeline's, also for modular pipelines."""
     if hasattr(pipe, "update_components") and not hasattr(type(pipe), "scheduler"):
