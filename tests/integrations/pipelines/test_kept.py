@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +15,14 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engin
 pytest.importorskip("transformers", reason="the tiny pipelines need transformers")
 import tiny_pipelines as tiny  # noqa: E402
 
-from dlms_engine.integrations.pipelines.denoiser import pipeline_denoiser  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1] / "matrix"))
+import extras  # noqa: E402
+import images as cases  # noqa: E402
+
+from dlms_engine.integrations.pipelines.denoiser import (  # noqa: E402
+    PipelineDenoiser,
+    pipeline_denoiser,
+)
 from dlms_engine.integrations.pipelines.prompt_calls import _fingerprint  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -37,6 +46,34 @@ def test_exact_latents_are_of_one_noise_model(tmp_path: Any) -> None:
         assert len(solved) == count
     kept()
     assert len(solved) == 3  # and the first one is still there
+
+
+def scales(folder: Any) -> list[float]:
+    """The exact latents of a network whose adapter has another scale in each of three distillations."""
+    pipe, found = extras.lora(), []
+    given = {k: v for k, v in tiny.sd_inputs().items() if k.endswith("embeds")}
+    for scale in (1.0, 0.2, 0.2):
+        pipe.unet.set_adapters(["default"], [scale])
+        denoiser, shape = pipeline_denoiser(
+            pipe, guidance_scale=3.0, folder=folder, **given, **cases.SIZE
+        )
+        noise, number = torch.ones(2, *shape), float(len(found))
+        exact = denoiser.kept_solution(noise, 8, lambda n=noise, k=number: k * n)
+        found.append(float(exact.mean()))
+    return found
+
+
+def test_exact_latents_are_of_one_adapters_scale(tmp_path: Any) -> None:
+    """It is no weight: the latents of another scale were used again."""
+    pytest.importorskip("peft")
+    assert scales(tmp_path) == [0.0, 1.0, 1.0]
+
+
+def test_a_network_that_answers_otherwise_is_seen(tmp_path: Any, monkeypatch: Any) -> None:
+    """Planted fault."""
+    pytest.importorskip("peft")
+    monkeypatch.setattr(PipelineDenoiser, "_same", lambda *_: True)
+    assert scales(tmp_path) == [0.0, 0.0, 0.0]
 
 
 def images() -> dict[str, Any]:
