@@ -32,6 +32,7 @@ from .pipelines.acceleration import Acceleration
 from .pipelines.networks import network_of
 from .pipelines.parts import scheduler_of
 from .scheduler.base import EngineScheduler
+from .scheduler.clipping import clips
 from .scheduler.foreign_calls import StepTuple, refuse_other
 from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
 from .scheduler.origin import OriginCheck
@@ -168,7 +169,7 @@ class DLMSScheduler(EngineScheduler):
     @property
     def clips(self) -> bool:
         """Whether the data prediction is clipped or thresholded in every step."""
-        return bool(self.config.clip_sample or self.config.thresholding)
+        return clips(self.config)
 
     def run_with(self, acceleration: Acceleration | None) -> None:
         """Lets ``acceleration`` listen to later runs; None ends that."""

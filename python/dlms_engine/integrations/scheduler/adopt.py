@@ -8,11 +8,10 @@ understood is refused by key and value.
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from .foreign_class import READ_CLASSES, class_of, parameters_of
 from .noise import make_alphas_cumprod, make_betas
 
 # the noise model: carried over with the other class's defaults
@@ -53,18 +52,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_noise_sampler": (True, False, None),
     "noise_sampler_seed": (None,),
 }
-# classes whose noise model is read here; any other of diffusers is refused by name
-READ_CLASSES = (
-    "CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "CosineDPMSolverMultistepScheduler",
-    "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler",
-    "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler",
-    "DPMSolverSinglestepScheduler", "EDMDPMSolverMultistepScheduler", "EDMEulerScheduler",
-    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "HeunDiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
-    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler",
-    "UniPCMultistepScheduler",
-)  # fmt: skip
 _OWN_CLASS = {
     "ddim": "DDIM", "unipc": "UniPC", "dpm_solver_pp": "DPMSolverMultistep", "deis": "DEIS",
 }  # fmt: skip
@@ -79,11 +66,6 @@ FLOW_GRIDS = {
     "SASolverScheduler": "dpm_solver_pp",
     "DEISMultistepScheduler": "deis",
 }
-
-
-def is_foreign(config: Mapping[str, Any]) -> bool:
-    """Whether another class wrote ``config``: ours always has ``solver``, also after a detour."""
-    return "solver" not in config
 
 
 def adopt(config: Mapping[str, Any], solver: str | None = None) -> dict[str, Any]:
@@ -128,18 +110,8 @@ def _defaults(config: Mapping[str, Any], name: str | None, solver: str | None) -
     listed = set(config.get("_use_default_values", ()))
     if not name or not name.startswith(_OWN_CLASS.get(solver or "", "?")):
         return listed
-    parameters = _parameters(name)
+    parameters = parameters_of(name)
     return {k for k in listed if k not in parameters or config.get(k) == parameters[k]}
-
-
-@functools.cache
-def _parameters(name: str) -> dict[str, Any]:
-    """Constructor arguments of a scheduler of diffusers and their defaults."""
-    import diffusers
-
-    cls = getattr(diffusers, name, None)
-    found = inspect.signature(cls).parameters if isinstance(cls, type) else {}
-    return {key: parameter.default for key, parameter in found.items()}
 
 
 # -- kinds of noise models -----------------------------------------------------------------------
@@ -212,38 +184,6 @@ def _check_range(config: Mapping[str, Any]) -> None:
 
 
 # -- what is refused -----------------------------------------------------------------------------
-
-
-def class_of(config: Mapping[str, Any]) -> str | None:
-    """The diffusers class that wrote ``config``: by its name, or else by its set of keys."""
-    name = config.get("_class_name")
-    if name is not None:
-        return str(name)
-    keys = frozenset(key for key in config if not key.startswith("_"))
-    names = _classes_by_keys().get(keys, ())
-    unread = [one for one in names if one not in READ_CLASSES]
-    if unread and len(names) > 1 and "_use_default_values" in config:
-        raise ValueError(
-            f"the config has the keys of {' and '.join(names)}, which are different models: pass "
-            f"{{**scheduler.config, '_class_name': '{names[0]}'}}"
-        )
-    return names[0] if names else None
-
-
-@functools.cache
-def _classes_by_keys() -> dict[frozenset[str], tuple[str, ...]]:
-    """Constructor arguments of every scheduler of diffusers -> its names, the ones read here first."""
-    import diffusers
-
-    others = sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and n not in READ_CLASSES)
-    found: dict[frozenset[str], tuple[str, ...]] = {}
-    for name in (*READ_CLASSES, *others):
-        cls = getattr(diffusers, name, None)
-        if isinstance(cls, type) and hasattr(cls, "from_config"):
-            parameters = inspect.signature(cls).parameters
-            keys = frozenset(key for key in parameters if key not in ("args", "kwargs"))
-            found[keys] = (*found.get(keys, ()), name)
-    return found
 
 
 def _check(config: Mapping[str, Any], defaults: set[str], name: str | None) -> None:

@@ -18,9 +18,10 @@ except ImportError as exc:
 
 from ...solvers import SOLVERS
 from ...support.versioned import Versioned
-from .adopt import adopt, is_foreign
+from .adopt import adopt
 from .flow_times import static_shift
 from .foreign_calls import without_missing
+from .foreign_class import is_foreign
 from .indices import index_of
 from .noise import NoiseModel
 from .runner import Runner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import layout
 from ...policies.corrector import CorrectedPolicy, Correctors
-from ...solvers.policy import Policy, PolicyRun, policy_of
+from ...solvers.policy import policy_of
 from ...solvers.table import SolverTable
+from .clipping import clipped, clips
 from .flow_times import is_default
 from .noise import NoiseModel
 from .origin import origin_of
@@ -26,6 +27,7 @@ from .plan import (
     strided_rows,
     table_rows,
 )
+from .sample_rows import SampleRows
 from .source import SolverLike, Source
 from .state import State
 from .tables import named_table, solver_options
@@ -60,7 +62,7 @@ class Runner:
         self._model = model
         self._steps = steps
         self._watch = watch
-        self._policy: Policy | None = None
+        self._own_rows: SampleRows | None = None
         self.correctors: Correctors | None = None
         self._times: Times | None = None
         self._name = source if isinstance(source, str) else None
@@ -83,7 +85,6 @@ class Runner:
         self._whole, self._prepared = self._rows, 0
         self._plan: StartRows = make_plan(self._rows, model, 0)
         self._state: State | None = None
-        self._run: PolicyRun | None = None
         self._was_scaled = False
         if watch is not None:
             watch.reset()
@@ -127,23 +128,8 @@ class Runner:
             self.correctors, policy = policy.correctors, policy.rows
         table = policy.static_table()
         rows = policy_rows(policy) if table is None else table_rows(table)
-        self._policy = policy if policy.needs_features else None
-        if self._policy is not None and self._watch is None:
-            raise ValueError(
-                "this solver computes its rows from the network's bottleneck: call "
-                "scheduler.watch(pipe.unet) first, or use its static table, "
-                "solver.table(denoiser, noise)"
-            )
-        if self._policy is not None and self._model.kind == "edm":
-            raise ValueError(
-                "per-sample solvers are not supported on EDM pipelines: use the static table, "
-                "solver.table(denoiser, noise)"
-            )
-        for key in ("clip_sample", "thresholding"):
-            if self._policy is not None and self._config[key]:
-                raise ValueError(
-                    f"{key} is True: a solver with rows of its own for every sample does not clip"
-                )
+        if policy.needs_features:
+            self._own_rows = SampleRows(policy, self._model, self._watch, self._config)
         told = timesteps is not None or (
             sigmas is not None and not is_default(vector(sigmas, "sigmas"))
         )
@@ -184,7 +170,7 @@ class Runner:
                 "dlms_engine.integrations.diffusers.accelerate, or a solver without it"
             )
         if index:
-            self._policy = None  # its first steps are gone: its nominal rows go on
+            self._own_rows = None  # its first steps are gone: its nominal rows go on
             if self._watch is not None:
                 self._watch.reset()  # and so do their times
             self._without_correctors(index)
@@ -227,7 +213,16 @@ class Runner:
         Raises:
             ValueError: it has another shape than the latents for another reason.
         """
-        return output if output.shape == sample.shape else self._without_variance(output, sample)
+        if output.shape == sample.shape:
+            return output
+        channels = sample.shape[1]
+        learned = self._config.get("variance_type") in ("learned", "learned_range")
+        if learned and output.shape[1] == 2 * channels:
+            return output[:, :channels]
+        raise ValueError(
+            f"model_output is {tuple(output.shape)}, sample is {tuple(sample.shape)}: set "
+            "variance_type='learned_range' for networks that predict a variance too"
+        )
 
     @property
     def was_scaled(self) -> bool:
@@ -246,16 +241,16 @@ class Runner:
             raise ValueError(
                 f"all {self._rows.count} steps were taken: call set_timesteps for a new run"
             )
-        if output.shape != sample.shape:
-            output = self._without_variance(output, sample)
+        output = self.shaped_output(output, sample)
         assert self._state is not None
         if not self._state.fits(sample):
             self._restart(n, sample)
-        if self._policy is not None:
-            return self._state.advance(n, output, sample, self._policy_row(n, sample))
-        clips = self._config["clip_sample"] or self._config["thresholding"]
-        clip, ddim = self._clip if clips else None, self._name == "ddim"
-        return self._state.advance(n, output, sample, clip=clip, keep_noise=ddim)
+        if self._own_rows is not None:
+            plan, times = self._plan, self.host_timesteps
+            row = self._own_rows.row(n, sample, plan.scale, plan.depth, times)
+            return self._state.advance(n, output, sample, row)
+        clip = functools.partial(clipped, config=self._config) if clips(self._config) else None
+        return self._state.advance(n, output, sample, clip=clip, keep_noise=self._name == "ddim")
 
     def predicted(self, n: int, output: Tensor, sample: Tensor) -> Tensor:
         """The data prediction of row ``n``, from what ``advance`` was given."""
@@ -263,63 +258,11 @@ class Runner:
         scale = self._rows.scale if n == 0 else 1.0
         x, f = sample.float() * scale, self.shaped_output(output, sample).float()
         data = float(pre.c_skip) * x + float(pre.c_out) * f
-        clips = self._config["clip_sample"] or self._config["thresholding"]
-        return (self._clip(data) if clips else data).to(sample.dtype)
+        return (clipped(data, self._config) if clips(self._config) else data).to(sample.dtype)
 
     def _restart(self, n: int, sample: Tensor) -> None:
         """Latents of another shape or device: a late start, as the history is of the old ones."""
         _log.warning(
             "the latents became %s: the solver begins anew at step %d", list(sample.shape), n
         )
-        self._run = None
         self.begin(n)
-
-    def _without_variance(self, output: Tensor, sample: Tensor) -> Tensor:
-        channels = sample.shape[1]
-        learned = self._config.get("variance_type") in ("learned", "learned_range")
-        if learned and output.shape[1] == 2 * channels:
-            return output[:, :channels]
-        raise ValueError(
-            f"model_output is {tuple(output.shape)}, sample is {tuple(sample.shape)}: set "
-            "variance_type='learned_range' for networks that predict a variance too"
-        )
-
-    def _clip(self, data: Tensor) -> Tensor:
-        """Static clipping, or dynamic thresholding (Saharia et al. 2022)."""
-        if not self._config["thresholding"]:
-            bound = float(self._config["clip_sample_range"])
-            return data.clamp(-bound, bound)
-        flat = data.flatten(1)
-        ratio = float(self._config["dynamic_thresholding_ratio"])
-        bounds = torch.quantile(flat.abs(), ratio, dim=1, keepdim=True)
-        bounds = bounds.clamp(1.0, float(self._config["sample_max_value"]))
-        return (flat.clamp(-bounds, bounds) / bounds).reshape(data.shape)
-
-    # -- per-sample rows --------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _policy_row(self, n: int, sample: Tensor) -> Tensor:
-        """``[B, 6 + depth]`` row of a policy that has seen the features of evaluation ``n``."""
-        assert self._policy is not None and self._watch is not None
-        batch, model = sample.shape[0], self._model
-        if self._run is None:
-            self._run = self._policy.start(batch, sample.device)
-            self._asked = self._run.time
-        row = self._run.row(n, self._watch.features(batch))
-        pre = model.preconditioning(self._asked.expand(batch), self._policy.prediction)
-        scale = self._rows.scale if n == 0 else 1.0
-        packed = layout.pack_row(
-            c_skip=pre.c_skip * scale,
-            c_out=pre.c_out,
-            a=row.a.expand(batch) * scale,
-            c_in_next=torch.ones_like(pre.c_skip),
-            guidance=1.0,
-            slot=n % self._plan.depth,
-            b=row.b,
-        )
-        if row.next_time is None:
-            self._watch.ratio = None
-        else:
-            self._asked = row.next_time.expand(batch)
-            self._watch.ratio = model.timestep(self._asked) / self.host_timesteps[n + 1]
-        return packed
