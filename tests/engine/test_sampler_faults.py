@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from dlms_engine import Denoiser, Sampler, grids, processes, solvers
 from dlms_engine.policies.amed import AmedPolicy
@@ -113,3 +114,16 @@ def test_what_is_moved_in_inference_mode_can_be_changed_later(kind):
     assert next(module.parameters()).device.type == "meta"
     module.load_state_dict(module.state_dict())
     module.requires_grad_(True)
+
+
+def test_the_progress_bar_of_a_run_that_fails_is_taken_away():
+    """Held by the traceback, as a prompt does, it pushed every later bar one line down."""
+
+    def failing(x, t):
+        raise RuntimeError("out of luck")
+
+    sampler = Sampler(Denoiser(failing, PROCESS, "data"), TABLE)
+    before = set(tqdm._instances)
+    with pytest.raises(RuntimeError, match="out of luck") as failed:
+        sampler.sample([0], (4,), progress=True)
+    assert failed.tb is not None and set(tqdm._instances) <= before

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from .. import ops
 from ..models.denoiser import Denoiser
 from ..policies.corrector import CorrectedPolicy, Correctors
 from ..policies.run import run_predictions
-from ..processes.base import as_float64, config_summary
+from ..processes.base import as_float64
 from ..solvers.policy import Policy, Solved, policy_of
 from ..solvers.table import SolverTable
 from ..support.versioned import Versioned
@@ -23,6 +22,7 @@ from .cuda_graph import run_captured
 from .cuda_graph_cache import GraphCache, split_tensors
 from .cuda_graph_loop import table_loop
 from .dlms_steps import policy_steps
+from .fits import check_fit
 from .noise import Rng, seeded_noise
 from .steps import (
     AfterRow,
@@ -35,21 +35,11 @@ from .steps import (
     plan_table,
     run_plain,
 )
+from .watching import Callback, Step, Watchers
+
+__all__ = ["GRAPHS", "Callback", "Sampler", "Step"]
 
 _log = logging.getLogger("dlms_engine")
-
-
-class Step(NamedTuple):
-    """What a callback is given after each row."""
-
-    index: int  # type: ignore[assignment]  # 0 .. nfe - 1; hides tuple.index
-    nfe: int
-    # [B, ...] the state after the row; the live buffer: clone it to keep it. Values written into it
-    # count from the next evaluation on.
-    x: Tensor
-
-
-Callback = Callable[[Step], None]
 
 GRAPHS = GraphCache()
 """Captured runs of all samplers of this process; bounded, least recently used first out."""
@@ -82,26 +72,8 @@ class Sampler(Versioned, nn.Module):
         check_finite: bool | None = None,
     ) -> None:
         super().__init__()
-        if dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.float64 (state)")
         policy = policy_of(policy)
-        network_dtype = denoiser.network_dtype
-        if dtype == torch.float64 and network_dtype not in (None, torch.float64):
-            raise ValueError(
-                f"dtype is {dtype}, but the network's parameters are {network_dtype}: a float64 state "
-                "needs a float64 network (network.double()); float32 is the usual state"
-            )
-        if policy.needs_features and not denoiser.features:
-            raise ValueError(
-                "the solver computes its rows from the network's features, but the denoiser taps none: "
-                "Denoiser(..., features='mid_block'), with the module it was distilled with"
-            )
-        if policy.process.config() != denoiser.process.config():
-            raise ValueError(
-                f"the solver was made for {config_summary(policy.process.config())}; the denoiser "
-                f"runs {config_summary(denoiser.process.config())}: make or distil the solver on the "
-                "denoiser's process"
-            )
+        check_fit(denoiser, policy, dtype)
         self.denoiser = denoiser
         self.correctors: Correctors | None = None
         if isinstance(policy, CorrectedPolicy):
@@ -183,28 +155,18 @@ class Sampler(Versioned, nn.Module):
         if noise.is_complex() or noise.dtype == torch.bool:
             raise ValueError(f"noise is {noise.dtype}, expected floating point [B, ...]")
         place = self.denoiser.device if noise.device.type == "cpu" else noise.device
-        watched = return_trajectory or callback is not None or progress
-        # A captured run copies its inputs itself; every other overwrites the state.
-        copy = not self._captures(place, watched)
-        x = noise.to(place, self.dtype, copy=copy, memory_format=torch.contiguous_format)
-        states: list[Tensor] = [x.clone()] if return_trajectory else []
-        bar = tqdm(total=self.nfe, desc="sampling", unit="eval", leave=False) if progress else None
-
-        def after(n: int, state: Tensor) -> None:
-            if return_trajectory:
-                states.append(state.clone())
-            if callback is not None:
-                callback(Step(n, self.nfe, state))
-            if bar is not None:
-                bar.update()
-
-        x = self._run(x, after if watched else None, conditions)
-        if bar is not None:
-            bar.close()
+        watchers = Watchers(self.nfe, callback, progress, return_trajectory)
+        try:
+            # A captured run copies its inputs itself; every other overwrites the state.
+            copy = not self._captures(place, watchers.present)
+            x = noise.to(place, self.dtype, copy=copy, memory_format=torch.contiguous_format)
+            x = self._run(x, watchers.begin(x), conditions)
+        finally:
+            watchers.end()
         if not self._warned_not_finite and not self._is_finite(x):
             again = noise.to(place, self.dtype, copy=True, memory_format=torch.contiguous_format)
             self._tell_where(again, conditions)
-        return (x, torch.stack(states)) if return_trajectory else x
+        return (x, watchers.trajectory()) if return_trajectory else x
 
     def _is_finite(self, x: Tensor) -> bool:
         """Whether the samples are finite; True unlooked where looking would make the host wait."""

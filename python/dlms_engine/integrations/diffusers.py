@@ -339,8 +339,7 @@ def accelerate(pipe: Any, solver: Any = None, **settings: Any) -> Acceleration:
     original, refusal = scheduler_of(pipe), ""
     config = {"_class_name": type(original).__name__, **original.config}
     if solver is None:
-        kept = original.solver if isinstance(original, DLMSScheduler) else "dpm_solver_pp"
-        solver = kept
+        solver = original.solver if isinstance(original, DLMSScheduler) else "dpm_solver_pp"
     source = load_source(solver)
     unknown = settings.keys() - inspect.signature(DLMSScheduler.__init__).parameters.keys()
     if unknown:

@@ -18,14 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...engine.cuda_graph_cache import GraphCache
 from ..scheduler.runner import Runner
 from .callers_errors import is_callers
 from .calls import NotReplayed, caches
 from .dry_run import DryRun, StandIns
-from .interception import Interception, subclass
+from .interception import Interceptions, subclass
 from .kinds import bound, follows_the_steps, generators_of, kind_of_call, scales_of, short
 from .parts import module_components, rewinder, set_scheduler
 from .recording import Program, Recorder
@@ -72,8 +72,7 @@ class Acceleration:
         self._session: Recorder | DryRun | None = None
         self._thread: int | None = None
         self._arguments: dict[str, Any] = {}
-        self._taps: list[Interception] = []
-        self._names: list[str] = []
+        self._parts = Interceptions(self._heard)
         self._listen()
         if scheduler is None:
             _log.warning("%s keeps its own scheduler: %s", self._class.__name__, refusal)
@@ -111,34 +110,18 @@ class Acceleration:
             set_scheduler(self.pipe, self._scheduler)
             self._own.unwatch()
             self._own.run_with(None)
-        for tap in self._taps:
-            tap.remove()
-        self._taps.clear()
+        self._parts.remove()
         self.pipe = None
 
     # -- listening -------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        """One interception a module component; parts that were replaced since are followed."""
-        current = module_components(self.pipe)
-        known = {tap.module for tap in self._taps}
-        if known == set(current.values()) and list(current) == self._names:
-            return
-        for tap in self._taps:
-            tap.remove()
-        self._names = list(current)
-        self._taps = []
-        for number, module in enumerate(current.values()):
-            self._taps.append(Interception(module, functools.partial(self._heard, number)))
-        self._kinds.clear()
+        """Follows parts that were replaced since; what was known of the others is forgotten."""
+        if self._parts.follow(module_components(self.pipe)):
+            self._kinds.clear()
 
     def _heard(
-        self,
-        number: int,
-        _module: nn.Module,
-        original: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        self, number: int, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         session = self.session
         if session is None:
@@ -189,7 +172,7 @@ class Acceleration:
         if kind.program is None:
             return self._recorded(kind, rewind, pipe, args, kwargs)
         try:
-            dry = DryRun(kind.program, self._names, self._stand_ins)
+            dry = DryRun(kind.program, self._parts.names, self._stand_ins)
             result = self._timed(kind, dry, pipe, args, kwargs)
             if dry.failure is not None:
                 raise dry.failure
@@ -253,9 +236,9 @@ class Acceleration:
         """A cache that was switched on, or off, since a network's calls were recorded."""
         used = {slot.module for k in self._kinds.values() if k.program for slot in k.program.slots}
         for number in sorted(used):
-            why = caches(self._taps[number].module)
+            why = caches(self._parts.each[number].module)
             if why is not None:
-                return f"{self._names[number]}: {why}"
+                return f"{self._parts.names[number]}: {why}"
         return None
 
     def _kind(self, arguments: dict[str, Any], reason: str | None) -> _Kind:
@@ -279,7 +262,7 @@ class Acceleration:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        recorder = Recorder(self._names, [tap.module for tap in self._taps])
+        recorder = Recorder(self._parts.names, [part.module for part in self._parts.each])
         result = self._safely(kind, recorder, rewind, pipe, args, kwargs)
         if kind.own_scheduler:
             return result
@@ -319,8 +302,8 @@ class Acceleration:
         used = {slot.module for slot in dry.program.slots}
         loop = WholeLoop(
             dry,
-            {n: self._taps[n].call for n in used},
-            {n: self._taps[n].module for n in used},
+            {n: self._parts.each[n].call for n in used},
+            {n: self._parts.each[n].module for n in used},
             scales_of(self._arguments, self.pipe),
         )
         return loop.run(self._cache)

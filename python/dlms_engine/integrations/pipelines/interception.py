@@ -8,13 +8,15 @@ are.
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
 Original = Callable[..., Any]
 Listener = Callable[[nn.Module, Original, tuple[Any, ...], dict[str, Any]], Any]
+NumberedListener = Callable[[int, Original, tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Interception:
@@ -51,6 +53,47 @@ class Interception:
             return self._listener(module, original, args, kwargs)
 
         return subclass(cls, call)
+
+
+class Interceptions:
+    """One a module: calls of number ``n`` go to ``listener(n, original, args, kwargs)``.
+
+    Attributes:
+        names: the modules' names, by number.
+        each: their interceptions, by number.
+    """
+
+    def __init__(self, listener: NumberedListener) -> None:
+        self.names: list[str] = []
+        self.each: list[Interception] = []
+        self._listener = listener
+
+    def follow(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Intercepts ``modules`` and no others; whether they are not those of before."""
+        known = {one.module for one in self.each}
+        if known == set(modules.values()) and list(modules) == self.names:
+            return False
+        self.remove()
+        self.names = list(modules)
+        for number, module in enumerate(modules.values()):
+            self.each.append(Interception(module, functools.partial(self._heard, number)))
+        return True
+
+    def remove(self) -> None:
+        """Takes every interception away."""
+        for one in self.each:
+            one.remove()
+        self.each = []
+
+    def _heard(
+        self,
+        number: int,
+        _module: nn.Module,
+        original: Original,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        return self._listener(number, original, args, kwargs)
 
 
 def subclass(cls: type[Any], call: Callable[..., Any]) -> type[Any]:
