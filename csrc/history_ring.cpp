@@ -18,12 +18,9 @@ HistoryRing::HistoryRing(int64_t depth, const std::vector<int64_t>& shape, py::o
         "depth is " + std::to_string(depth) + ", expected 1 to " + std::to_string(kMaxDepth));
   std::vector<int64_t> full = {depth};
   full.insert(full.end(), shape.begin(), shape.end());
-  for (const int64_t size : full)
-    if (size < 0)
-      throw py::value_error("shape is " + shape_text(shape.data(), static_cast<int>(shape.size())) +
-                            ", sizes must be >= 0");
   const Dtype type = dtype_from_python(dtype, "dtype");
-  slots_ = LiveTensor(allocate_pages(product(full) * element_size(type)), 0, full, type);
+  (void)checked_bytes(shape, type); // names the shape as it was given
+  slots_ = LiveTensor(allocate_pages(checked_bytes(full, type)), 0, full, type);
 }
 
 py::object HistoryRing::past(int64_t k) {

@@ -58,10 +58,6 @@ SamplingLoop::SamplingLoop(int64_t depth, const std::vector<int64_t>& shape, py:
     py::object network_dtype)
     : shape_(shape) {
   if (shape.empty()) throw py::value_error("shape is [], expected [B, ...]");
-  for (const int64_t size : shape)
-    if (size < 0)
-      throw py::value_error("shape is " + shape_text(shape.data(), static_cast<int>(shape.size())) +
-                            ", sizes must be >= 0");
   if (depth < 1 || depth > kMaxDepth)
     throw py::value_error(
         "depth is " + std::to_string(depth) + ", expected 1 to " + std::to_string(kMaxDepth));
@@ -73,6 +69,8 @@ SamplingLoop::SamplingLoop(int64_t depth, const std::vector<int64_t>& shape, py:
         std::string("state ") + dtype_name(args_.state) + " with network " +
         dtype_name(args_.network) +
         ": expected a float32 state with a float32, bfloat16 or float16 network, or float64 both");
+  const int64_t state_bytes = page_up(checked_bytes(shape, args_.state));
+  const int64_t input_bytes = page_up(checked_bytes(shape, args_.network));
   args_.batch = shape[0];
   args_.depth = depth;
   args_.inner = shape[0] == 0 ? 0 : product(shape) / shape[0];
@@ -81,9 +79,7 @@ SamplingLoop::SamplingLoop(int64_t depth, const std::vector<int64_t>& shape, py:
   // page never wait for each other's stores (measured: up to 1.4 times faster than 64 bytes apart).
   std::vector<int64_t> ring_shape = {depth};
   ring_shape.insert(ring_shape.end(), shape.begin(), shape.end());
-  const int64_t state_bytes = page_up(product(shape) * element_size(args_.state));
-  const int64_t input_bytes = page_up(product(shape) * element_size(args_.network));
-  const int64_t ring_bytes = product(ring_shape) * element_size(args_.state);
+  const int64_t ring_bytes = checked_bytes(ring_shape, args_.state);
   const auto memory = allocate_pages(state_bytes + input_bytes + ring_bytes);
   state_ = LiveTensor(memory, 0, shape, args_.state);
   network_input_ = LiveTensor(memory, state_bytes, shape, args_.network);

@@ -203,6 +203,20 @@ int64_t product(const std::vector<int64_t>& shape) {
   return total;
 }
 
+int64_t checked_bytes(const std::vector<int64_t>& shape, Dtype dtype) {
+  const auto refuse = [&shape](const char* why) {
+    throw py::value_error(
+        "shape is " + shape_text(shape.data(), static_cast<int>(shape.size())) + ", " + why);
+  };
+  constexpr int64_t kMost = int64_t(1) << 57; // sums of a few such numbers do not overflow
+  int64_t total = element_size(dtype);
+  for (const int64_t size : shape) {
+    if (size < 0) refuse("sizes must be >= 0");
+    if (__builtin_mul_overflow(total, size, &total) || total > kMost) refuse("too large");
+  }
+  return total;
+}
+
 std::string describe(py::handle object) {
   std::ostringstream out;
   out << std::string(py::str(object.attr("dtype"))) << " "

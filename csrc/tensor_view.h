@@ -70,6 +70,8 @@ void require(const TensorView& view, pybind11::handle object, const std::string&
 Dtype dtype_from_python(pybind11::handle torch_dtype, const char* name);
 const char* dtype_name(Dtype dtype);
 int64_t product(const std::vector<int64_t>& shape);
+// ValueError unless every size is at least 0 and all of it fits an address space.
+int64_t checked_bytes(const std::vector<int64_t>& shape, Dtype dtype);
 std::string shape_text(const int64_t* shape, int ndim);
 
 } // namespace dlms

@@ -11,14 +11,25 @@ DevicePtr address(const void* pointer) {
 
 } // namespace
 
+void OwnedGraph::reset() {
+  if (graph_ != nullptr) driver_.graph_destroy(graph_);
+  graph_ = nullptr;
+}
+
+Graph OwnedGraph::release() {
+  const Graph graph = graph_;
+  graph_ = nullptr;
+  return graph;
+}
+
 GraphRun::GraphRun(
     Graph graph, std::vector<Span> inputs, Span output, int device, Ownership ownership)
     : driver_(driver()),
       device_(device),
+      graph_(driver_, ownership == Ownership::kTake ? graph : nullptr),
       context_(driver_, device),
       inputs_(std::move(inputs)),
-      output_(output),
-      graph_(ownership == Ownership::kTake ? graph : nullptr) {
+      output_(output) {
   try {
     check_spans();
     const ContextScope scope(driver_, context_.get());
@@ -58,7 +69,7 @@ GraphRun::~GraphRun() {
 void GraphRun::destroy() {
   if (exec_ != nullptr) driver_.exec_destroy(exec_);
   if (done_ != nullptr) driver_.event_destroy(done_);
-  if (graph_ != nullptr) driver_.graph_destroy(graph_);
+  graph_.reset();
 }
 
 void GraphRun::launch(const std::vector<Span>& inputs, void* output, Stream stream) {

@@ -17,6 +17,21 @@ struct Span {
   size_t bytes = 0;
 };
 
+// A graph of its own, or null.
+class OwnedGraph {
+ public:
+  OwnedGraph(const Driver& driver, Graph graph) : driver_(driver), graph_(graph) {}
+  ~OwnedGraph() { reset(); }
+  OwnedGraph(const OwnedGraph&) = delete;
+  OwnedGraph& operator=(const OwnedGraph&) = delete;
+  void reset();
+  Graph release(); // the caller's from now on
+
+ private:
+  const Driver& driver_;
+  Graph graph_;
+};
+
 class GraphRun {
  public:
   // graph: what a stream capture recorded, or a loop_graph. It is only read, and stays the caller's
@@ -55,11 +70,11 @@ class GraphRun {
 
   const Driver& driver_;
   int device_;
+  OwnedGraph graph_; // ahead of the context, which may not be had
   PrimaryContext context_;
   std::vector<Span> inputs_;
   Span output_;
   std::mutex mutex_; // a run's copies and its launch belong together
-  Graph graph_ = nullptr;
   GraphExec exec_ = nullptr;
   Event done_ = nullptr; // of the latest run
   size_t nodes_ = 0;

@@ -41,6 +41,8 @@ class TensorRun {
  public:
   TensorRun(uintptr_t graph, const py::tuple& inputs, py::object output, int device, bool take)
       : inputs_(inputs), output_(std::move(output)) {
+    // The run's once there is one: buffers may be refused before.
+    cuda::OwnedGraph taken(cuda::driver(), take ? handle_of<cuda::Graph>(graph) : nullptr);
     std::vector<Span> spans;
     for (const py::handle tensor : inputs) {
       const RawTensor raw = memory_of(tensor, "an input buffer");
@@ -52,6 +54,7 @@ class TensorRun {
     const Span span{out.data, out.bytes};
     const auto ownership = take ? GraphRun::Ownership::kTake : GraphRun::Ownership::kBorrow;
     const py::gil_scoped_release release;
+    (void)taken.release();
     run_ = std::make_unique<GraphRun>(
         handle_of<cuda::Graph>(graph), std::move(spans), span, device, ownership);
   }

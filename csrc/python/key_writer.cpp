@@ -45,8 +45,12 @@ void Writer::sequence(PyObject* object, int depth, bool held) {
   if (size > kLongest) return;
   PyObject* const* items = tuple ? reinterpret_cast<PyTupleObject*>(object)->ob_item
                                  : reinterpret_cast<PyListObject*>(object)->ob_item;
-  for (Py_ssize_t i = 0; i < size; ++i)
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    if (!tuple && (PyList_GET_SIZE(object) != size ||
+                      reinterpret_cast<PyListObject*>(object)->ob_item != items))
+      return impossible(); // code that an item's type ran has changed it
     value(items[i], depth + 1, tuple && held ? nullptr : items + i);
+  }
 }
 
 void Writer::mapping(PyObject* object, int depth) {
@@ -58,6 +62,7 @@ void Writer::mapping(PyObject* object, int depth) {
   PyObject *key = nullptr, *item = nullptr;
   Py_ssize_t position = 0;
   while (PyDict_Next(object, &position, &key, &item)) {
+    const auto kept = py::reinterpret_borrow<py::object>(item); // whatever looking at the key does
     value(key, depth + 1);
     value(item, depth + 1);
   }
@@ -75,8 +80,10 @@ bool Writer::place(PyObject* item, bool parameter) {
       place.data, place.layout, place.dtype, place.device.first, place.device.second, 0};
   static_assert(sizeof packed == sizeof(void*) + 24, "padding would be compared");
   moving.put(packed);
-  // The host reads it where it launches a kernel: a graph has frozen the number.
-  if (place.ndim == 0 && place.device.first == kCpu) moving.put(place.data, place.bytes);
+  // The host reads it where it launches a kernel: a graph has frozen the number. Its storage may
+  // have been given back.
+  if (place.ndim == 0 && place.device.first == kCpu && place.data != nullptr)
+    moving.put(place.data, place.bytes);
   return !parameter || place.device == device_;
 }
 
@@ -175,6 +182,9 @@ void Writer::value(PyObject* item, int depth, PyObject* const* where) {
     if (number_or_text(item)) return impossible();
   }
   if (depth >= kDepth) return tag(kDeep);
+  // Types run code of their own where they are looked at, and other threads may run in it: what
+  // holds the object may let it go.
+  const auto kept = py::reinterpret_borrow<py::object>(item);
   if (PyTuple_Check(item) || PyList_Check(item)) return sequence(item, depth, where == nullptr);
   if (PyDict_Check(item)) return mapping(item, depth);
   const Kind kind = kind_of(item);
@@ -206,9 +216,14 @@ void Writer::entries(PyObject* dict, Each each) {
   if (!PyDict_Check(dict)) return;
   raw_number(static_cast<uint32_t>(PyDict_GET_SIZE(dict)));
   if (recipe_ != nullptr) recipe_->dict(dict);
+  const auto kept = py::reinterpret_borrow<py::object>(dict);
   PyObject *name = nullptr, *item = nullptr;
   Py_ssize_t position = 0;
-  while (PyDict_Next(dict, &position, &name, &item)) each(name, item);
+  while (PyDict_Next(dict, &position, &name, &item)) {
+    const auto kept_name = py::reinterpret_borrow<py::object>(name);
+    const auto kept_item = py::reinterpret_borrow<py::object>(item);
+    each(name, item);
+  }
 }
 
 void Writer::tensors(PyObject* dict, bool parameters) {
@@ -249,18 +264,19 @@ void Writer::module(PyObject* object) {
     return PyErr_Clear();
   }
   if (recipe_ != nullptr) recipe_->holder(object, dict.ptr());
-  PyObject *name = nullptr, *item = nullptr, *submodules = nullptr;
+  PyObject *name = nullptr, *item = nullptr;
+  py::object submodules;
   Py_ssize_t position = 0;
   while (PyDict_Next(dict.ptr(), &position, &name, &item)) {
     switch (attribute_of(name)) {
       case Attribute::kParameters: tensors(item, true); break;
       case Attribute::kBuffers: tensors(item, false); break;
-      case Attribute::kModules: submodules = item; break;
+      case Attribute::kModules: submodules = py::reinterpret_borrow<py::object>(item); break;
       case Attribute::kIgnored: break;
       case Attribute::kOther: attribute(name, item); break;
     }
   }
-  if (submodules != nullptr) children(submodules);
+  if (submodules) children(submodules.ptr());
 }
 
 } // namespace dlms

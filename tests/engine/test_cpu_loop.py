@@ -214,6 +214,8 @@ def test_wrong_arguments_are_named():
         (((), 1), r"shape is \[\]"),
         ((SHAPE, 0), "depth is 0, expected 1 to 4096"),
         (((2, -1), 1), r"shape is \[2, -1\]"),
+        (((2**40, 2**40), 1), r"shape is \[1099511627776, 1099511627776\], too large"),
+        (((2**52, 1), 4096), r"shape is \[4096, 4503599627370496, 1\], too large"),
     ]:
         with pytest.raises(ValueError, match=message):
             cpu_loop.Engine(*arguments)

@@ -7,7 +7,10 @@ import dataclasses
 import decimal
 import enum
 import functools
+import os
 import pickle
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -195,6 +198,63 @@ def test_keys_of_a_network_that_refers_to_itself():
     assert graph_key(net, X)[0] == before
     net[0].weight.data = net[0].weight.data.clone()
     assert graph_key(net, X)[0] != before
+
+
+def test_a_number_whose_memory_was_given_back_has_a_key():
+    """Bug: the key read it at address zero. Offloaded parameters lose their storage."""
+    net = Adapted()
+    before = graph_key(net, X)[0]
+    net.strength.untyped_storage().resize_(0)
+    assert graph_key(net, X)[0] != before
+
+
+CHANGED_WHILE_READ = """
+import sys, torch
+from dlms_engine.engine.cuda_graph_cache import graph_key
+
+class Kind(type):
+    def __getattr__(cls, name):  # called where a key looks at the type
+        change()
+        raise AttributeError(name)
+
+class Odd(metaclass=Kind):
+    pass
+
+def change():
+    global junk
+    what = sys.argv[1]
+    if what == "list":
+        net.things.clear()
+    elif what == "dict":
+        net.things.clear()
+        net.things.update({n: str(n) * n for n in range(40)})
+    elif what == "attributes":
+        net.__dict__.pop("things", None)
+        net.__dict__["_modules"] = {}
+    junk = [bytearray(n) for n in range(16, 4000)]
+
+net = torch.nn.Sequential(torch.nn.Linear(2, 2))
+more = {f"key {n}": f"value {n}" for n in range(400)}
+if sys.argv[1] == "list":
+    net.things = [Odd(), *more]
+elif sys.argv[1] == "dict":
+    net.things = {Odd(): [1.5, "text"], **more}
+else:
+    net.things = [Odd(), *more]
+assert len(graph_key(net, {"x": torch.zeros(3)})[0]) > 100
+print("alive")
+"""
+
+
+@pytest.mark.parametrize("what", ["list", "dict", "attributes", "nothing"])
+def test_what_changes_while_it_is_read_is_never_memory_that_is_gone(what):
+    """Bug: a list that shrank under the key was read on. Other threads may change a network, too."""
+    environment = {**os.environ, "PYTHONMALLOC": "debug"}  # freed memory is overwritten
+    done = subprocess.run(
+        [sys.executable, "-c", CHANGED_WHILE_READ, what],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip()) == (0, "alive"), done.stderr
 
 
 def test_a_parameter_on_another_device_is_named():

@@ -137,6 +137,26 @@ def test_a_failed_instantiation_leaves_nothing(driver):
     assert driver.alive() == before + 1  # the capture is its maker's
 
 
+@pytest.mark.parametrize(
+    "name", ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuGraphInstantiateWithFlags", None]
+)
+def test_a_graph_that_is_taken_over_is_destroyed_whatever_fails(driver, name):
+    """Bug: one whose context could not be had, or whose buffers were refused, was left."""
+    before = driver.alive()
+    graph, buffer = driver.graph(lambda: None), torch.zeros(3)
+    if name is None:
+        with pytest.raises(ValueError, match="not contiguous"):
+            native.GraphRun(graph, (torch.zeros(3, 2)[:, 0],), buffer, 0, take=True)
+    else:
+        driver.fail(name, 2)
+        try:
+            with pytest.raises(native.DriverError, match="out of memory"):
+                native.GraphRun(graph, (buffer,), buffer, 0, take=True)
+        finally:
+            driver.fail(name, 0)
+    assert driver.alive() == before
+
+
 def looped(driver: Standin):
     """(run, graphs of its own): 10 times the start, then each row added."""
     x, rows = torch.zeros(3), torch.zeros(8)

@@ -53,11 +53,12 @@ def _settings(value: Any, tensors: bool, depth: int = 0) -> Any:
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Where a tensor lies and how: a view of the same memory may have other sizes.
 
-    A graph has frozen a number that lies on the host.
+    A graph has frozen a number that lies on the host, unless its memory was given back.
     """
     strides = tensor.stride() if tensor.layout == torch.strided else ()
-    number = tensor.item() if tensor.ndim == 0 and tensor.device.type == "cpu" else None
-    return tensor.data_ptr(), tensor.shape, strides, tensor.dtype, number
+    at = tensor.data_ptr()
+    number = tensor.item() if tensor.ndim == 0 and tensor.device.type == "cpu" and at else None
+    return at, tensor.shape, strides, tensor.dtype, number
 
 
 def attributes(value: Any) -> dict[str, Any]:
