@@ -15,6 +15,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs the extra: dlms-engin
 from dlms_engine import grids, processes, solvers  # noqa: E402
 from dlms_engine.engine.sampler import Sampler  # noqa: E402
 from dlms_engine.integrations.diffusers import DLMSScheduler  # noqa: E402
+from dlms_engine.integrations.scheduler import tables  # noqa: E402
 from dlms_engine.models.denoiser import Denoiser  # noqa: E402
 from dlms_engine.policies.distilled import save_solver  # noqa: E402
 from dlms_engine.policies.dlms import Designer, DesignerPolicy, DesignerSettings  # noqa: E402
@@ -409,3 +410,27 @@ def test_clipping_is_that_of_ddim() -> None:
             x = scheduler.step(0.7 * torch.sin(x), t, x, return_dict=False)[0]
         ends.append(x)
     assert (ends[0] - ends[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("when", range(1, 6))
+def test_a_table_that_another_thread_pushes_out_meanwhile_is_made_again(when: int) -> None:
+    """Bug: between the look and the use that ended ``set_timesteps`` in a KeyError."""
+
+    class Key:
+        """Where it is hashed for the ``when``-th time, another thread's tables push this one out."""
+
+        left = 0
+
+        def __hash__(self) -> int:
+            self.left -= 1
+            if self.left == 0:
+                tables._cache.clear()
+            return 0
+
+    process, key = processes.RectifiedFlow(), Key()
+    grid = torch.linspace(1, 0, 4, dtype=torch.float64)
+    first = tables.named_table("ddim", process, grid, {}, key)
+    assert tables.named_table("ddim", process, grid, {}, key) is first
+    key.left = when
+    again = tables.named_table("ddim", process, grid, {}, key)
+    assert torch.equal(again.a, first.a) and torch.equal(again.b, first.b)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import OrderedDict
 from typing import Any
@@ -37,14 +38,15 @@ def named_table(
         ValueError: unknown name or option.
     """
     where = (name, json.dumps(options, sort_keys=True), tuple(grid.tolist()), key)
-    if key is not None and where in _cache:
-        _cache.move_to_end(where)
-        return _cache[where]
-    table = _make(name, process, grid, dict(options))
+    # Taken out and put back, as threads that share the cache may push it out in between.
+    table = None if key is None else _cache.pop(where, None)
+    if table is None:
+        table = _make(name, process, grid, dict(options))
     if key is not None:
         _cache[where] = table
         while len(_cache) > _CACHE_SIZE:
-            _cache.popitem(last=False)
+            with contextlib.suppress(KeyError):
+                _cache.popitem(last=False)
     return table
 
 
