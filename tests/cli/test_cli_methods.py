@@ -94,6 +94,26 @@ def test_the_record_refuses_what_does_not_fit_before_anything_is_measured(
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("ipndm4", "--order", 2), "method 'ipndm4' says order=4, the options order=2"),
+        (
+            ("dpm_solver_pp3-flat", "--set", "lower_order_final=true"),
+            "method 'dpm_solver_pp3-flat' says lower_order_final=False, the options "
+            "lower_order_final=True",
+        ),
+    ],
+)
+def test_what_a_label_says_is_not_said_otherwise(
+    words: tuple[object, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Bug: the order beside a label with an order was dropped, a label's own option lost to --set."""
+    sample = ("sample", *TINY, "--seeds", "0", "--output", tmp_path / "x.safetensors", "--method")
+    assert said in complaint(capsys, *sample, *words)
+    assert run(*sample, "ipndm4", "--order", 4) == 0  # the same said twice
+
+
 @pytest.mark.parametrize("method", ["dode", "gits"])
 def test_other_methods_are_measured_beside_their_base(
     method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

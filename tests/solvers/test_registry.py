@@ -103,6 +103,7 @@ def test_options_that_have_no_word_are_named() -> None:
         "dpm++3m/logsnr",
         "ipndm4-flat/logsnr",
         "ddim/logsnr/afs/x",
+        "ddim/afs-dockhorn/afs-zero",
     ],
 )
 def test_what_is_no_label_is_refused(label: str) -> None:

@@ -112,7 +112,7 @@ def choose_solver(
         grid: None for the process's own (``grids.default_grid``).
 
     Raises:
-        ValueError: both are named, or the file is not a solver.
+        ValueError: both are named, an option contradicts the label, or the file is not a solver.
     """
     if solver is not None and method is not None:
         raise ValueError("give --solver FILE or --method NAME, not both")
@@ -130,11 +130,14 @@ def choose_solver(
             )
         grid = said.grid or grid or default_grid(process)
         afs = said.afs if said.afs != "off" else afs
-        order = said.options.pop("order", order)
-        settings = {**said.options, **(options or {})}
-        table = handcrafted_table(
-            process, said.method, nfe, grid=grid, order=order, afs=afs, **settings
-        )
+        settings = {**(options or {}), **({} if order is None else {"order": order})}
+        for name, value in said.options.items():
+            if settings.setdefault(name, value) != value:
+                raise ValueError(
+                    f"method {method!r} says {name}={value!r}, the options {name}={settings[name]!r}: "
+                    "leave one out"
+                )
+        table = handcrafted_table(process, said.method, nfe, grid=grid, afs=afs, **settings)
         return label_of(table, grid), table
     from ..policies.distilled import load_solver
     from ..solvers.policy import policy_of

@@ -263,6 +263,10 @@ def parse_label(text: str) -> Label:
         options |= dict([known[word]]) if not value else {name: _plain(value)}
     afs = [part for part in rest if part.startswith("afs-")]
     grid = next((part for part in rest if part not in afs), None)
+    if len(afs) > 1:
+        raise ValueError(
+            f"method {text!r} has {len(afs)} analytical first steps, expected at most 1"
+        )
     if len(rest) - len(afs) > 1 or (grid is not None and grid not in GRIDS):
         raise ValueError(f"method {text!r}: grid is {grid!r}, expected one of {', '.join(GRIDS)}")
     return Label(method, options, grid, afs[0].removeprefix("afs-") if afs else "off")
