@@ -8,7 +8,6 @@ whatever the model and however short the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -26,7 +25,6 @@ from .budget import SPEED_BATCH, Budget, parse_budget
 from .choose import AutoStage
 from .correct import LEAST_SAMPLES, fit_corrector
 from .every_row import fit_every_row
-from .gauss_newton import GaussNewton
 from .progress import RunCheckpoint
 from .report import report_lines, report_of, write_report
 from .settings import AutoSettings
@@ -45,14 +43,11 @@ from .shares import (
     too_few_updates,
     training_share,
 )
-from .table import GeneralTable, bases
+from .table_fits import TableFits
 from .targets import Targets
 from .verdict import Judge
 
 __all__ = ["AUTO", "Auto", "AutoSettings", "effort_of", "search_again", "search_limit"]
-
-TRIAL = 3
-"""Iterations of each base before the better one goes on."""
 
 
 class Auto:
@@ -129,32 +124,15 @@ class Auto:
         return start, exact
 
     def table(self, start: Start, targets: Targets) -> SolverTable:
-        fits = [
-            GaussNewton(
-                self.problem,
-                GeneralTable(base, self.settings.depth, self.settings.afs),
-                targets,
-                self.settings.samples,
-                start.effective,
-                self.budget.left_until(self.table_share),
-            )
-            for base in bases(start, self.settings.base == "best")
-        ]
-        progress = self.progress
-        trial = fits[0].cost() * TRIAL * fits[0].counts.first
-        if progress.reached("trial 1"):
-            self.say(f"resumed at {progress.standing.phase!r}")
-            fits = fits[: len(progress.standing.fits)]
-            targets(progress.standing.targets)
-            for number, state in enumerate(progress.standing.fits):
-                fits[number].restore(progress.tensors[f"fit{number}"].double(), state)
-        elif len(fits) > 1 and self.budget.left_until(self.table_share) < 4 * trial:
-            fits = fits[:1]  # too little to compare two on
+        fits = TableFits(
+            self.problem, self.settings, start, targets, self.budget, lambda: self.table_share,
+            self.progress, self.say,
+        )  # fmt: skip
         try:
-            fit = self._fit(fits, targets)
+            fit = fits.run()
         except KeyboardInterrupt:
             self.interrupted()
-            fit = max(fits, key=lambda each: each.done)
+            fit = fits.furthest()
         table = fit.form.table(fit.parameters)
         assert table is not None
         self.history += fit.history
@@ -177,47 +155,6 @@ class Auto:
         """Of the budget, by the end of all training."""
         each = sample_cost(self.settings.nfe, len(STAGES), self.exact.table().nfe)
         return training_share(self.budget, each * self.settings.held_out)
-
-    def _fit(self, fits: list[GaussNewton], targets: Targets) -> GaussNewton:
-        """A few iterations of each, the rest of the better one."""
-        progress, better = self.progress, 0
-        progress.align("trial 1")
-        began = progress.standing.began
-        for number, fit in enumerate(fits, 1):
-            self.say(
-                f"table: {fit.form.size} parameters from {fit.form.base.label}, {fit.cost()} "
-                "evaluations a sample and iteration"
-            )
-            if len(fits) > 1:
-                progress.align(f"trial {number}")
-                until = began + max(0.0, self.table_share - began) * number / 4
-                keep = self._keeper(f"trial {number}", fits, targets)
-                fit.fit(self.budget, until, iterations=TRIAL, say=self.say, after=keep)
-        if progress.reached("fit"):
-            better = progress.standing.better
-        elif len(fits) > 1:
-            better = self._better(fits)
-        progress.align("fit")
-        keep = self._keeper("fit", fits, targets, better)
-        fits[better].fit(self.budget, self.table_share, say=self.say, after=keep)
-        return fits[better]
-
-    def _keeper(
-        self, phase: str, fits: list[GaussNewton], targets: Targets, better: int = 0
-    ) -> Callable[[], None]:
-        def keep() -> None:
-            tensors = {f"fit{number}": fit.parameters for number, fit in enumerate(fits)}
-            states = [fit.state() for fit in fits]
-            self.progress.keep(phase, tensors, fits=states, targets=targets.count, better=better)
-
-        return keep
-
-    def _better(self, fits: list[GaussNewton]) -> int:
-        """Number of the fit with the smaller error on the training samples there are."""
-        tables = [fit.form.table(fit.parameters) for fit in fits]
-        count = min(fits[0].counts.searched, max(1, fits[0].targets.count))
-        errors = fits[0].errors([table for table in tables if table is not None], count)
-        return min(range(len(fits)), key=errors.__getitem__)
 
     def corrector(self, table: SolverTable, targets: Targets) -> None:
         if not self.settings.corrector:

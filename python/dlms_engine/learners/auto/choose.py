@@ -40,10 +40,10 @@ class AutoStage:
     calls: int = 0
     seconds: float = 0.0
     squares: Tensor = field(
-        default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu")
+        default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu")
     )
     features: Tensor = field(
-        default_factory=lambda: torch.empty(0, dtype=torch.float32, device="cpu")
+        default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu")
     )
     frechet: float = math.inf
 
