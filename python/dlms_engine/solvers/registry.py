@@ -109,7 +109,7 @@ def make_solver(name: str, process: Process, grid: Tensor, **options: Any) -> So
 
 def standard_grids(process: Process) -> dict[str, Grid]:
     """The handcrafted grids that exist for ``process``, by their names in ``grids.GRIDS``."""
-    names = ["time_uniform", "shifted"]
+    names = ["time_uniform", "time_quadratic", "shifted"]
     if not isinstance(process, RectifiedFlow):
         first = "discrete" if isinstance(process, VPDiscrete) else "time_uniform"
         names = [first, "time_quadratic", "polynomial"]
