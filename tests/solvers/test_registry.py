@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dlms_engine.processes import EDM, Process, RectifiedFlow
+from dlms_engine.processes import EDM, VP, Process, RectifiedFlow
 from dlms_engine.solvers import SOLVERS, handcrafted, registry
 from dlms_engine.solvers.registry import handcrafted_table, label_of, parse_label, standard_grids
 from dlms_engine.solvers.table import SolverTable
@@ -29,6 +29,17 @@ def test_handcrafted_tables_cost_exactly_the_budget(process: Process, nfe: int) 
         assert {table.name for _, table in found} >= set(SOLVERS) - {"heun", "dpm_solver_pp_2s"}
         for grid in standard_grids(process):
             assert {f"ipndm3/{grid}", f"ipndm3/{grid}/afs-dockhorn"} <= set(labels)
+
+
+@pytest.mark.parametrize("process", [VP(), RectifiedFlow()], ids=lambda p: type(p).__name__)
+def test_uniform_and_quadratic_times_are_searched(process: Process) -> None:
+    found = standard_grids(process)
+    assert {"time_uniform", "time_quadratic"} <= set(found)
+    uniform, quadratic = (found[name](process, 4) for name in ("time_uniform", "time_quadratic"))
+    steps = quadratic.diff().abs()
+    assert bool((steps.diff() < 0).all()), "shorter towards the data"
+    # planted: the other grid is no such one
+    assert not bool((uniform.diff().abs().diff() < -1e-9).all())
 
 
 def test_two_stage_solvers_appear_where_they_can() -> None:
