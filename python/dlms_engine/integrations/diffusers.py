@@ -33,7 +33,7 @@ from .pipelines.networks import network_of
 from .pipelines.parts import scheduler_of
 from .scheduler.base import EngineScheduler
 from .scheduler.clipping import clips
-from .scheduler.foreign_calls import StepTuple, refuse_other
+from .scheduler.foreign_calls import StepTuple, refuse_level, refuse_other
 from .scheduler.noise import kind_of, make_alphas_cumprod, make_betas
 from .scheduler.origin import OriginCheck
 from .scheduler.runner import Runner
@@ -249,7 +249,12 @@ class DLMSScheduler(EngineScheduler):
     # -- the loop --------------------------------------------------------------------------------
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The network's input for latents ``[k * B, ...]``: unchanged except for EDM and AFS."""
+        """The network's input for latents ``[k * B, ...]``: unchanged except for EDM and AFS.
+
+        Raises:
+            ValueError: a noise level in place of latents.
+        """
+        refuse_level(sample)
         if self._runner is None:
             return sample
         return self._runner.scaled(self._now(timestep), sample)

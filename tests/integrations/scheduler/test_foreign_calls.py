@@ -51,6 +51,16 @@ def test_other_arguments_are_refused_by_name(name: str, argument: str) -> None:
     assert argument in acceleration.report().reason
 
 
+def test_a_noise_level_is_not_scaled_like_latents() -> None:
+    """The latent upscaler made its data prediction as for Euler's states: the pictures were wrong."""
+    ours = DLMSScheduler.from_config(diffusers.EulerDiscreteScheduler().config, solver="unipc")
+    ours.set_timesteps(3)
+    latents = numbers(1)
+    assert ours.scale_model_input(latents, ours.timesteps[0]) is latents
+    with pytest.raises(ValueError, match="EulerDiscreteScheduler's states alone"):
+        ours.scale_model_input(ours.sigmas[0], ours.timesteps[0])
+
+
 def test_a_model_that_is_no_flow_is_refused_by_key() -> None:
     """Cosmos writes its range into a flow's config; the complaint was of a grid."""
     scheduler = extras.cosmos("Cosmos2TextToImage").scheduler

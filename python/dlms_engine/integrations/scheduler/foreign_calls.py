@@ -25,6 +25,19 @@ def refuse_other(method: str, other: Mapping[str, Any]) -> None:
         )
 
 
+def refuse_level(sample: Tensor) -> None:
+    """Raises ValueError for one number in place of latents.
+
+    The latent upscaler scales a noise level to turn its network's output into a data prediction: that
+    holds for Euler's states, x0 + sigma z, and not for alpha x0 + sigma z.
+    """
+    if sample.ndim == 0:
+        raise ValueError(
+            "the pipeline scales a noise level as it scales latents, which is right for "
+            "EulerDiscreteScheduler's states alone; keep the pipeline's own scheduler"
+        )
+
+
 class StepTuple(tuple[Tensor, ...]):
     """``(latents,)``, whose item 1, the data prediction, is made when it is read by its number."""
 
