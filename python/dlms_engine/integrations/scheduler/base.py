@@ -147,8 +147,9 @@ class EngineScheduler(Versioned, SchedulerMixin, ConfigMixin):  # type: ignore[m
     ) -> Any:
         """A scheduler from another one's: ``from_config(pipe.scheduler.config, solver=...)``.
 
-        ``solver`` is anything the constructor takes. The grid stays that of the other scheduler,
-        its defaults included. With a learned solver, clipping is only done when asked for here.
+        ``solver`` is anything the constructor takes. The grid is that of diffusers' own class for the
+        solver, with what the config says outright (``adopt``). With a learned solver, clipping is only
+        done when asked for here.
 
         Raises:
             ValueError: the config itself names a file; only a caller may.
