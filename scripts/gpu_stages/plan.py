@@ -156,7 +156,7 @@ def later(work: Path) -> list[Stage]:
               "distill", "--models", "embedded", "--each", "1",
               instead="--models embedded --methods free_table --batch 2 --each 0.1"),
         bench(work, "bench-compiled", "a step beside diffusers' compiled step", 100,
-              "step", "--device", "cuda", instead="", refusal=NO_GPU),
+              "step", "--device", "cuda", instead="--device cuda", refusal=NO_GPU),
         sanitizer("racecheck", 70),
         sanitizer("initcheck", 70),
     ]  # fmt: skip

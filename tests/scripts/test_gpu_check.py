@@ -261,6 +261,8 @@ def test_every_benchmark_understands_its_options(tmp_path, monkeypatch):
             if each.name.startswith("bench") and not each.name.endswith("cpu"):
                 *_, options = each.commands[0][:3], each.commands[0][3:]
                 assert bench.main_bench(list(options)) == 2, each.name  # argparse would exit
+                if each.refusal:  # what a rehearsal runs instead is refused as well
+                    assert bench.main_bench(list(each.stand_in[0][3:])) == 2, each.name
 
 
 def test_every_file_with_a_gpu_test_is_run():
@@ -275,11 +277,13 @@ def test_every_file_with_a_gpu_test_is_run():
 @needs_bash
 @pytest.mark.skipif(torch.cuda.is_available(), reason="rehearsed where there is no GPU")
 def test_the_rehearsal(tmp_path):
-    done = call(tmp_path, "--rehearse", "graphs", "bench-row", "racecheck")
+    done = call(tmp_path, "--rehearse", "graphs", "bench-row", "bench-compiled", "racecheck")
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "gpu_check.json").read_text())
     states = {entry["stage"]: entry["status"] for entry in report["stages"]}
-    assert states == dict.fromkeys(("import", "graphs", "bench-row", "racecheck"), "passed")
+    assert states == dict.fromkeys(
+        ("import", "graphs", "bench-row", "bench-compiled", "racecheck"), "passed"
+    )
     assert report["rehearsal"] and report["machine"]["torch"] == torch.__version__
     assert all(c["status"] == "passed" for c in report["results"]["graphs"]["checks"])
     for entry in report["stages"]:
