@@ -39,7 +39,7 @@ if ((REHEARSE)); then
   WORK=${WORK:-build/gpu_record-rehearsal}
   MODELS=${MODELS:-$WORK/models}
   TRAIN_SECONDS=${TRAIN_SECONDS:-90}
-  SAMPLES=16 FEW=16 EXACT=16 SCREEN=2 BATCH=8 CALLS=${CALLS:-6000}
+  SAMPLES=16 FEW=16 EXACT=16 SCREEN=2 BATCH=8 CALLS=${CALLS:-20000}
   DRAWN=2 METHODS=dlms,gits NFES=3 FULL=3 ACCURATE_NFE=6 EXACT_NFE=8
   SPEED=(--device cpu --no-compile --batches "1,2" --repeats 1)
   STUDY_NFE=3
@@ -49,7 +49,7 @@ else
   DATA=${DATA:-}
   TRAIN_SECONDS=${TRAIN_SECONDS:-430}
   SAMPLES=${SAMPLES:-50000} FEW=10000 EXACT=2000 SCREEN=64 BATCH=1000 CALLS=${CALLS:-100000}
-  DRAWN=10 METHODS=dlms,amed,amed-plugin,ld3,dode,gits,free_table NFES=3-10 FULL=5,10
+  DRAWN=10 METHODS=auto,dlms,amed,amed-plugin,ld3,dode,gits,free_table NFES=3-10 FULL=5,10
   ACCURATE_NFE=32 EXACT_NFE=200 STUDY_NFE=5
   SPEED=(--device cuda --batches "1,64,1024")
   export DLMS_MODEL_COMPILE=${DLMS_MODEL_COMPILE:-1}
