@@ -53,7 +53,7 @@ class SampleRows:
             times: ``[rows]`` what the pipeline passes to the network.
         """
         batch, model = sample.shape[0], self._model
-        if self._run is None:
+        if self._run is None or n == 0:  # row 0 comes again where the latents' shape has changed
             self._run = self._policy.start(batch, sample.device)
             self._time = self._run.time
         row = self._run.row(n, self._watch.features(batch))

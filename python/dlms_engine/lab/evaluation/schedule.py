@@ -72,9 +72,10 @@ def better_times(
     variants = [denoiser, *(called_for(denoiser, factor) for factor in FACTORS[1:])]
     logs, moved = [], []
     apart = torch.zeros(len(data), dtype=torch.float64, device="cpu")
+    floor = _FLOOR * deviation_of(data) ** 2
     for x, t, _ in noisy(denoiser.process, data):
         answers = [each.predict(x, t, "data", **conditions) for each in variants]
-        errors = torch.stack([_squares(answer, data) for answer in answers])
+        errors = torch.stack([_squares(answer - data) + floor for answer in answers])
         means = errors.mean(1)
         best = int(means.argmin())
         if not math.isfinite(float(means[0])):
@@ -87,10 +88,9 @@ def better_times(
     return OtherTimes(gain, min(moved), max(moved)) if gain > GAIN and sure else None
 
 
-def _squares(answer: Tensor, data: Tensor) -> Tensor:
-    """Mean squared error of each sample, float64 ``[B]`` on the CPU."""
-    squares = (answer - data).double().square().flatten(1).mean(1).cpu()
-    return squares.nan_to_num(nan=math.inf) + _FLOOR * deviation_of(data) ** 2
+def _squares(errors: Tensor) -> Tensor:
+    """Mean square of each sample, float64 ``[B]`` on the CPU; infinite for what is no number."""
+    return errors.double().square().flatten(1).mean(1).cpu().nan_to_num(nan=math.inf)
 
 
 def called_for(denoiser: Denoiser, factor: float) -> Denoiser:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -30,6 +29,7 @@ from ..comparison.result import Floors, distance
 from ..comparison.store import Store, digest, network_digest
 from ..evaluation.frechet import label_of_features, require_torchmetrics
 from ..evaluation.own_features import own_features
+from ..evaluation.schedule import changed
 from ..plots import is_image
 from .data_sets import DATA_SETS
 from .estimate import Estimate, estimated
@@ -292,10 +292,7 @@ def with_thresholding(denoiser: Denoiser, quantile: float | None) -> Denoiser:
     """``denoiser`` with another dynamic thresholding; it shares the network and everything else."""
     if quantile == denoiser.dynamic_thresholding:
         return denoiser
-    variant = copy.copy(denoiser)
-    variant.__dict__ = dict(denoiser.__dict__)
-    variant.dynamic_thresholding = quantile
-    return variant
+    return changed(denoiser, dynamic_thresholding=quantile)
 
 
 def _mean(runs: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
